@@ -1,0 +1,196 @@
+"""LoRA adapters of the denoiser: creating, reading, checking, writing.
+
+Files are diffusers' own `pytorch_lora_weights.safetensors`. A file that does not fit the model is refused: an
+adapter that loads as a silent no-op costs its user days.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from alignprop.seeding import generator
+from alignprop.settings import ConfigError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """An adapter on its own: ΔW = scale · B @ A for every adapted module.
+
+    Attributes:
+        tensors: "<module>.lora_A.weight" [rank, in, ...] and "<module>.lora_B.weight" [out, rank, ...], float32.
+        scale: alpha / rank.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    scale: float
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted(name.removesuffix(".lora_A.weight") for name in self.tensors if "lora_A" in name)
+
+    def rank(self, module: str) -> int:
+        return self.tensors[f"{module}.lora_A.weight"].shape[0]
+
+
+def add_lora(denoiser, rank: int, alpha: float, target_modules, seed: int) -> None:
+    """Adds a trainable float32 adapter whose ΔW is zero to a frozen denoiser.
+
+    Args:
+        rank: of each ΔW.
+        alpha: ΔW = alpha / rank · B @ A.
+        target_modules: endings of the names of the layers to adapt.
+
+    Raises:
+        ConfigError: no layer has such a name.
+    """
+    from peft import LoraConfig
+
+    names = [name for name, _ in denoiser.named_modules()]
+    missing = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if missing:
+        raise ConfigError(f"lora_target_modules: the denoiser has no layer whose name ends in {missing}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "lora").initial_seed())
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
+        denoiser.add_adapter(config, adapter_name=_ADAPTER)
+    for parameter in trainable_parameters(denoiser).values():
+        parameter.data = parameter.data.float()
+
+
+def trainable_parameters(denoiser) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+
+
+def get_lora(denoiser) -> LoraWeights:
+    """The denoiser's adapter, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    config = denoiser.peft_config[_ADAPTER]
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=_ADAPTER)
+    return LoraWeights({k: v.detach().cpu().clone() for k, v in tensors.items()}, config.lora_alpha / config.r)
+
+
+def set_lora(denoiser, weights: LoraWeights | None) -> None:
+    """Replaces whatever adapter the denoiser has by `weights`, frozen; None leaves the plain denoiser.
+
+    Raises:
+        ConfigError: some of the adapter's tensors have no place in the denoiser, or another shape.
+    """
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    if getattr(denoiser, "peft_config", None):
+        denoiser.delete_adapters(_ADAPTER)
+    if weights is None:
+        return
+    _check_modules(denoiser, weights)
+    rank = {f"^{re.escape(m)}$": weights.rank(m) for m in weights.modules}
+    alpha = {pattern: weights.scale * r for pattern, r in rank.items()}
+    largest = max(rank.values())
+    config = LoraConfig(
+        r=largest, lora_alpha=weights.scale * largest, target_modules=weights.modules, rank_pattern=rank,
+        alpha_pattern=alpha,
+    )
+    denoiser.add_adapter(config, adapter_name=_ADAPTER)
+    for parameter in trainable_parameters(denoiser).values():
+        parameter.data = parameter.data.float()
+    set_peft_model_state_dict(denoiser, weights.tensors, adapter_name=_ADAPTER)
+    for parameter in trainable_parameters(denoiser).values():
+        parameter.requires_grad_(False)
+
+
+def update_lora(denoiser, weights: LoraWeights) -> None:
+    """Copies `weights` into the trainable adapter that the denoiser already has.
+
+    Raises:
+        ConfigError: the two differ in their modules, rank or scale.
+    """
+    from peft import set_peft_model_state_dict
+
+    own = get_lora(denoiser)
+    if own.tensors.keys() != weights.tensors.keys():
+        matched = len(own.tensors.keys() & weights.tensors.keys())
+        raise ConfigError(
+            f"resume_from: {matched} of the checkpoint's {len(weights.tensors)} LoRA tensors match the "
+            f"{len(own.tensors)} of this run; lora_target_modules or pretrained.model differ"
+        )
+    module = own.modules[0]
+    for name, mine, theirs in (
+        ("lora_rank", own.rank(module), weights.rank(module)), ("lora_alpha / lora_rank", own.scale, weights.scale)
+    ):
+        if mine != theirs:
+            raise ConfigError(f"resume_from: the checkpoint has {name} = {theirs}, this run has {mine}")
+    set_peft_model_state_dict(denoiser, weights.tensors, adapter_name=_ADAPTER)
+
+
+def save_lora(model, weights: LoraWeights, folder) -> None:
+    """Writes `weights` so that `model.pipeline_class.load_lora_weights(folder)` reads them."""
+    rank = max(weights.rank(m) for m in weights.modules)
+    metadata = {"r": rank, "lora_alpha": weights.scale * rank, "target_modules": weights.modules}
+    # Readers take alpha = rank, layer by layer, from a file that says nothing.
+    model.save_lora(folder, weights.tensors, None if weights.scale == 1 else metadata)
+
+
+def read_lora(path) -> LoraWeights:
+    """Reads an adapter from a file or from the folder that holds `pytorch_lora_weights.safetensors`.
+
+    Also reads the attention-processor keys (`….processor.to_q_lora.down.weight`) of AlignProp's released
+    checkpoints, which diffusers' `load_lora_weights` silently ignores.
+
+    Raises:
+        ConfigError: no such file, not a whole safetensors file, or no LoRA tensors in it.
+    """
+    path = Path(path)
+    path = path / LORA_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"no LoRA file at {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            raw = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+    tensors = {_canonical_key(name): tensor for name, tensor in raw.items()}
+    pairs = [k for k in tensors if k.endswith(("lora_A.weight", "lora_B.weight"))]
+    if not pairs or len(pairs) < len(tensors):
+        unknown = next((k for k in raw if _canonical_key(k) not in pairs), "none at all")
+        raise ConfigError(f"{str(path)!r}: {len(pairs)} of {len(tensors)} tensors are LoRA tensors; unknown: {unknown}")
+    return LoraWeights(tensors, _read_scale(metadata))
+
+
+def _canonical_key(name: str) -> str:
+    name = re.sub(r"^(unet|transformer)\.", "", name)
+    name = re.sub(r"\.processor\.(to_[qkv])_lora\.", r".\1.lora.", name)
+    name = re.sub(r"\.processor\.to_out_lora\.", ".to_out.0.lora.", name)
+    return name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
+
+
+def _read_scale(metadata: dict[str, str]) -> float:
+    """alpha / rank as diffusers writes it into a file's header; files without it mean alpha = rank."""
+    packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    values = {name.split(".")[-1]: value for name, value in packed.items()}
+    return values["lora_alpha"] / values["r"] if "r" in values else 1.0
+
+
+def _check_modules(denoiser, weights: LoraWeights) -> None:
+    layers = dict(denoiser.named_modules())
+    absent = [m for m in weights.modules if m not in layers]
+    if absent:
+        raise ConfigError(
+            f"LoRA: {len(weights.modules) - len(absent)} of {len(weights.modules)} adapted layers exist in this model; "
+            f"missing, for example, {absent[0]!r} — is it from another base model?"
+        )
+    for module in weights.modules:
+        outputs, inputs = layers[module].weight.shape[:2]
+        shape = (weights.tensors[f"{module}.lora_B.weight"].shape[0], weights.tensors[f"{module}.lora_A.weight"].shape[1])
+        if shape != (outputs, inputs):
+            raise ConfigError(
+                f"LoRA: {module!r} is {outputs}×{inputs} in this model and {shape[0]}×{shape[1]} in the file — "
+                "is it from another base model?"
+            )

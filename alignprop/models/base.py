@@ -1,0 +1,42 @@
+"""What the rest of the code may know of a model family.
+
+Latent shapes, VAE scale and shift, extra embeddings and packing never leave the family's own file.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+Conditioning = dict[str, torch.Tensor]
+"""What the denoiser is conditioned on: named tensors, each with the batch as its first dimension."""
+
+
+def select(cond: Conditioning, samples) -> Conditioning:
+    """The conditioning of some samples (int [b])."""
+    return {name: tensor[samples] for name, tensor in cond.items()}
+
+
+class Model(Protocol):
+    """One text-to-image model.
+
+    Attributes:
+        denoiser: the network that is trained; everything else is frozen.
+        scheduler: the diffusers scheduler that the model came with.
+        pipeline_class: the diffusers pipeline that loads what `save_lora` writes.
+    """
+
+    denoiser: torch.nn.Module
+    scheduler: Any
+    pipeline_class: type
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of B prompts; each distinct prompt is encoded once and remembered."""
+
+    def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
+        """x[0]: float32 latents [B, ...], sample b drawn from the b-th generator."""
+
+    def predict(self, latents, timestep, cond: Conditioning, guidance_scale: float) -> torch.Tensor:
+        """f(x, t, c): the denoiser's output after classifier-free guidance, the shape of `latents`."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W], float32 in [0, 1]; differentiable."""

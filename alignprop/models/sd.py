@@ -1,0 +1,119 @@
+"""Stable Diffusion 1.x and 2.x: one UNet, one CLIP text encoder, epsilon- or v-prediction."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from alignprop.models.base import Conditioning
+from alignprop.settings import ConfigError
+
+# Downloading what is never used would cost a user gigabytes.
+_UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+
+
+class StableDiffusion:
+    """The Model protocol (models/base.py) over a diffusers `StableDiffusionPipeline`.
+
+    Args:
+        pipeline: the loaded pipeline; all of its modules are frozen here.
+    """
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+        self.pipeline_class = type(pipeline)
+        self.denoiser, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+        self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
+        for module in (self.denoiser, self.vae, self.text_encoder):
+            module.requires_grad_(False).eval()
+        self._embeddings: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def load(cls, name: str, *, revision: str | None = None, config: str | None = None, dtype=torch.float32):
+        """From a hub name, a local folder, or a single `.safetensors` / `.ckpt` file.
+
+        Args:
+            name: what to load.
+            revision: branch, tag or commit on the hub.
+            config: for a single file, the hub name or folder of a pipeline of the same layout, which supplies the
+                configuration and the tokenizer; None lets diffusers choose from the file's keys.
+            dtype: of all weights.
+
+        Raises:
+            ConfigError: nothing loadable under that name.
+        """
+        from diffusers import StableDiffusionPipeline
+
+        try:
+            if Path(name).suffix in (".safetensors", ".ckpt"):
+                pipeline = StableDiffusionPipeline.from_single_file(
+                    name, config=config, torch_dtype=dtype, safety_checker=None, feature_extractor=None
+                )
+            else:
+                pipeline = StableDiffusionPipeline.from_pretrained(
+                    name, revision=revision, torch_dtype=dtype, requires_safety_checker=False, **_UNUSED
+                )
+        except (OSError, ValueError, KeyError) as error:
+            where = "this folder or file" if os.path.exists(name) else "a local path, the hub cache and the hub"
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(
+                f"pretrained.model = {name!r} could not be loaded (tried {where}): {reason} — give a local pipeline "
+                "folder or a single .safetensors file, or set HF_HOME to a cache that holds it"
+            ) from error
+        return cls(pipeline)
+
+    def to(self, device) -> "StableDiffusion":
+        for module in (self.denoiser, self.vae, self.text_encoder):
+            module.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades a second forward pass of each UNet and VAE block for the memory of its activations."""
+        self.denoiser.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """{"prompt_embeds", "negative_prompt_embeds"}, each [B, L, D]; prompts past L tokens are truncated."""
+        new = [p for p in dict.fromkeys([*prompts, ""]) if p not in self._embeddings]
+        if new:
+            embeds, _ = self.pipeline.encode_prompt(new, self.device, 1, do_classifier_free_guidance=False)
+            # Kept on the host: thousands of prompts would not fit beside the model.
+            self._embeddings.update(zip(new, embeds.cpu(), strict=True))
+        gather = lambda names: torch.stack([self._embeddings[n] for n in names]).to(self.device)  # noqa: E731
+        return {"prompt_embeds": gather(prompts), "negative_prompt_embeds": gather([""] * len(prompts))}
+
+    def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
+        size = self.denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (self.denoiser.config.in_channels, height, width)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return noise.to(self.device)
+
+    def predict(self, latents, timestep, cond: Conditioning, guidance_scale: float) -> torch.Tensor:
+        prompt_embeds = cond["prompt_embeds"]
+        latents = latents.to(prompt_embeds.dtype)
+        if guidance_scale == 1:
+            return self.denoiser(latents, timestep, prompt_embeds).sample
+        both = torch.cat([cond["negative_prompt_embeds"], prompt_embeds])
+        unconditional, conditional = self.denoiser(torch.cat([latents, latents]), timestep, both).sample.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def save_lora(self, folder, tensors: dict[str, torch.Tensor], metadata: dict | None) -> None:
+        """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads.
+
+        Args:
+            tensors: the denoiser's adapter, as peft names it.
+            metadata: the adapter's configuration; None where alpha = rank, which is what readers assume.
+        """
+        self.pipeline_class.save_lora_weights(
+            folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata, safe_serialization=True
+        )

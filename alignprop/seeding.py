@@ -1,0 +1,23 @@
+"""All randomness is a function of a key, never of a global state.
+
+A key is a tuple of integers and strings, such as ``(seed, step, sample, "noise")``. The same key gives the same
+numbers on every machine, whatever the number of processes, the batch size, or what was drawn before.
+"""
+
+import hashlib
+
+import torch
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator for one purpose, seeded from the whole key.
+
+    CPU, because noise drawn there and then moved is the same on every device.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def generators(indices, *key: int | str) -> list[torch.Generator]:
+    """One generator per sample: sample ``j`` of ``indices`` gets the key ``(*key, j)``."""
+    return [generator(*key, int(j)) for j in indices]

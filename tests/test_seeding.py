@@ -1,0 +1,31 @@
+import torch
+
+from alignprop.seeding import generator, generators
+
+
+def draw(g):
+    return torch.randn(4, generator=g)
+
+
+def test_the_same_key_gives_the_same_numbers_whatever_was_drawn_before():
+    first = draw(generator(0, 3, "noise"))
+    torch.manual_seed(123)
+    draw(generator(9))
+    assert torch.equal(draw(generator(0, 3, "noise")), first)
+
+
+def test_every_part_of_the_key_counts():
+    keys = [(0, 3, "noise"), (1, 3, "noise"), (0, 4, "noise"), (0, 3, "plan"), (0, "3", "noise"), (0, 3)]
+    draws = {tuple(draw(generator(*key)).tolist()) for key in keys}
+    assert len(draws) == len(keys)
+
+
+def test_a_sample_has_the_same_generator_in_any_batch():
+    alone = draw(generators([5], 0, "noise")[0])
+    assert torch.equal(draw(generators([4, 5, 6], 0, "noise")[1]), alone)
+
+
+def test_global_random_state_is_left_alone():
+    before = torch.random.get_rng_state()
+    draw(generator(0))
+    assert torch.equal(torch.random.get_rng_state(), before)
