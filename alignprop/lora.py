@@ -94,7 +94,10 @@ def set_lora(denoiser, weights: LoraWeights | None) -> None:
     alpha = {pattern: weights.scale * r for pattern, r in rank.items()}
     largest = max(rank.values())
     config = LoraConfig(
-        r=largest, lora_alpha=weights.scale * largest, target_modules=weights.modules, rank_pattern=rank,
+        r=largest,
+        lora_alpha=weights.scale * largest,
+        target_modules=weights.modules,
+        rank_pattern=rank,
         alpha_pattern=alpha,
     )
     denoiser.add_adapter(config, adapter_name=_ADAPTER)
@@ -122,7 +125,8 @@ def update_lora(denoiser, weights: LoraWeights) -> None:
         )
     module = own.modules[0]
     for name, mine, theirs in (
-        ("lora_rank", own.rank(module), weights.rank(module)), ("lora_alpha / lora_rank", own.scale, weights.scale)
+        ("lora_rank", own.rank(module), weights.rank(module)),
+        ("lora_alpha / lora_rank", own.scale, weights.scale),
     ):
         if mine != theirs:
             raise ConfigError(f"resume_from: the checkpoint has {name} = {theirs}, this run has {mine}")
@@ -188,7 +192,10 @@ def _check_modules(denoiser, weights: LoraWeights) -> None:
         )
     for module in weights.modules:
         outputs, inputs = layers[module].weight.shape[:2]
-        shape = (weights.tensors[f"{module}.lora_B.weight"].shape[0], weights.tensors[f"{module}.lora_A.weight"].shape[1])
+        shape = (
+            weights.tensors[f"{module}.lora_B.weight"].shape[0],
+            weights.tensors[f"{module}.lora_A.weight"].shape[1],
+        )
         if shape != (outputs, inputs):
             raise ConfigError(
                 f"LoRA: {module!r} is {outputs}×{inputs} in this model and {shape[0]}×{shape[1]} in the file — "

@@ -80,7 +80,7 @@ def base() -> ConfigDict:
 
     # -- training --------------------------------------------------------------------------------------------------
     c.num_epochs = 100  # passes of total_samples_per_epoch samples
-    c.per_gpu_capacity = 4  # samples in one forward/backward pass on one GPU; memory grows with it, results do not change
+    c.per_gpu_capacity = 4  # samples in one forward/backward pass on one GPU; costs memory, changes no result
     c.train = ConfigDict()
     c.train.total_batch_size = 128  # samples per optimizer step, over all processes
     c.train.total_samples_per_epoch = 256  # samples per epoch, over all processes

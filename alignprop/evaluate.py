@@ -1,0 +1,146 @@
+"""Evaluation: fixed prompts, fixed noise, any number of rewards, and a report a person can look at.
+
+Picture j of a prompt set always has the same prompt and the same noise, whatever the batch size or the number of
+processes, and nothing here touches the randomness of training.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from alignprop.pictures import save_grid
+from alignprop.prompts import PromptSet
+from alignprop.rollout import Rollout
+from alignprop.seeding import generators
+from rewards import WeightedReward
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation of n pictures found.
+
+    Attributes:
+        prompts: n prompts.
+        images: float [min(n, keep), 3, H, W] in [0, 1], the first pictures.
+        rewards: the reward's weighted sum, float64 [n].
+        terms: for each single reward, its own scores, float64 [n].
+    """
+
+    prompts: list[str]
+    images: torch.Tensor
+    rewards: torch.Tensor
+    terms: dict[str, torch.Tensor]
+
+    def row(self) -> dict:
+        """The means, as a row of metrics.jsonl."""
+        return {
+            "kind": "eval",
+            "reward": self.rewards.mean().item(),
+            "reward_std": self.rewards.std(correction=0).item(),
+            "rewards": {name: scores.mean().item() for name, scores in self.terms.items()},
+        }
+
+    def labels(self) -> list[str]:
+        """A caption for each kept picture."""
+        return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], self.rewards.tolist(), strict=False)]
+
+
+def statistics(scores: torch.Tensor) -> dict[str, float]:
+    """Mean, standard deviation and standard error of the mean of scores [n]."""
+    std = scores.std().item() if len(scores) > 1 else 0.0
+    return {"mean": scores.mean().item(), "std": std, "stderr": std / math.sqrt(len(scores)), "n": len(scores)}
+
+
+class Evaluator:
+    """Samples pictures for a prompt set and scores them, sharded over the processes.
+
+    Args:
+        rollout: not wrapped for distributed training.
+        reward: the reward of interest.
+        extra: further rewards to measure, or None; terms that `reward` has too are not computed twice.
+        num_images: n; the prompts repeat, each time with other noise.
+        batch_size: pictures at once on one process.
+        keep: how many of the pictures are returned.
+    """
+
+    def __init__(
+        self, rollout: Rollout, reward: WeightedReward, extra: WeightedReward | None, prompts: PromptSet,
+        accelerator: Accelerator, *, num_images: int, batch_size: int, seed: int, keep: int,
+    ):  # fmt: skip
+        self.rollout, self.reward, self.extra, self.prompts = rollout, reward, extra, prompts
+        self.accelerator = accelerator
+        self.num_images, self.batch_size, self.seed, self.keep = num_images, batch_size, seed, keep
+
+    @torch.no_grad()
+    def __call__(self, on_image: Callable[[int, torch.Tensor], None] | None = None) -> Evaluation:
+        """The same result on every process.
+
+        Args:
+            on_image: called with (j, picture [3, H, W]) for each picture, on the process that made it.
+        """
+        batches = [
+            range(j, min(j + self.batch_size, self.num_images)) for j in range(0, self.num_images, self.batch_size)
+        ]
+        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        found = []
+        for batch in tqdm(mine, desc="evaluating", leave=False, disable=not self.accelerator.is_main_process):
+            images, scores = self._batch(batch)
+            for row, j in enumerate(batch):
+                if on_image:
+                    on_image(j, images[row])
+                values = {name: column[row].item() for name, column in scores.items()}
+                found.append((j, values, images[row] if j < self.keep else None))
+        found = sorted(gather_object(found), key=lambda item: item[0])
+        columns = {name: torch.tensor([values[name] for _, values, _ in found]).double() for name in found[0][1]}
+        rewards = sum(weight * columns[name] for name, weight in self.reward.weights.items())
+        kept = torch.stack([image for _, _, image in found if image is not None])
+        return Evaluation(self._prompts(range(self.num_images)), kept, rewards, columns)
+
+    def _batch(self, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        prompts = self._prompts(batch)
+        metadata = [self.prompts.metadata[j % len(self.prompts)] for j in batch]
+        cond = self.rollout.model.encode_prompts(prompts)
+        latents = self.rollout(generators(batch, self.seed, "evaluation"), cond, None)
+        images = self.rollout.model.decode(latents)
+        scores = self.reward.score_terms(images, prompts, metadata)
+        if self.extra:
+            scores |= self.extra.score_terms(images, prompts, metadata)
+        return images.cpu(), scores
+
+    def _prompts(self, indices) -> list[str]:
+        return [self.prompts.prompts[j % len(self.prompts)] for j in indices]
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> dict:
+    """scores.csv (a row per picture), summary.json (statistics overall and per prompt) and grid.png.
+
+    Returns:
+        What summary.json holds.
+    """
+    names = list(evaluation.terms)
+    with open(folder / "scores.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "prompt", "reward", *names])
+        for j, prompt in enumerate(evaluation.prompts):
+            scores = [evaluation.terms[name][j].item() for name in names]
+            writer.writerow([f"{j:06d}.png", prompt, evaluation.rewards[j].item(), *scores])
+    all_scores = {"reward": evaluation.rewards, **evaluation.terms}
+    rows_of: dict[str, list[int]] = {}
+    for j, prompt in enumerate(evaluation.prompts):
+        rows_of.setdefault(prompt, []).append(j)
+    summary = {name: statistics(scores) for name, scores in all_scores.items()}
+    summary["per_prompt"] = {
+        prompt: {name: statistics(scores[rows]) for name, scores in all_scores.items()}
+        for prompt, rows in rows_of.items()
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    save_grid(evaluation.images, evaluation.labels(), folder / "grid.png")
+    return summary

@@ -1,0 +1,120 @@
+"""Everything a run is made of, built from the configuration, in the order in which mistakes are cheapest to find."""
+
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from ml_collections import ConfigDict
+
+from alignprop.checkpoint import find_checkpoint, run_folder_of
+from alignprop.evaluate import Evaluator
+from alignprop.models import load_model
+from alignprop.models.base import Model
+from alignprop.prompts import load_prompts
+from alignprop.rollout import Rollout
+from alignprop.samplers import ddim_sampler
+from alignprop.settings import ConfigError, resolve, save_config
+from alignprop.tracking import MetricsLog, log_row, parse_log_with, start_trackers
+from rewards import WeightedReward, build_reward, parse_spec
+
+
+class Run:
+    """A model, a reward and prompts, on the processes and devices at hand, with a folder for the results.
+
+    Args:
+        config: an unresolved configuration (config/align_prop.py).
+        model: used instead of loading `pretrained.model`.
+        reward: used instead of building `reward_fn`.
+
+    Raises:
+        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+    """
+
+    def __init__(self, config: ConfigDict, model: Model | None = None, reward: WeightedReward | None = None):
+        state = PartialState()
+        self.config = c = resolve(config, state.num_processes)
+        if c.mixed_precision == "fp16" and state.device.type == "cpu":
+            raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
+        log_with = parse_log_with(c.log_with)
+        parse_spec(c.reward_fn)
+        self.eval_prompts = load_prompts(c.eval_prompt_fn, "eval_prompt_fn")
+        self.checkpoint = find_checkpoint(c.resume_from, c.log_dir) if c.resume_from else None
+        self.folder = self._choose_folder(state)
+        self.accelerator = Accelerator(
+            mixed_precision=c.mixed_precision,
+            gradient_accumulation_steps=c.train.get("gradient_accumulation_steps", 1),
+            log_with=log_with,
+            project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
+        )
+        if c.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+        self.reward = reward or self._build_reward(c.reward_fn)
+        extra = (
+            ",".join(n for n in parse_spec(c.eval_reward_fn) if n not in self.reward.terms) if c.eval_reward_fn else ""
+        )
+        self.extra_reward = self._build_reward(extra) if extra else None
+        half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
+        self.model = model or load_model(
+            c.pretrained.model, revision=c.pretrained.revision, config=c.pretrained.config, dtype=half
+        )
+        self.model.to(self.accelerator.device)
+        if c.grad_checkpoint:
+            self.model.enable_gradient_checkpointing()
+        sampler = ddim_sampler(self.model.scheduler, c.num_inference_steps, c.eta)
+        self.rollout = Rollout(self.model, sampler, c.guidance_scale, self.accelerator.autocast, c.adjoint_clip)
+        self.evaluator = Evaluator(
+            self.rollout, self.reward, self.extra_reward, self.eval_prompts, self.accelerator,
+            num_images=c.num_eval_images, batch_size=c.per_gpu_capacity, seed=c.seed, keep=c.max_vis_images,
+        )  # fmt: skip
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def open_folder(self) -> None:
+        """Makes the run folder, writes config.json and starts the trackers."""
+        c = self.config
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(c, self.folder / "config.json")
+        start_trackers(self.accelerator, "alignprop", self.folder.name, self.folder, c.to_dict())
+        self.accelerator.wait_for_everyone()
+
+    def log(self, row: dict) -> None:
+        """Appends a row to metrics.jsonl and sends its numbers to the trackers."""
+        if self.is_main:
+            self.metrics.append(row)
+        log_row(self.accelerator, row)
+
+    def say(self, text: str) -> None:
+        """Prints once, whatever the number of processes."""
+        self.accelerator.print(text)
+
+    def _build_reward(self, spec: str) -> WeightedReward:
+        c = self.config
+        options = {name: c[name].to_dict() for name in ("aesthetic", "hps", "clip")}
+        return build_reward(spec, options, self.accelerator.device)
+
+    def _choose_folder(self, state: PartialState) -> Path:
+        """log_dir/run_name; the checkpoint's own run where that has one and no other name is given."""
+        c = self.config
+        if self.checkpoint and not c.run_name and (own := run_folder_of(self.checkpoint)):
+            return own
+        names = [c.run_name or f"{c.get('preset', c.task)}_{time.strftime('%Y%m%d_%H%M%S')}"]
+        if state.num_processes > 1:
+            broadcast_object_list(names)  # clocks differ
+        folder = Path(c.log_dir) / names[0]
+        if (
+            c.task == "train"
+            and (folder / "metrics.jsonl").exists()
+            and run_folder_of(self.checkpoint or folder) != folder.resolve()
+        ):
+            raise ConfigError(
+                f"run_name = {c.run_name!r}: {str(folder)!r} already holds a run; choose another name, or continue it "
+                f"with resume_from={str(folder)!r}"
+            )
+        return folder

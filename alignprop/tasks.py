@@ -1,0 +1,102 @@
+"""The tasks that do not train: evaluating a checkpoint, and evaluating mixtures of two."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+from alignprop.checkpoint import find_checkpoint, load_denoiser
+from alignprop.evaluate import Evaluation, statistics, write_report
+from alignprop.lora import read_lora, set_lora
+from alignprop.pictures import plot_soup, save_image
+from alignprop.run import Run
+from alignprop.settings import save_config
+from alignprop.soups import mix
+
+BASE_MODEL = "stablediffusion"
+
+
+def evaluate(config, model=None, reward=None) -> Path:
+    """Pictures and rewards of `resume_from`, or of the base model where that is empty.
+
+    Returns:
+        The folder with scores.csv, summary.json, grid.png and images/.
+
+    Raises:
+        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+    """
+    run = Run(config, model, reward)
+    if run.checkpoint and (run.checkpoint / "denoiser").is_dir():
+        load_denoiser(run.model.denoiser, run.checkpoint / "denoiser")
+    elif run.checkpoint:
+        set_lora(run.model.denoiser, read_lora(run.checkpoint))
+    name = f"{_slug(config.eval_prompt_fn)}_{run.checkpoint.name if run.checkpoint else 'base'}"
+    folder = _new_folder(run, name)
+    evaluation = run.evaluator(on_image=lambda j, image: save_image(image, folder / "images" / f"{j:06d}.png"))
+    if run.is_main:
+        write_report(evaluation, folder)
+    _say_rewards(run, evaluation, folder)
+    run.accelerator.end_training()
+    return folder
+
+
+def evaluate_soup(config, model=None, reward=None) -> Path:
+    """Rewards of c·`resume_from` + (1-c)·`resume_from_2` for every c of `mixing_coef_1`.
+
+    Returns:
+        The folder with soup.json, soup.png (each reward against c) and one sub-folder per coefficient.
+
+    Raises:
+        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+    """
+    run = Run(config, model, reward)
+    c = run.config
+    first = read_lora(run.checkpoint)
+    second = None
+    if c.resume_from_2 != BASE_MODEL:
+        second = read_lora(find_checkpoint(c.resume_from_2, c.log_dir, "resume_from_2"))
+    folder = _new_folder(run, f"soup_{c.soup_mode}")
+    results: list[dict] = []
+    for coefficient in map(float, c.mixing_coef_1):
+        set_lora(run.model.denoiser, mix(first, second, coefficient, c.soup_mode))
+        part = folder / f"c_{coefficient:g}"
+        evaluation = run.evaluator(
+            on_image=lambda j, image, part=part: save_image(image, part / "images" / f"{j:06d}.png")
+        )
+        scores = {"reward": evaluation.rewards, **evaluation.terms}
+        results.append({"mixing_coef_1": coefficient, **{k: statistics(v) for k, v in scores.items()}})
+        if run.is_main:
+            write_report(evaluation, part)
+        _say_rewards(run, evaluation, part, f"c = {coefficient:g}: ")
+    if run.is_main:
+        (folder / "soup.json").write_text(json.dumps(results, indent=2) + "\n")
+        names = [name for name in results[0] if name != "mixing_coef_1"]
+        curves = {name: [(r[name]["mean"], r[name]["stderr"]) for r in results] for name in names}
+        plot_soup([r["mixing_coef_1"] for r in results], curves, folder / "soup.png")
+    run.accelerator.end_training()
+    return folder
+
+
+def _new_folder(run: Run, name: str) -> Path:
+    """<run folder>/eval/<name>, or the first of <name>_2, <name>_3, … that does not exist yet."""
+    parent = run.folder / "eval"
+    candidates = (parent / (name if n == 1 else f"{name}_{n}") for n in itertools.count(1))
+    folder = next(path for path in candidates if not path.exists())
+    run.accelerator.wait_for_everyone()
+    if run.is_main:
+        folder.mkdir(parents=True)
+        save_config(run.config, folder / "config.json")
+    run.accelerator.wait_for_everyone()
+    return folder
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", Path(text).stem)
+
+
+def _say_rewards(run: Run, evaluation: Evaluation, folder: Path, prefix: str = "") -> None:
+    scores = {"reward": evaluation.rewards, **evaluation.terms}
+    told = ", ".join(
+        f"{n} {s['mean']:.4f} ± {s['stderr']:.4f}" for n, s in ((n, statistics(v)) for n, v in scores.items())
+    )
+    run.say(f"{prefix}{told}  ({folder})")

@@ -1,0 +1,41 @@
+"""Rewards that a user might write, for the tests: `tests.toy_rewards:redness`."""
+
+import torch
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+
+
+def contrast(images, prompts, metadata):
+    return images.flatten(1).std(dim=1)
+
+
+def wrong_shape(images, prompts, metadata):
+    return redness(images, prompts, metadata)[:, None]
+
+
+def not_a_number(images, prompts, metadata):
+    return redness(images, prompts, metadata) * float("nan")
+
+
+def detached(images, prompts, metadata):
+    return redness(images.detach(), prompts, metadata)
+
+
+def hidden_rating(images, prompts, metadata):
+    return images.mean(dim=(1, 2, 3)).detach()
+
+
+hidden_rating.differentiable = False
+
+
+class Explodes:
+    """Fine at first, then its scores are not finite: calls are counted from the training batches on."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images, prompts, metadata):
+        self.calls += torch.is_grad_enabled()
+        return redness(images, prompts, metadata) * (float("inf") if self.calls > 1 else 1.0)
