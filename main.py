@@ -5,7 +5,11 @@
 `python main.py …` does the same on one device. The presets are in config/align_prop.py.
 """
 
+import os
 import sys
+
+# transformers reports at import what is missing for features that nothing here uses.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from absl import app, flags
 from ml_collections import config_flags

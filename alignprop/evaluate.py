@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from alignprop.pictures import save_grid
 from alignprop.prompts import PromptSet
 from alignprop.rollout import Rollout
-from alignprop.seeding import generators
+from alignprop.seeding import generator, generators
 from rewards import WeightedReward
 
 
@@ -78,6 +78,9 @@ class Evaluator:
         self.rollout, self.reward, self.extra, self.prompts = rollout, reward, extra, prompts
         self.accelerator = accelerator
         self.num_images, self.batch_size, self.seed, self.keep = num_images, batch_size, seed, keep
+        # Shuffled, so that few pictures of a sorted prompt file still show all kinds of prompts.
+        order = torch.randperm(len(prompts), generator=generator(seed, "evaluation order")).tolist()
+        self.order = [order[j % len(order)] for j in range(num_images)]
 
     @torch.no_grad()
     def __call__(self, on_image: Callable[[int, torch.Tensor], None] | None = None) -> Evaluation:
@@ -102,11 +105,12 @@ class Evaluator:
         columns = {name: torch.tensor([values[name] for _, values, _ in found]).double() for name in found[0][1]}
         rewards = sum(weight * columns[name] for name, weight in self.reward.weights.items())
         kept = torch.stack([image for _, _, image in found if image is not None])
-        return Evaluation(self._prompts(range(self.num_images)), kept, rewards, columns)
+        prompts = [self.prompts.prompts[j] for j in self.order]
+        return Evaluation(prompts, kept, rewards, columns)
 
     def _batch(self, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        prompts = self._prompts(batch)
-        metadata = [self.prompts.metadata[j % len(self.prompts)] for j in batch]
+        prompts = [self.prompts.prompts[self.order[j]] for j in batch]
+        metadata = [self.prompts.metadata[self.order[j]] for j in batch]
         cond = self.rollout.model.encode_prompts(prompts)
         latents = self.rollout(generators(batch, self.seed, "evaluation"), cond, None)
         images = self.rollout.model.decode(latents)
@@ -114,9 +118,6 @@ class Evaluator:
         if self.extra:
             scores |= self.extra.score_terms(images, prompts, metadata)
         return images.cpu(), scores
-
-    def _prompts(self, indices) -> list[str]:
-        return [self.prompts.prompts[j % len(self.prompts)] for j in indices]
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> dict:

@@ -116,9 +116,7 @@ class Rollout(torch.nn.Module):
                 with torch.enable_grad():
                     model_output = self._denoise(i, latents, select(cond, rows))
                 inputs = [*parameters, latents] if needs_input else list(parameters)
-                products = torch.autograd.grad(
-                    model_output, inputs, weight * b * adjoint[rows], allow_unused=True
-                )
+                products = torch.autograd.grad(model_output, inputs, weight * b * adjoint[rows], allow_unused=True)
                 for gradient, product in zip(gradients, products, strict=False):
                     if product is not None:
                         gradient += product

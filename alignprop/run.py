@@ -5,18 +5,20 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 from ml_collections import ConfigDict
+from tqdm.auto import tqdm
 
 from alignprop.checkpoint import find_checkpoint, run_folder_of
-from alignprop.evaluate import Evaluator
+from alignprop.evaluate import Evaluation, Evaluator
 from alignprop.models import load_model
 from alignprop.models.base import Model
+from alignprop.pictures import plot_curves, save_before_after, save_grid
 from alignprop.prompts import load_prompts
 from alignprop.rollout import Rollout
 from alignprop.samplers import ddim_sampler
 from alignprop.settings import ConfigError, resolve, save_config
-from alignprop.tracking import MetricsLog, log_row, parse_log_with, start_trackers
+from alignprop.tracking import MetricsLog, log_images, log_row, parse_log_with, start_trackers
 from rewards import WeightedReward, build_reward, parse_spec
 
 
@@ -33,7 +35,9 @@ class Run:
     """
 
     def __init__(self, config: ConfigDict, model: Model | None = None, reward: WeightedReward | None = None):
-        state = PartialState()
+        # accelerate starts several processes on a CPU only when told that it is one.
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        state = PartialState(cpu=on_cpu)
         self.config = c = resolve(config, state.num_processes)
         if c.mixed_precision == "fp16" and state.device.type == "cpu":
             raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
@@ -43,6 +47,7 @@ class Run:
         self.checkpoint = find_checkpoint(c.resume_from, c.log_dir) if c.resume_from else None
         self.folder = self._choose_folder(state)
         self.accelerator = Accelerator(
+            cpu=on_cpu,
             mixed_precision=c.mixed_precision,
             gradient_accumulation_steps=c.train.get("gradient_accumulation_steps", 1),
             log_with=log_with,
@@ -91,8 +96,41 @@ class Run:
         log_row(self.accelerator, row)
 
     def say(self, text: str) -> None:
-        """Prints once, whatever the number of processes."""
-        self.accelerator.print(text)
+        """Prints once, whatever the number of processes, above the progress bars."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def report(self, evaluation: Evaluation, step: int, epoch: int) -> None:
+        """Logs an evaluation during training, and draws the sample grid, before_after.png and curves.png."""
+        row = {**evaluation.row(), "step": step, "epoch": epoch}
+        self.log(row)
+        self.say(f"step {step}: held-out " + ", ".join(f"{k} {v:.3f}" for k, v in row["rewards"].items()))
+        if not self.is_main:
+            return
+        samples, labels = self.folder / "samples", evaluation.labels()
+        save_grid(evaluation.images, labels, samples / f"step_{step:06d}.png")
+        log_images(self.accelerator, "samples", evaluation.images, labels, step)
+        before = samples / "before.pt"
+        if step == 0:
+            torch.save([evaluation.images, labels], before)
+            return
+        if before.exists():
+            first, first_labels = torch.load(before, weights_only=True)
+            both = [f"{a} → {b.splitlines()[-1]}" for a, b in zip(first_labels, labels, strict=True)]
+            save_before_after(first, evaluation.images, both, self.folder / "before_after.png")
+        plot_curves(self.metrics.rows(), self.folder / "curves.png")
+
+    def finish(self) -> None:
+        """Ends the trackers and prints the rewards before and after, and where everything lies."""
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            evaluations = [row for row in self.metrics.rows() if row["kind"] == "eval"]
+            first, last = evaluations[0], evaluations[-1]
+            self.say(f"\nheld-out rewards, step {first['step']} → step {last['step']}:")
+            for name, value in first["rewards"].items():
+                self.say(f"  {name:32s} {value:8.3f} → {last['rewards'][name]:8.3f}")
+            self.say(f"in {self.folder}: before_after.png, curves.png, samples/, metrics.jsonl, checkpoints/")
+        self.accelerator.end_training()
 
     def _build_reward(self, spec: str) -> WeightedReward:
         c = self.config

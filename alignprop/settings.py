@@ -65,9 +65,9 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
 
 
 _POSITIVE = (
-    "num_epochs", "per_gpu_capacity", "num_inference_steps", "lora_rank", "save_freq", "num_eval_images", "max_vis_images",
-    "train.total_batch_size", "train.total_samples_per_epoch", "train.learning_rate", "train.max_grad_norm",
-    "train.max_skipped_steps", "train.loss_coeff", "grad_scale", "train.adam_epsilon",
+    "num_epochs", "per_gpu_capacity", "num_inference_steps", "lora_rank", "save_freq", "num_eval_images",
+    "max_vis_images", "train.total_batch_size", "train.total_samples_per_epoch", "train.learning_rate",
+    "train.max_grad_norm", "train.max_skipped_steps", "train.loss_coeff", "grad_scale", "train.adam_epsilon",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "eval_freq", "num_checkpoint_limit", "eta", "adjoint_clip", "train.adam_weight_decay", "train.ema_decay",

@@ -10,19 +10,17 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from alignprop.checkpoint import random_state, read_state, restore_random_state, step_of, write_checkpoint
 from alignprop.estimators import ESTIMATORS, build_estimator
 from alignprop.evaluate import Evaluation
 from alignprop.lora import add_lora, get_lora, read_lora, save_lora, trainable_parameters, update_lora
 from alignprop.losses import LOSSES
-from alignprop.pictures import plot_curves, save_before_after, save_grid
 from alignprop.prompts import draw_prompts, load_prompts
 from alignprop.run import Run
 from alignprop.seeding import generator, generators
 from alignprop.settings import ConfigError, one_of
-from alignprop.tracking import log_images
 from rewards import check_rewards, require_differentiable
 
 
@@ -60,6 +58,8 @@ class AlignPropTrainer:
         self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
         self.rollout, self.optimizer = self.run.accelerator.prepare(self.run.rollout, optimizer)
         self.global_step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
+        self.samples_bar = tqdm(disable=True)
+        self.reward_checked = False
         if self.run.checkpoint:
             self._restore(self.run.checkpoint)
 
@@ -72,19 +72,22 @@ class AlignPropTrainer:
         if self.global_step == 0:
             self.evaluate()
         first_epoch = self.global_step // c.train.steps_per_epoch
-        epochs = tqdm(range(first_epoch, c.num_epochs), initial=first_epoch, total=c.num_epochs, desc="epochs",
-                      disable=not run.is_main)  # fmt: skip
-        for epoch in epochs:
-            for _ in range(c.train.steps_per_epoch):
-                row = self.step()
-                run.log(row)
-                epochs.set_postfix(reward=f"{row['reward']:.3f}")
+        hidden = not run.is_main
+        for epoch in trange(
+            first_epoch, c.num_epochs, initial=first_epoch, total=c.num_epochs, desc="epochs", disable=hidden
+        ):
+            total = c.train.total_samples_per_epoch
+            with tqdm(
+                total=total, desc=f"epoch {epoch}", unit="sample", leave=False, disable=hidden
+            ) as self.samples_bar:
+                for _ in range(c.train.steps_per_epoch):
+                    run.log(self.step())
             last = epoch + 1 == c.num_epochs
             if last or (c.eval_freq and (epoch + 1) % c.eval_freq == 0):
                 self.evaluate()
             if last or (epoch + 1) % c.save_freq == 0:
                 self.save()
-        self._finish()
+        run.finish()
 
     def step(self) -> dict:
         """One optimizer step over `total_batch_size` samples (Algorithm 1 of the paper); returns its metrics row."""
@@ -101,11 +104,13 @@ class AlignPropTrainer:
                 images = run.model.decode(latents)
                 terms = run.reward.score_terms(images, prompts, metadata)
                 rewards = run.reward.combine(terms)
-                if self.global_step == 0:
+                if not self.reward_checked:
+                    self.reward_checked = True
                     check_rewards(rewards, images, run.reward, needs_gradient=True)
                 losses = c.train.loss_coeff * c.grad_scale * self.loss(rewards, c.loss_target)
                 run.accelerator.backward(losses.mean())
             samples.append(torch.stack([losses, rewards, *terms.values()]).detach())
+            self.samples_bar.update(len(indices) * run.accelerator.num_processes)
         losses, rewards, *terms = run.accelerator.gather(torch.cat(samples, dim=1).T.contiguous()).T
         adjoint_norms = self._adjoint_norms()
         grad_norm = self._update(losses)
@@ -131,25 +136,7 @@ class AlignPropTrainer:
         self.rollout.eval()
         with self._averaged_weights():
             evaluation = run.evaluator()
-        row = {
-            **evaluation.row(),
-            "step": self.global_step,
-            "epoch": self.global_step // self.config.train.steps_per_epoch,
-        }
-        run.log(row)
-        run.say(f"step {self.global_step}: held-out " + ", ".join(f"{k} {v:.3f}" for k, v in row["rewards"].items()))
-        if run.is_main:
-            name = f"step_{self.global_step:06d}"
-            save_grid(evaluation.images, evaluation.labels(), run.folder / "samples" / f"{name}.png")
-            log_images(run.accelerator, "samples", evaluation.images, evaluation.labels(), self.global_step)
-            before = run.folder / "samples" / "before.pt"
-            if self.global_step == 0:
-                torch.save([evaluation.images, evaluation.labels()], before)
-            elif before.exists():
-                first, labels = torch.load(before, weights_only=True)
-                both = [f"{a} → {b.splitlines()[-1]}" for a, b in zip(labels, evaluation.labels(), strict=False)]
-                save_before_after(first, evaluation.images, both, run.folder / "before_after.png")
-            plot_curves(run.metrics.rows(), run.folder / "curves.png")
+        run.report(evaluation, self.global_step, epoch=self.global_step // self.config.train.steps_per_epoch)
         return evaluation
 
     def save(self) -> Path | None:
@@ -245,15 +232,3 @@ class AlignPropTrainer:
         if rank < len(state["random"]):
             restore_random_state(state["random"][rank])
         self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {step_of(checkpoint)}")
-
-    def _finish(self) -> None:
-        run = self.run
-        run.accelerator.wait_for_everyone()
-        if run.is_main:
-            evaluations = [row for row in run.metrics.rows() if row["kind"] == "eval"]
-            first, last = evaluations[0], evaluations[-1]
-            run.say(f"\nheld-out rewards, step {first['step']} → step {last['step']}:")
-            for name, value in first["rewards"].items():
-                run.say(f"  {name:32s} {value:8.3f} → {last['rewards'][name]:8.3f}")
-            run.say(f"in {run.folder}: before_after.png, curves.png, samples/, metrics.jsonl, checkpoints/")
-        run.accelerator.end_training()

@@ -47,11 +47,11 @@ class StableDiffusion:
         try:
             if Path(name).suffix in (".safetensors", ".ckpt"):
                 pipeline = StableDiffusionPipeline.from_single_file(
-                    name, config=config, torch_dtype=dtype, safety_checker=None, feature_extractor=None
+                    name, config=config, dtype=dtype, safety_checker=None, feature_extractor=None
                 )
             else:
                 pipeline = StableDiffusionPipeline.from_pretrained(
-                    name, revision=revision, torch_dtype=dtype, requires_safety_checker=False, **_UNUSED
+                    name, revision=revision, dtype=dtype, requires_safety_checker=False, **_UNUSED
                 )
         except (OSError, ValueError, KeyError) as error:
             where = "this folder or file" if os.path.exists(name) else "a local path, the hub cache and the hub"

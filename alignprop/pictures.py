@@ -1,0 +1,199 @@
+"""Labelled picture grids (PNG), and the curves of a run or of a soup (matplotlib)."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """A float tensor [3, H, W] in [0, 1] as a picture of 8 bits; NaN becomes black."""
+    pixels = image.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def save_image(image: torch.Tensor, path: str | os.PathLike) -> None:
+    """Write one picture, a float tensor [3, H, W] in [0, 1], as a PNG."""
+    _save_png(to_pil(image), path)
+
+
+def save_grid(images: torch.Tensor, labels: Sequence[str], path: str | os.PathLike, columns: int | None = None) -> None:
+    """Write pictures [B, 3, H, W] in [0, 1] as one PNG, with ``labels`` under them; see `draw_grid`."""
+    _save_png(draw_grid(images, labels, columns), path)
+
+
+def save_before_after(
+    before: torch.Tensor, after: torch.Tensor, labels: Sequence[str], path: str | os.PathLike
+) -> None:
+    """Write two rows of pictures [B, 3, H, W] in [0, 1], ``before`` above ``after``, one label per column."""
+    texts = [""] * len(before) + list(labels)
+    _save_png(draw_grid(torch.cat([before, after]), texts, len(before), row_titles=("before", "after")), path)
+
+
+def draw_grid(
+    images: torch.Tensor,
+    labels: Sequence[str],
+    columns: int | None = None,
+    row_titles: Sequence[str] = (),
+    min_side: int = 128,
+    max_lines: int = 4,
+) -> Image.Image:
+    """Pictures in a grid on white.
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1].
+        labels: B texts, wrapped to the picture's width; each line of a text gets ``max_lines`` at most.
+        columns: pictures per row, by default at most 8.
+        row_titles: written left of each row.
+        min_side: smaller pictures are enlarged by a whole factor, so that the text under them can be read.
+
+    Raises:
+        ValueError: not of that shape, no picture, or a different number of labels.
+    """
+    if images.ndim != 4 or len(images) == 0 or len(labels) != len(images):
+        raise ValueError(f"a grid of pictures {tuple(images.shape)} got {len(labels)} labels")
+    columns = min(columns or 8, len(images))
+    height, width = images.shape[-2:]
+    zoom = max(1, math.ceil(min_side / min(height, width)))
+    width, height = width * zoom, height * zoom
+    font = _font(max(12, width // 24))
+    line_height = sum(font.getmetrics()) + 1
+    gap = 6
+
+    texts = [_wrap(label, font, width, max_lines) for label in labels]
+    rows = [range(first, min(first + columns, len(images))) for first in range(0, len(images), columns)]
+    text_heights = [max(len(texts[j]) for j in row) * line_height for row in rows]
+    margin = math.ceil(max((font.getlength(title) + gap for title in row_titles), default=0))
+    total_height = gap + sum(height + text_height + 2 * gap for text_height in text_heights)
+    canvas = Image.new("RGB", (margin + gap + columns * (width + gap), total_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = gap
+    for r, row in enumerate(rows):
+        if r < len(row_titles):
+            draw.text((gap, top + (height - line_height) // 2), row_titles[r], "black", font)
+        for column, j in enumerate(row):
+            left = margin + gap + column * (width + gap)
+            canvas.paste(to_pil(images[j]).resize((width, height), Image.Resampling.BICUBIC), (left, top))
+            for n, line in enumerate(texts[j]):
+                draw.text((left, top + height + gap // 2 + n * line_height), line, "black", font)
+        top += height + text_heights[r] + 2 * gap
+    return canvas
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # matplotlib's: Pillow's own has neither arrows nor Greek and Cyrillic letters
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _wrap(text: str, font, width: int, max_lines: int) -> list[str]:
+    """Break ``text`` into lines of at most ``width`` pixels; a word that is too long is cut."""
+    lines = []
+    for paragraph in text.split("\n") if text else []:
+        wrapped = [""]
+        for word in paragraph.split():
+            joined = f"{wrapped[-1]} {word}".strip()
+            if font.getlength(joined) <= width:
+                wrapped[-1] = joined
+            else:
+                wrapped += [word] if wrapped[-1] else []
+                wrapped[-1] = _shorten(word, font, width)
+        if len(wrapped) > max_lines:
+            wrapped = [*wrapped[: max_lines - 1], _shorten(wrapped[max_lines - 1] + " …", font, width)]
+        lines += wrapped
+    return lines
+
+
+def _shorten(text: str, font, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _save_png(picture: Image.Image, path: str | os.PathLike) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG")
+
+
+def plot_curves(rows: Sequence[dict], path: str | os.PathLike) -> None:
+    """Draw a run's metrics rows: training reward, held-out rewards, gradient norm, latest adjoint norms.
+
+    What no row holds gets no panel; with no panel nothing is written.
+    """
+    train = [row for row in rows if row.get("kind") == "train"]
+    held_out = [row for row in rows if row.get("kind") == "eval"]
+    names = list(dict.fromkeys(name for row in held_out for name in row.get("rewards") or {}))
+    adjoint = next((row for row in reversed(train) if row.get("adjoint_norm")), None)
+
+    curves = [("training reward", "optimizer step", *_series(train, "reward"))]
+    curves += [("held-out reward", "optimizer step", *_series(held_out, "reward"))]
+    if len(names) > 1:  # with a single one it is the reward itself
+        parts = [{"step": row["step"], **(row.get("rewards") or {})} for row in held_out]
+        curves += [(f"held-out {name}", "optimizer step", *_series(parts, name)) for name in names]
+    curves += [("gradient norm", "optimizer step", *_series(train, "grad_norm"))]
+    if adjoint is not None:
+        norms = [math.nan if value is None else value for value in adjoint["adjoint_norm"]]
+        curves += [(f"adjoint norm at step {adjoint['step']}", "sampler step", range(len(norms)), norms)]
+    curves = [curve for curve in curves if any(math.isfinite(y) for y in curve[3])]
+    if not curves:
+        return
+
+    figure, axes = _panels(len(curves))
+    for axis, (title, xlabel, x, y) in zip(axes, curves, strict=True):
+        axis.plot(x, y, marker="o" if len(x) <= 60 else None, markersize=3)
+        axis.set(title=title, xlabel=xlabel)
+        if "norm" in title and all(value > 0 for value in y if math.isfinite(value)):
+            axis.set_yscale("log")
+    _save_figure(figure, path)
+
+
+def plot_soup(
+    coefficients: Sequence[float],
+    results: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | os.PathLike,
+) -> None:
+    """Draw every reward against the mixing coefficient, one panel each.
+
+    Args:
+        coefficients: C mixing coefficients of the first checkpoint, in any order.
+        results: for each named reward C pairs (mean, standard error), in the same order.
+    """
+    order = sorted(range(len(coefficients)), key=lambda i: coefficients[i])
+    figure, axes = _panels(len(results))
+    for axis, (name, pairs) in zip(axes, results.items(), strict=True):
+        means, errors = zip(*(pairs[i] for i in order), strict=True)
+        axis.errorbar([coefficients[i] for i in order], means, yerr=errors, marker="o", capsize=2)
+        axis.set(title=name, xlabel="mixing coefficient of the first checkpoint")
+    _save_figure(figure, path)
+
+
+def _series(rows: Sequence[dict], key: str) -> tuple[list, list]:
+    """Steps and values of the rows that have ``key``; a null value is a gap in the line."""
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
+
+
+def _panels(count: int):
+    # Figure rather than pyplot: no global state, and the Agg canvas whatever the user's backend
+    from matplotlib.figure import Figure
+
+    columns = min(count, 3)
+    grid = math.ceil(count / columns), columns
+    figure = Figure(figsize=(4.2 * grid[1], 3.2 * grid[0]), layout="constrained")
+    axes = figure.subplots(*grid, squeeze=False).flatten()
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
+        axis.grid(alpha=0.3)
+    return figure, axes[:count]
+
+
+def _save_figure(figure, path: str | os.PathLike) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=110)

@@ -1,0 +1,135 @@
+"""Prompt sets: a name or a text file becomes a list of prompts, and prompts are drawn by key, never by order.
+
+``simple_animals`` are the 45 animals that DDPO (arXiv 2305.13301) and AlignProp (arXiv 2310.03739) align on.
+``hps_v2_all`` are the benchmark prompts of HPSv2 (arXiv 2306.09341), 800 in each of four styles.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alignprop.seeding import generator
+from alignprop.settings import ConfigError
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+HPS_REPO = "zhwang/HPDv2"
+HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
+HPS_HELD_OUT = 50  # of each style
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """``prompts`` and, for each of them, a dict of ``metadata`` handed to the reward (often empty)."""
+
+    name: str
+    prompts: tuple[str, ...]
+    metadata: tuple[dict, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
+    """The prompt set called ``name``, or the lines of the text file at the path ``name``.
+
+    A text file is UTF-8 with one prompt per line; blank lines are skipped, and ``#`` has no special meaning.
+
+    Args:
+        name: a key of ``PROMPT_SETS`` or a path.
+        field: the config field that named it, for the error message.
+
+    Raises:
+        ConfigError: unknown name; file missing, empty or not UTF-8; HPSv2's prompts out of reach.
+    """
+    if name in PROMPT_SETS:
+        return PROMPT_SETS[name](name, field)
+    path = Path(name).expanduser()
+    if path.is_file() or "/" in name or name.endswith(".txt"):
+        return _from_file(name, path, field)
+    nearest = difflib.get_close_matches(name, PROMPT_SETS, n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    raise ConfigError(
+        f"{field} = {name!r} is not a prompt set{hint}; allowed: {', '.join(PROMPT_SETS)} or a text file's path"
+    )
+
+
+def draw_prompts(prompt_set: PromptSet, seed: int, step: int, indices: Iterable[int]) -> tuple[list[str], list[dict]]:
+    """Prompts and metadata of the samples ``indices`` of the global batch of ``step``, with replacement.
+
+    Each draw depends on (seed, step, index) alone, so a sample keeps its prompt however the batch is cut into
+    processes and micro-batches, and a resumed run continues the same stream.
+    """
+    streams = [generator(seed, step, int(j), "prompt") for j in indices]
+    chosen = [int(torch.randint(len(prompt_set), (), generator=stream)) for stream in streams]
+    return [prompt_set.prompts[i] for i in chosen], [dict(prompt_set.metadata[i]) for i in chosen]
+
+
+def _from_file(name: str, path: Path, field: str) -> PromptSet:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{field} = {name!r}: {path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{field} = {name!r}: cannot read {path} ({error.strerror})") from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ConfigError(f"{field} = {name!r}: {path} holds no prompt; write one per line")
+    return PromptSet(name, prompts, tuple({} for _ in prompts))
+
+
+def _asset(filename: str) -> Callable[[str, str], PromptSet]:
+    return lambda name, field: _from_file(name, ASSETS / filename, field)
+
+
+def _hps(held_out: bool) -> Callable[[str, str], PromptSet]:
+    """The last ``HPS_HELD_OUT`` prompts of every style are for evaluation, the others for training.
+
+    AlignProp's released code evaluates on 50 prompts, all of the style "photo"; here every style has its 50.
+    """
+
+    def load(name: str, field: str) -> PromptSet:
+        part = slice(-HPS_HELD_OUT, None) if held_out else slice(None, -HPS_HELD_OUT)
+        rows = [(prompt, style) for style in HPS_STYLES for prompt in _hps_style(style, name, field)[part]]
+        return PromptSet(name, tuple(p for p, _ in rows), tuple({"style": s} for _, s in rows))
+
+    return load
+
+
+def _hps_style(style: str, name: str, field: str) -> list[str]:
+    """The benchmark prompts of one style, in the released order, through huggingface_hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    filename = f"benchmark/{style}.json"
+    try:
+        try:  # the cache first, so that a run whose files are there needs no network
+            path = hf_hub_download(HPS_REPO, filename, repo_type="dataset", local_files_only=True)
+        except OSError:
+            path = hf_hub_download(HPS_REPO, filename, repo_type="dataset")
+    except Exception as error:  # the hub's client lets its transport's own exceptions through as well
+        raise ConfigError(
+            f"{field} = {name!r}: {filename} of the dataset {HPS_REPO} is neither in the Hugging Face cache "
+            f"nor can it be fetched ({type(error).__name__}); set HF_HOME to a cache that has it, "
+            "or give the path of a text file"
+        ) from None
+    try:
+        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        prompts = None
+    is_list = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+    if not is_list or len(prompts) <= HPS_HELD_OUT:
+        raise ConfigError(f"{field} = {name!r}: {path} is not a JSON list of more than {HPS_HELD_OUT} prompts")
+    return [prompt.strip() for prompt in prompts]
+
+
+PROMPT_SETS: dict[str, Callable[[str, str], PromptSet]] = {
+    "simple_animals": _asset("prompts/simple_animals.txt"),
+    "eval_simple_animals": _asset("prompts/eval_simple_animals.txt"),
+    "hps_v2_all": _hps(held_out=False),
+    "eval_hps_v2_all": _hps(held_out=True),
+    "tiny_train": _asset("tiny/prompts_train.txt"),
+    "tiny_heldout": _asset("tiny/prompts_heldout.txt"),
+}

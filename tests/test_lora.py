@@ -1,0 +1,171 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignprop.lora import (
+    LORA_FILE,
+    LoraWeights,
+    add_lora,
+    get_lora,
+    read_lora,
+    save_lora,
+    set_lora,
+    trainable_parameters,
+    update_lora,
+)
+from alignprop.models.sd import StableDiffusion
+from alignprop.seeding import generator
+from alignprop.settings import ConfigError
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@pytest.fixture
+def model(pipeline_folder):
+    return StableDiffusion.load(str(pipeline_folder))
+
+
+def add_random(model, rank=3, alpha=3.0, seed=0):
+    add_lora(model.denoiser, rank, alpha, TARGETS, seed)
+    for name, parameter in trainable_parameters(model.denoiser).items():
+        parameter.data.normal_(0, 0.5, generator=generator(name, seed))
+
+
+@torch.no_grad()
+def predict(model, with_lora=True):
+    latents = model.init_latents([generator("latents")])
+    return model.predict(latents, torch.tensor(500), model.encode_prompts(["a cat"]), 5.0)
+
+
+def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains(model):
+    before = predict(model)
+    add_lora(model.denoiser, 4, 4.0, TARGETS, seed=0)
+    assert torch.equal(predict(model), before)
+    trained = trainable_parameters(model.denoiser)
+    assert trained and all("lora" in name and p.dtype == torch.float32 for name, p in trained.items())
+
+
+def test_the_adapter_is_float32_in_a_half_precision_denoiser(pipeline_folder):
+    half = StableDiffusion.load(str(pipeline_folder), dtype=torch.bfloat16)
+    add_lora(half.denoiser, 4, 4.0, TARGETS, seed=0)
+    assert {p.dtype for p in trainable_parameters(half.denoiser).values()} == {torch.float32}
+    assert half.denoiser.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_initialisation_is_a_function_of_the_seed_alone(pipeline_folder):
+    adapters = []
+    for seed in (0, 0, 1):
+        torch.rand(3)
+        model = StableDiffusion.load(str(pipeline_folder))
+        add_lora(model.denoiser, 4, 4.0, TARGETS, seed)
+        adapters.append(torch.cat([t.flatten() for t in get_lora(model.denoiser).tensors.values()]))
+    assert torch.equal(adapters[0], adapters[1]) and not torch.equal(adapters[0], adapters[2])
+
+
+@pytest.mark.parametrize("alpha", [3.0, 6.0])
+def test_saved_file_reloads_exactly_here_and_in_a_plain_pipeline(model, pipeline_folder, tmp_path, alpha):
+    base = predict(model)
+    add_random(model, alpha=alpha)
+    expected = predict(model)
+    save_lora(model, get_lora(model.denoiser), tmp_path)
+
+    ours = StableDiffusion.load(str(pipeline_folder))
+    set_lora(ours.denoiser, read_lora(tmp_path))
+    assert torch.equal(predict(ours), expected)
+    assert not trainable_parameters(ours.denoiser)
+
+    plain = StableDiffusion.load(str(pipeline_folder))
+    plain.pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(predict(plain), expected, rtol=0, atol=1e-6)
+    assert (expected - base).abs().max() > 0.1
+
+
+def test_none_takes_the_adapter_away(model):
+    base = predict(model)
+    add_random(model)
+    set_lora(model.denoiser, None)
+    assert torch.equal(predict(model), base)
+
+
+def test_adapters_of_different_rank_replace_each_other(model):
+    add_random(model, rank=2)
+    small = get_lora(model.denoiser)
+    expected = predict(model)
+    set_lora(model.denoiser, None)
+    add_random(model, rank=5, seed=1)
+    assert not torch.equal(predict(model), expected)
+    set_lora(model.denoiser, small)
+    assert torch.equal(predict(model), expected)
+
+
+def test_attention_processor_keys_of_the_released_checkpoints_are_read(model, pipeline_folder, tmp_path):
+    add_random(model)
+    released = {}
+    for name, tensor in get_lora(model.denoiser).tensors.items():
+        module, factor = name.rsplit(".lora_", 1)
+        parent, layer = module.replace("to_out.0", "to_out").rsplit(".", 1)
+        released[f"{parent}.processor.{layer}_lora.{'down' if factor[0] == 'A' else 'up'}.weight"] = tensor
+    assert any("attn1.processor.to_out_lora.up.weight" in name for name in released)
+    save_file(released, tmp_path / LORA_FILE)
+    other = StableDiffusion.load(str(pipeline_folder))
+    set_lora(other.denoiser, read_lora(tmp_path))
+    assert torch.equal(predict(other), predict(model))
+
+
+def test_unknown_target_layer_is_named(model):
+    with pytest.raises(ConfigError, match=r"lora_target_modules.*to_nowhere"):
+        add_lora(model.denoiser, 4, 4.0, ("to_q", "to_nowhere"), seed=0)
+
+
+def test_files_that_are_no_lora_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no LoRA file"):
+        read_lora(tmp_path)
+    save_file({"conv_in.weight": torch.ones(2)}, tmp_path / LORA_FILE)
+    with pytest.raises(ConfigError, match=r"0 of 1 tensors are LoRA tensors.*conv_in"):
+        read_lora(tmp_path)
+
+
+def test_a_truncated_file_is_refused(model, tmp_path):
+    add_random(model)
+    save_lora(model, get_lora(model.denoiser), tmp_path)
+    path = tmp_path / LORA_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+        read_lora(path)
+
+
+def test_an_adapter_of_another_model_is_not_loaded_silently(model):
+    add_random(model)
+    weights = get_lora(model.denoiser)
+    set_lora(model.denoiser, None)
+    renamed = {k.replace("down_blocks.0", "down_blocks.7"): v for k, v in weights.tensors.items()}
+    with pytest.raises(ConfigError, match=r"\d+ of \d+ adapted layers exist"):
+        set_lora(model.denoiser, LoraWeights(renamed, 1.0))
+    wider = {k: torch.cat([v, v], dim=1) if "lora_A" in k else v for k, v in weights.tensors.items()}
+    with pytest.raises(ConfigError, match="in this model and"):
+        set_lora(model.denoiser, LoraWeights(wider, 1.0))
+
+
+def test_update_refuses_another_rank_and_names_both(model):
+    add_random(model, rank=3)
+    weights = get_lora(model.denoiser)
+    set_lora(model.denoiser, None)
+    add_lora(model.denoiser, 4, 4.0, TARGETS, seed=0)
+    with pytest.raises(ConfigError, match=r"lora_rank = 3, this run has 4"):
+        update_lora(model.denoiser, weights)
+
+
+def test_update_keeps_the_adapter_trainable(model):
+    add_random(model)
+    weights = get_lora(model.denoiser)
+    set_lora(model.denoiser, None)
+    add_lora(model.denoiser, 3, 3.0, TARGETS, seed=0)
+    update_lora(model.denoiser, weights)
+    assert all(torch.equal(get_lora(model.denoiser).tensors[k], v) for k, v in weights.tensors.items())
+    assert len(trainable_parameters(model.denoiser)) == len(weights.tensors)
+
+
+def test_file_keys_are_those_of_the_pipeline(model, tmp_path):
+    add_random(model)
+    save_lora(model, get_lora(model.denoiser), tmp_path)
+    assert all(name.startswith("unet.") for name in load_file(tmp_path / LORA_FILE))

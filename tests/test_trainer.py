@@ -1,0 +1,204 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignprop.checkpoint import checkpoints_of
+from alignprop.evaluate import Evaluator
+from alignprop.lora import LORA_FILE, trainable_parameters
+from alignprop.models.sd import StableDiffusion
+from alignprop.settings import ConfigError
+from alignprop.trainer import AlignPropTrainer
+from rewards import RewardError
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    """Drawing curves costs more than these runs; the test of the run folder keeps it."""
+    if "complete" not in request.node.name:
+        monkeypatch.setattr("alignprop.run.plot_curves", lambda rows, path: None)
+
+
+def train(config):
+    trainer = AlignPropTrainer(config)
+    trainer.train()
+    return trainer
+
+
+def rows(trainer, kind=None):
+    found = [json.loads(line) for line in (trainer.run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in found if kind in (None, r["kind"])]
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.parameters])
+
+
+
+def test_a_run_folder_is_complete(toy_config):
+    trainer = train(toy_config(run_name="r", eval_freq=1))
+    folder = trainer.run.folder
+    for name in ("config.json", "metrics.jsonl", "curves.png", "before_after.png", "samples/step_000000.png",
+                 "samples/step_000004.png", f"checkpoints/checkpoint_4/{LORA_FILE}"):  # fmt: skip
+        assert (folder / name).is_file(), name
+    assert [r["step"] for r in rows(trainer, "train")] == [1, 2, 3, 4]
+    assert [r["step"] for r in rows(trainer, "eval")] == [0, 2, 4]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["train"]["gradient_accumulation_steps"] == 2 and "torch" in config["versions"]
+
+
+def test_training_raises_the_reward(toy_config):
+    config = toy_config(num_epochs=8, train__learning_rate=2e-2, num_eval_images=8, estimator="full")
+    held_out = [r["reward"] for r in rows(train(config), "eval")]
+    assert held_out[-1] > held_out[0] + 0.02
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train__ema_decay": 0.5, "eta": 1.0}, {"use_lora": False}])
+def test_stopping_and_resuming_changes_nothing(toy_config, overrides):
+    overrides = {"eval_freq": 2, "save_freq": 2, **overrides}
+    whole = train(toy_config(run_name="whole", num_epochs=4, **overrides))
+    half = train(toy_config(run_name="parts", num_epochs=2, **overrides))
+    torch.rand(7)  # a new process would not have this one's random state either
+    parts = train(toy_config(num_epochs=4, resume_from=str(half.run.folder), **overrides))
+    assert parts.run.folder == half.run.folder.resolve()
+    assert torch.equal(weights(parts), weights(whole))
+    assert rows(parts) == rows(whole)
+    files = [next(checkpoints_of(t.run.folder)[-1].rglob("*.safetensors")).read_bytes() for t in (whole, parts)]
+    assert files[0] == files[1]
+
+
+def test_resuming_an_earlier_checkpoint_drops_the_later_rows(toy_config):
+    trainer = train(toy_config(run_name="r", num_epochs=2, eval_freq=1))
+    expected = rows(trainer)
+    again = train(toy_config(num_epochs=2, eval_freq=1, resume_from=str(trainer.run.folder / "checkpoints" / "checkpoint_2")))
+    assert rows(again) == expected
+
+
+def test_micro_batches_do_not_change_the_update(toy_config):
+    results = [weights(train(toy_config(run_name=f"m{size}", per_gpu_capacity=size))) for size in (1, 4)]
+    assert ((results[0] - results[1]).norm() / results[0].norm()) < 1e-5
+
+
+def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
+    """One SGD-like check of the whole step: its clipped-off gradient norm against plain autograd on the same plan."""
+    trainer = AlignPropTrainer(toy_config(per_gpu_capacity=2, train__loss_coeff=0.5, grad_scale=3.0))
+    from alignprop.prompts import draw_prompts
+    from alignprop.seeding import generator, generators
+
+    run = trainer.run
+    for parameter in trainer.parameters:
+        parameter.data.normal_(0, 0.3, generator=generator("w", parameter.numel()))
+    plan = trainer.estimator(3, 4, generator(0, 0, "plan"))
+    prompts, metadata = draw_prompts(trainer.prompts, 0, 0, range(4))
+    latents = run.model.init_latents(generators(range(4), 0, 0, "noise"))
+    sampler, cond = run.rollout.sampler, run.model.encode_prompts(prompts)
+    for i, t in enumerate(sampler.timesteps):
+        output = run.model.predict(latents, t, cond, 3.0)
+        output = torch.where(plan.active[i].view(-1, 1, 1, 1), output, output.detach())
+        latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * output
+    rewards = run.reward(run.model.decode(latents), prompts, metadata)
+    grads = torch.autograd.grad(-1.5 * rewards.mean(), trainer.parameters)
+    expected = torch.cat([g.flatten() for g in grads]).norm().item()
+    row = trainer.step()
+    assert row["grad_norm"] == pytest.approx(expected, rel=1e-4)
+    assert row["loss"] == pytest.approx(-1.5 * rewards.mean().item(), rel=1e-4)
+    assert row["reward"] == pytest.approx(rewards.mean().item(), rel=1e-4)
+    (adjoint,) = torch.autograd.grad(-1.5 * run.reward(run.model.decode(x := latents.detach().requires_grad_()), prompts,
+                                                       metadata).sum(), [x])  # fmt: skip
+    assert row["adjoint_norm"][-1] == pytest.approx(adjoint.flatten(1).norm(dim=1).mean().item(), rel=1e-3)
+
+
+def test_a_checkpoint_reproduces_the_evaluation_in_a_plain_pipeline(toy_config, pipeline_folder):
+    from diffusers import StableDiffusionPipeline
+
+    from alignprop.seeding import generators
+
+    trainer = train(toy_config(train__learning_rate=1e-2))
+    evaluation = trainer.run.evaluator()
+    plain = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
+    plain.set_progress_bar_config(disable=True)
+
+    def sample():
+        latents = trainer.run.model.init_latents(generators(range(2), 0, "evaluation"))
+        prompts = evaluation.prompts[:2]
+        return plain(prompts, latents=latents, num_inference_steps=3, guidance_scale=3.0, output_type="pt").images
+
+    base = sample()
+    plain.load_lora_weights(checkpoints_of(trainer.run.folder)[-1])
+    assert (sample() - evaluation.images).abs().max() < 1e-4
+    assert (base - evaluation.images).abs().max() > 1e-2
+
+
+def test_moving_average_is_what_is_saved_and_evaluated(toy_config):
+    trainer = train(toy_config(train__ema_decay=0.9, train__learning_rate=1e-2))
+    saved = load_file(checkpoints_of(trainer.run.folder)[-1] / LORA_FILE)
+    raw = trainable_parameters(trainer.run.model.denoiser)
+    name, parameter = next(iter(raw.items()))
+    stored = saved["unet." + name.replace(".default", "")]
+    assert torch.equal(stored, trainer.ema.shadow_params[0]) and not torch.equal(stored, parameter)
+    before = weights(trainer)
+    trainer.evaluate()
+    assert torch.equal(weights(trainer), before)
+
+
+def test_nothing_but_the_adapter_is_trained(toy_config, pipeline_folder):
+    trainer = train(toy_config(train__learning_rate=1e-2))
+    fresh = StableDiffusion.load(str(pipeline_folder))
+    for module in ("vae", "text_encoder"):
+        for name, tensor in getattr(fresh, module).state_dict().items():
+            assert torch.equal(getattr(trainer.run.model, module).state_dict()[name], tensor), name
+    assert trainer.parameters and all(p.grad is None for p in trainer.run.model.vae.parameters())
+
+
+def test_held_out_evaluation_during_training_changes_no_step(toy_config):
+    often, never = (train(toy_config(run_name=f"e{freq}", eval_freq=freq)) for freq in (1, 0))
+    assert rows(often, "train") == rows(never, "train")
+
+
+def test_a_non_finite_step_is_skipped_counted_and_ends_the_run_after_n(toy_config, monkeypatch):
+    config = toy_config(reward_fn="tests.toy_rewards:Explodes", eval_reward_fn="", train__max_skipped_steps=3)
+    with pytest.raises(ConfigError, match="3 optimizer steps in a row had a non-finite"):
+        train(config)
+    trainer = AlignPropTrainer(toy_config(run_name="other", reward_fn="tests.toy_rewards:Explodes", eval_reward_fn=""))
+    trainer.run.reward.terms["tests.toy_rewards:Explodes"].function.calls = -1  # finite in the first step only
+    trainer.step()
+    before = weights(trainer)
+    row = trainer.step()
+    assert row["skipped_steps"] == 1 and torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize(("reward", "message"), [
+    ("wrong_shape", r"shape \[2, 1\], expected \[2\]"), ("not_a_number", "non-finite"), ("detached", "no gradient"),
+])  # fmt: skip
+def test_a_broken_reward_is_refused_at_the_first_batch(toy_config, reward, message):
+    trainer = AlignPropTrainer(toy_config(reward_fn=f"tests.toy_rewards:{reward}", eval_reward_fn=""))
+    with pytest.raises(RewardError, match=f"{reward}.*{message}"):
+        trainer.step()
+
+
+def test_a_reward_without_gradient_is_refused_before_the_first_batch(toy_config):
+    with pytest.raises(RewardError, match="differentiable"):
+        AlignPropTrainer(toy_config(reward_fn="tests.toy_rewards:hidden_rating"))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(toy_config):
+    train(toy_config(run_name="r", num_epochs=1))
+    with pytest.raises(ConfigError, match=r"run_name = 'r'.*already holds a run"):
+        AlignPropTrainer(toy_config(run_name="r"))
+
+
+def test_another_rank_is_refused_at_resume(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    with pytest.raises(ConfigError, match="lora_rank = 4, this run has 8"):
+        AlignPropTrainer(toy_config(resume_from=str(first.run.folder), lora_rank=8))
+
+
+def test_no_estimator_without_gradient_trains(toy_config):
+    with pytest.raises(ConfigError, match="estimator = 'none' is not one of"):
+        AlignPropTrainer(toy_config(estimator="none"))
+
+
+def test_evaluator_is_built_on_the_unwrapped_rollout(toy_config):
+    trainer = AlignPropTrainer(toy_config())
+    assert isinstance(trainer.run.evaluator, Evaluator) and trainer.run.evaluator.rollout is trainer.run.rollout
