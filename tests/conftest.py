@@ -35,12 +35,22 @@ def toy_config(pipeline_folder, tmp_path):
         prompts.write_text("a cat\na dog\ntwo red circles\na blue bird\n")
         c = get_config(preset)
         defaults = {
-            "pretrained.model": str(pipeline_folder), "reward_fn": "tests.toy_rewards:redness",
-            "eval_reward_fn": "tests.toy_rewards:contrast", "prompt_fn": str(prompts), "eval_prompt_fn": str(prompts),
-            "log_dir": str(tmp_path / "logs"), "num_inference_steps": 3, "num_epochs": 2, "per_gpu_capacity": 2,
-            "mixed_precision": "no", "num_eval_images": 4, "eval_freq": 0, "max_vis_images": 2, "train.total_batch_size": 4,
+            "pretrained.model": str(pipeline_folder),
+            "reward_fn": "tests.toy_rewards:redness",
+            "eval_reward_fn": "tests.toy_rewards:contrast",
+            "prompt_fn": str(prompts),
+            "eval_prompt_fn": str(prompts),
+            "log_dir": str(tmp_path / "logs"),
+            "mixed_precision": "no",
+            "num_inference_steps": 3,
+            "num_epochs": 2,
+            "eval_freq": 0,
+            "num_eval_images": 4,
+            "max_vis_images": 2,
+            "per_gpu_capacity": 2,
+            "train.total_batch_size": 4,
             "train.total_samples_per_epoch": 8,
-        }  # fmt: skip
+        }
         with c.unlocked():
             c.update_from_flattened_dict(defaults | {k.replace("__", "."): v for k, v in overrides.items()})
         return c

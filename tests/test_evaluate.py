@@ -27,7 +27,8 @@ def pictures(folder):
 
 
 def test_the_same_pictures_and_scores_whatever_the_batch_size(toy_config):
-    one, three = (Run(toy_config("tiny_evaluate", per_gpu_capacity=size, num_eval_images=5)).evaluator() for size in (1, 3))
+    sizes = (dict(per_gpu_capacity=size, num_eval_images=5) for size in (1, 3))
+    one, three = (Run(toy_config("tiny_evaluate", **size)).evaluator() for size in sizes)
     assert one.prompts == three.prompts
     # Matrix products of another batch size round differently; the noise is the same.
     assert (one.images - three.images).abs().max() < 1e-5
@@ -50,7 +51,7 @@ def test_evaluation_leaves_global_randomness_alone(toy_config):
 def test_report_files_agree_with_the_scores(toy_config, tmp_path):
     found = Run(toy_config()).evaluator()
     summary = write_report(found, tmp_path)
-    rows = list(csv.DictReader(open(tmp_path / "scores.csv")))
+    rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     assert [float(r["tests.toy_rewards:contrast"]) for r in rows] == found.terms["tests.toy_rewards:contrast"].tolist()
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["reward"]["mean"] == pytest.approx(sum(float(r["reward"]) for r in rows) / 4)

@@ -67,7 +67,8 @@ def sweep_gradients(model, plan, guidance_scale, eta, dtype, **options):
 def gradients_of(value, model):
     parameters = list(trainable_parameters(model.denoiser).values())
     grads = torch.autograd.grad(value, parameters, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads)])
+    pairs = zip(parameters, grads, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 
 
 def relative_difference(ours, expected):
@@ -116,7 +117,7 @@ def test_an_inactive_step_is_not_called_again(pipelines):
 
 
 def test_weight_and_coupling_follow_their_definition(pipelines):
-    """w scales a step's gradient and γ its share of λ; the chain with γ·f(x) + (1-γ)·f(x detached) is their autograd."""
+    """w scales a step's gradient and γ its share of λ; γ·f(x) + (1-γ)·f(x detached) is their autograd."""
     model = make_model(pipelines["epsilon"], torch.float64)
     draw = lambda name: 0.5 + torch.rand(STEPS, BATCH, generator=generator(name), dtype=torch.float64)  # noqa: E731
     plan = GradientPlan(PLANS["per_step"].active, coupling=draw("coupling"), weight=draw("weight"))

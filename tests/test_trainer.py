@@ -2,15 +2,25 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from alignprop.checkpoint import checkpoints_of
 from alignprop.evaluate import Evaluator
 from alignprop.lora import LORA_FILE, trainable_parameters
 from alignprop.models.sd import StableDiffusion
+from alignprop.prompts import draw_prompts
+from alignprop.seeding import generator, generators
 from alignprop.settings import ConfigError
 from alignprop.trainer import AlignPropTrainer
 from rewards import RewardError
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one precision for a whole process."""
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +81,8 @@ def test_stopping_and_resuming_changes_nothing(toy_config, overrides):
 def test_resuming_an_earlier_checkpoint_drops_the_later_rows(toy_config):
     trainer = train(toy_config(run_name="r", num_epochs=2, eval_freq=1))
     expected = rows(trainer)
-    again = train(toy_config(num_epochs=2, eval_freq=1, resume_from=str(trainer.run.folder / "checkpoints" / "checkpoint_2")))
+    earlier = str(trainer.run.folder / "checkpoints" / "checkpoint_2")
+    again = train(toy_config(num_epochs=2, eval_freq=1, resume_from=earlier))
     assert rows(again) == expected
 
 
@@ -81,11 +92,8 @@ def test_micro_batches_do_not_change_the_update(toy_config):
 
 
 def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
-    """One SGD-like check of the whole step: its clipped-off gradient norm against plain autograd on the same plan."""
+    """The whole step, micro-batches and all: gradient norm, loss and adjoint against plain autograd on its plan."""
     trainer = AlignPropTrainer(toy_config(per_gpu_capacity=2, train__loss_coeff=0.5, grad_scale=3.0))
-    from alignprop.prompts import draw_prompts
-    from alignprop.seeding import generator, generators
-
     run = trainer.run
     for parameter in trainer.parameters:
         parameter.data.normal_(0, 0.3, generator=generator("w", parameter.numel()))
@@ -104,15 +112,14 @@ def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
     assert row["grad_norm"] == pytest.approx(expected, rel=1e-4)
     assert row["loss"] == pytest.approx(-1.5 * rewards.mean().item(), rel=1e-4)
     assert row["reward"] == pytest.approx(rewards.mean().item(), rel=1e-4)
-    (adjoint,) = torch.autograd.grad(-1.5 * run.reward(run.model.decode(x := latents.detach().requires_grad_()), prompts,
-                                                       metadata).sum(), [x])  # fmt: skip
+    last = latents.detach().requires_grad_()
+    losses = -1.5 * run.reward(run.model.decode(last), prompts, metadata)
+    (adjoint,) = torch.autograd.grad(losses.sum(), [last])
     assert row["adjoint_norm"][-1] == pytest.approx(adjoint.flatten(1).norm(dim=1).mean().item(), rel=1e-3)
 
 
 def test_a_checkpoint_reproduces_the_evaluation_in_a_plain_pipeline(toy_config, pipeline_folder):
     from diffusers import StableDiffusionPipeline
-
-    from alignprop.seeding import generators
 
     trainer = train(toy_config(train__learning_rate=1e-2))
     evaluation = trainer.run.evaluator()
@@ -202,3 +209,50 @@ def test_no_estimator_without_gradient_trains(toy_config):
 def test_evaluator_is_built_on_the_unwrapped_rollout(toy_config):
     trainer = AlignPropTrainer(toy_config())
     assert isinstance(trainer.run.evaluator, Evaluator) and trainer.run.evaluator.rollout is trainer.run.rollout
+
+
+def half_precision(monkeypatch, dtype, scale):
+    """accelerate refuses float16 on a CPU, where torch itself can run it: the same parts, put together by hand."""
+    from accelerate import Accelerator
+
+    def build(**options):
+        accelerator = Accelerator(**options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16" if scale else "bf16"
+        accelerator.autocast = lambda: torch.autocast("cpu", dtype)
+        return accelerator
+
+    monkeypatch.setattr("alignprop.run.Accelerator", build)
+
+
+def test_loss_scaling_leaves_the_step_as_it_is(toy_config, monkeypatch):
+    expected = AlignPropTrainer(toy_config(run_name="a")).step()
+    half_precision(monkeypatch, torch.float16, scale=2.0**12)
+    row = AlignPropTrainer(toy_config(run_name="b")).step()
+    assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)
+    norms = [[n for n in r["adjoint_norm"] if n is not None] for r in (row, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+    assert row["reward"] == pytest.approx(expected["reward"], abs=0.01)
+
+
+def test_an_overflow_lowers_the_loss_scale_and_skips_the_step(toy_config, monkeypatch):
+    half_precision(monkeypatch, torch.float16, scale=2.0**100)
+    trainer = AlignPropTrainer(toy_config())
+    before = weights(trainer)
+    assert trainer.step()["skipped_steps"] == 1
+    assert torch.equal(weights(trainer), before)
+    assert trainer.run.accelerator.scaler.get_scale() < 2.0**100
+
+
+def test_bfloat16_trains_a_float32_adapter(toy_config):
+    trainer = AlignPropTrainer(toy_config(mixed_precision="bf16"))
+    assert trainer.run.model.denoiser.conv_in.weight.dtype == torch.bfloat16
+    before = weights(trainer)
+    assert trainer.step()["grad_norm"] > 0
+    assert before.dtype == torch.float32 and not torch.equal(weights(trainer), before)
+
+
+def test_trackers_get_the_run(toy_config):
+    trainer = train(toy_config(log_with="tensorboard", num_epochs=1))
+    assert list(trainer.run.folder.rglob("events.out.tfevents*"))

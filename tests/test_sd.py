@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from alignprop.models import load_model
+from alignprop.models.base import select
+from alignprop.models.sd import StableDiffusion
+from alignprop.seeding import generators
+from alignprop.settings import ConfigError
+from tests.single_file import make_pipeline, write_single_file
+
+
+@pytest.fixture
+def model(pipeline_folder):
+    return StableDiffusion.load(str(pipeline_folder))
+
+
+def weights(model):
+    return {
+        f"{name}.{key}": tensor
+        for name in ("denoiser", "vae", "text_encoder")
+        for key, tensor in getattr(model, name).state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_single_file_is_the_model_of_its_folder(tmp_path, suffix):
+    folder = make_pipeline(tmp_path / "pipeline", "v_prediction")
+    path = write_single_file(folder, tmp_path / f"model{suffix}")
+    one, other = load_model(str(path), config=str(folder)), load_model(str(folder))
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert one.scheduler.config.prediction_type == "v_prediction"
+    cond = [m.encode_prompts(["a red cat"]) for m in (one, other)]
+    torch.testing.assert_close(cond[0]["prompt_embeds"], cond[1]["prompt_embeds"])
+
+
+@pytest.mark.parametrize("name", ["nowhere/at-all", "missing.safetensors"])
+def test_nothing_to_load(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=f"pretrained.model = '{name}' could not be loaded") as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_refused(tmp_path, pipeline_folder):
+    path = write_single_file(make_pipeline(tmp_path / "p"), tmp_path / "model.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="could not be loaded"):
+        load_model(str(path), config=str(tmp_path / "p"))
+
+
+def test_everything_is_frozen_and_in_evaluation_mode(model):
+    for module in (model.denoiser, model.vae, model.text_encoder):
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+def test_shapes_come_from_the_model(tmp_path):
+    model = load_model(str(make_pipeline(tmp_path / "p", sample_size=12, channels=(16, 32), vae_channels=(8, 16))))
+    latents = model.init_latents(generators(range(2), "x"))
+    assert latents.shape == (2, 4, 12, 12) and latents.dtype == torch.float32
+    assert model.decode(latents).shape == (2, 3, 24, 24)
+
+
+def test_each_prompt_is_encoded_once(model):
+    first = model.encode_prompts(["a cat", "a dog", "a cat"])
+    calls = []
+    model.pipeline.encode_prompt = lambda *arguments, **options: calls.append(arguments)
+    again = model.encode_prompts(["a dog", "a cat"])
+    assert calls == []
+    assert torch.equal(again["prompt_embeds"], first["prompt_embeds"][[1, 0]])
+    assert torch.equal(select(first, torch.tensor([2]))["prompt_embeds"], again["prompt_embeds"][1:])
+    assert not torch.equal(first["prompt_embeds"][0], first["negative_prompt_embeds"][0])
+
+
+def test_guidance_is_the_extrapolation_from_unconditional_to_conditional(model):
+    cond = model.encode_prompts(["a cat"])
+    latents, t = model.init_latents(generators([0], "x")), torch.tensor(300)
+    call = lambda embeds: model.denoiser(latents, t, embeds).sample  # noqa: E731
+    with torch.no_grad():
+        conditional, unconditional = call(cond["prompt_embeds"]), call(cond["negative_prompt_embeds"])
+        torch.testing.assert_close(model.predict(latents, t, cond, 1.0), conditional)
+        expected = unconditional + 4.0 * (conditional - unconditional)
+        torch.testing.assert_close(model.predict(latents, t, cond, 4.0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_lie_in_the_unit_range_and_carry_gradient(model):
+    latents = (5 * model.init_latents(generators([0], "x"))).requires_grad_()
+    images = model.decode(latents)
+    assert images.min() >= 0 and images.max() <= 1 and images.dtype == torch.float32
+    images.sum().backward()
+    assert latents.grad.abs().sum() > 0
+
+
+def test_half_precision_model_samples_float32_latents(pipeline_folder):
+    model = StableDiffusion.load(str(pipeline_folder), dtype=torch.bfloat16)
+    latents = model.init_latents(generators([0], "x"))
+    with torch.no_grad():
+        output = model.predict(latents, torch.tensor(1), model.encode_prompts(["a cat"]), 3.0)
+        assert output.dtype == torch.bfloat16 and model.decode(latents).dtype == torch.float32
