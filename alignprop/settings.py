@@ -40,6 +40,8 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     steps, train = c.num_inference_steps, c.train
     if c.lora_alpha is None:
         c.lora_alpha = float(c.lora_rank)
+    # A command line gives "to_q,to_v" as one word.
+    c.lora_target_modules = tuple(name for names in c.lora_target_modules for name in names.split(","))
     if c.trunc_backprop_timestep is None:
         c.trunc_backprop_timestep = steps - 1
     if c.truncated_backprop_minmax is None:

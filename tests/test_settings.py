@@ -25,6 +25,10 @@ def test_explicit_values_are_kept():
     assert (c.trunc_backprop_timestep, c.truncated_backprop_minmax, c.lora_alpha) == (10, (5, 40), 1.5)
 
 
+def test_target_modules_may_come_as_one_word():
+    assert resolve(preset(lora_target_modules=("to_q,to_v",)), 1).lora_target_modules == ("to_q", "to_v")
+
+
 def test_the_original_is_left_alone():
     config = preset()
     resolve(config, 1)

@@ -1,0 +1,165 @@
+"""Imports run downwards: what a module may import is read off its layer, so that each part can be read by itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LAYERS = [
+    ["alignprop", "alignprop.seeding", "alignprop.settings"],
+    [
+        "alignprop.estimators",
+        "alignprop.losses",
+        "alignprop.models.base",
+        "alignprop.pictures",
+        "alignprop.prompts",
+        "alignprop.samplers",
+        "alignprop.tracking",
+    ],
+    [
+        "alignprop.lora",
+        "alignprop.models",
+        "alignprop.models.flux",
+        "alignprop.models.sd",
+        "alignprop.models.sd3",
+        "alignprop.models.sdxl",
+        "alignprop.rollout",
+        "alignprop.soups",
+    ],
+    ["alignprop.checkpoint", "alignprop.ddpo", "alignprop.evaluate", "alignprop.memory"],
+    ["alignprop.run"],
+    ["alignprop.tasks", "alignprop.trainer"],
+    ["main", "scripts", "tests"],  # with everything inside them, which may import each other
+]
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+SIDEWAYS = {
+    "alignprop.models": {f"alignprop.models.{family}" for family in ("flux", "sd", "sd3", "sdxl")},
+    "alignprop.soups": {"alignprop.lora"},
+    "alignprop.tracking": {"alignprop.pictures"},
+}
+REWARD_USERS = {"alignprop.evaluate", "alignprop.run", "alignprop.trainer", *LAYERS[-1]}
+OPTIONAL = {"hpsv2", "matplotlib", "tensorboard", "wandb"}  # to be imported where they are used
+
+
+def place(name: str) -> str | None:
+    """The module of ours that a dotted name belongs to (its longest known prefix), None for other people's."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((p for p in prefixes if p in LEVEL or p in ("rewards", "config")), None)
+
+
+def imports(source: str, package: str) -> list[tuple[str, int, bool]]:
+    """(dotted name, line, whether it is imported on loading) of everything that the source imports, anywhere."""
+    found = []
+
+    def visit(node, on_loading):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, child.lineno, on_loading) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package.split(".")[: len(package.split(".")) + 1 - child.level] if child.level else []
+                base += [child.module] if child.module else []
+                found.extend((".".join([*base, alias.name]), child.lineno, on_loading) for alias in child.names)
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            visit(child, on_loading and not inside)
+
+    visit(ast.parse(source), True)
+    return found
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    """What is wrong with the imports of ``module``, a dotted name, in words."""
+    own = place(module)
+    if own is None or (own.startswith("alignprop") and own != module):
+        return [f"{module} has no layer: place it in tests/test_layering.py"]
+    wrong = []
+    for name, line, on_loading in imports(source, module if is_package else module.rpartition(".")[0]):
+        target = place(name)
+        if name.split(".")[0] in OPTIONAL and on_loading and own not in LAYERS[5]:
+            wrong.append(f"{module}:{line} imports {name} on loading; import it in the function that needs it")
+        if target is not None and not _allowed(own, target):
+            wrong.append(f"{module}:{line} imports {target}, which is not below it")
+    return wrong
+
+
+def _allowed(own: str, target: str) -> bool:
+    if own == target:
+        return own in LAYERS[5] or own in ("rewards", "config")
+    if own == "rewards":
+        return False
+    if own == "config":
+        return target == "alignprop.settings"
+    if target == "rewards":
+        return own in REWARD_USERS
+    if target == "config":
+        return own in LAYERS[5]
+    return LEVEL[target] < LEVEL[own] or target in SIDEWAYS.get(own, ()) or {own, target} <= set(LAYERS[5])
+
+
+def source_files():
+    folders = ("alignprop", "rewards", "config", "scripts")
+    return [ROOT / "main.py"] + [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("file", source_files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_run_downwards(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    module = ".".join(parts[:-1] if is_package else parts)
+    assert not violations(module, file.read_text(encoding="utf-8"), is_package)
+
+
+# ---- the checker itself
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("alignprop.seeding", "import alignprop.trainer"),
+        ("alignprop.rollout", "from alignprop.trainer import AlignPropTrainer"),
+        ("alignprop.rollout", "def lazily():\n    from alignprop import evaluate"),
+        ("alignprop.rollout", "from . import evaluate"),
+        ("alignprop.models.sd", "from ..trainer import AlignPropTrainer"),
+        ("alignprop.models.sd", "from alignprop.models.sdxl import anything"),
+        ("alignprop.lora", "from alignprop import soups"),
+        ("alignprop.rollout", "from rewards import build_reward"),
+        ("alignprop.evaluate", "from config.align_prop import base"),
+        ("alignprop.trainer", "import main"),
+        ("alignprop.trainer", "from scripts.tiny import judge"),
+        ("rewards.clip", "from alignprop.settings import ConfigError"),
+        ("config.align_prop", "from alignprop.trainer import AlignPropTrainer"),
+        ("alignprop.pictures", "import matplotlib.figure"),
+        ("rewards.hps", "if True:\n    import hpsv2"),
+    ],
+)
+def test_a_violation_is_caught(module, source):
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("alignprop.trainer", "from alignprop.evaluate import Evaluator\nfrom rewards import build_reward"),
+        ("alignprop.soups", "from alignprop.lora import LoraWeights"),
+        ("alignprop.models.sd", "from .base import Conditioning\nimport torch, diffusers.models"),
+        ("alignprop.pictures", "def draw():\n    import matplotlib"),
+        ("rewards.hps", "from rewards.base import Reward"),
+        ("config.align_prop", "from alignprop.settings import one_of"),
+        ("main", "from alignprop.trainer import AlignPropTrainer"),
+        ("scripts.tiny.judge", "from scripts.tiny import world\nimport wandb"),
+    ],
+)
+def test_what_the_design_allows_is_allowed(module, source):
+    assert violations(module, source) == []
+
+
+def test_a_package_resolves_relative_imports_from_itself():
+    assert violations("alignprop.models", "def load():\n    from . import sd", is_package=True) == []
+    assert violations("alignprop.models", "from ..trainer import x", is_package=True)
+
+
+@pytest.mark.parametrize("module", ["alignprop.unheard_of", "alignprop.models.unheard_of", "unheard_of"])
+def test_a_module_without_a_layer_is_to_be_placed(module):
+    assert "place it" in violations(module, "")[0]
