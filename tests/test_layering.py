@@ -77,7 +77,7 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     wrong = []
     for name, line, on_loading in imports(source, module if is_package else module.rpartition(".")[0]):
         target = place(name)
-        if name.split(".")[0] in OPTIONAL and on_loading and own not in LAYERS[5]:
+        if name.split(".")[0] in OPTIONAL and on_loading and own not in LAYERS[-1]:
             wrong.append(f"{module}:{line} imports {name} on loading; import it in the function that needs it")
         if target is not None and not _allowed(own, target):
             wrong.append(f"{module}:{line} imports {target}, which is not below it")
@@ -86,7 +86,7 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
 
 def _allowed(own: str, target: str) -> bool:
     if own == target:
-        return own in LAYERS[5] or own in ("rewards", "config")
+        return own in LAYERS[-1] or own in ("rewards", "config")
     if own == "rewards":
         return False
     if own == "config":
@@ -94,8 +94,8 @@ def _allowed(own: str, target: str) -> bool:
     if target == "rewards":
         return own in REWARD_USERS
     if target == "config":
-        return own in LAYERS[5]
-    return LEVEL[target] < LEVEL[own] or target in SIDEWAYS.get(own, ()) or {own, target} <= set(LAYERS[5])
+        return own in LAYERS[-1]
+    return LEVEL[target] < LEVEL[own] or target in SIDEWAYS.get(own, ()) or {own, target} <= set(LAYERS[-1])
 
 
 def source_files():
