@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm, trange
+from tqdm.auto import tqdm
 
 from alignprop.checkpoint import random_state, read_state, restore_random_state, step_of, write_checkpoint
 from alignprop.estimators import ESTIMATORS, build_estimator
@@ -72,14 +72,11 @@ class AlignPropTrainer:
         if self.global_step == 0:
             self.evaluate()
         first_epoch = self.global_step // c.train.steps_per_epoch
-        hidden = not run.is_main
-        for epoch in trange(
-            first_epoch, c.num_epochs, initial=first_epoch, total=c.num_epochs, desc="epochs", disable=hidden
-        ):
-            total = c.train.total_samples_per_epoch
-            with tqdm(
-                total=total, desc=f"epoch {epoch}", unit="sample", leave=False, disable=hidden
-            ) as self.samples_bar:
+        epochs = range(first_epoch, c.num_epochs)
+        shown = {"disable": not run.is_main}
+        for epoch in tqdm(epochs, initial=first_epoch, total=c.num_epochs, desc="epochs", **shown):
+            samples = c.train.total_samples_per_epoch
+            with tqdm(total=samples, desc=f"epoch {epoch}", unit="sample", leave=False, **shown) as self.samples_bar:
                 for _ in range(c.train.steps_per_epoch):
                     run.log(self.step())
             last = epoch + 1 == c.num_epochs
@@ -94,7 +91,6 @@ class AlignPropTrainer:
         c, run, started = self.config, self.run, time.perf_counter()
         key = (c.seed, self.global_step)
         plan = self.estimator(c.num_inference_steps, c.train.total_batch_size, generator(*key, "plan"))
-        self.rollout.train()
         samples = []
         for indices in self._micro_batches():
             with run.accelerator.accumulate(self.rollout):
@@ -133,7 +129,6 @@ class AlignPropTrainer:
     def evaluate(self) -> Evaluation:
         """Held-out rewards and pictures with the weights (or their moving average) of now."""
         run = self.run
-        self.rollout.eval()
         with self._averaged_weights():
             evaluation = run.evaluator()
         run.report(evaluation, self.global_step, epoch=self.global_step // self.config.train.steps_per_epoch)
@@ -176,10 +171,13 @@ class AlignPropTrainer:
         """Clips and applies the accumulated gradient, unless it or a loss is not finite; returns its norm."""
         c, accelerator = self.config, self.run.accelerator
         grad_norm = float(accelerator.clip_grad_norm_(self.parameters, c.train.max_grad_norm))
-        finite = bool(losses.isfinite().all()) and grad_norm < float("inf")
-        # The loss scaler skips a non-finite step by itself, and has to see it to lower its scale.
-        if finite or accelerator.scaler:
+        finite_loss = bool(losses.isfinite().all())
+        finite = finite_loss and grad_norm < float("inf")
+        # The loss scaler skips a non-finite gradient by itself, and has to see it to lower its scale.
+        if finite or (finite_loss and accelerator.scaler):
             self.optimizer.step()
+        elif accelerator.scaler:
+            accelerator.scaler.update()
         self.optimizer.zero_grad()
         if finite and self.ema:
             self.ema.step(self.parameters)

@@ -64,12 +64,16 @@ def base() -> ConfigDict:
     c.aesthetic.clip = "openai/clip-vit-large-patch14"  # hub name or folder of the CLIP model under the head
     c.aesthetic.head_repo = "trl-lib/ddpo-aesthetic-predictor"  # hub repository of the head
     c.aesthetic.head_file = "aesthetic-model.pth"  # file in it, or a local .pth or .safetensors
+    c.aesthetic.dtype = "float32"  # of its tower: "float32", "bfloat16" or "float16"; less disturbs the gradient
     c.hps = ConfigDict()
     c.hps.version = "v2.1"  # "v2.0" or "v2.1"
     c.hps.checkpoint = config_dict.placeholder(str)  # local file; None: from the hub
+    c.hps.tokenizer = "openai/clip-vit-large-patch14"  # hub name or folder with CLIP's vocabulary
+    c.hps.dtype = "float32"  # as aesthetic.dtype
     c.hps.backend = "transformers"  # "transformers", or "hpsv2" for the package itself
     c.clip = ConfigDict()
     c.clip.model = "openai/clip-vit-large-patch14"  # hub name or folder of any transformers CLIP
+    c.clip.dtype = "float32"  # as aesthetic.dtype
 
     # -- prompts and evaluation --------------------------------------------------------------------------------------
     c.prompt_fn = "simple_animals"  # a named prompt set or a text file with one prompt a line

@@ -1,0 +1,97 @@
+"""The LAION aesthetic predictor: how much people liked pictures like this one, on a scale of about 1 to 10."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rewards.base import Reward, RewardError
+from rewards.towers import find_file, load_clip, load_weights
+
+LAION_WIDTHS = (1024, 128, 64, 16, 1)
+# Positions of the linear layers between the dropouts; they are part of the file format ("layers.2.weight").
+LINEAR_AT = (0, 2, 4, 6, 7)
+DROPOUT_AT = {1: 0.2, 3: 0.2, 5: 0.1}
+
+
+class AestheticHead(nn.Module):
+    """Five linear layers on a normalised CLIP image embedding, in the layout of LAION's published files.
+
+    input_dim: width of the embedding (768 for ViT-L/14). widths: outputs of the five layers.
+    """
+
+    def __init__(self, input_dim: int, widths: Sequence[int] = LAION_WIDTHS):
+        super().__init__()
+        linear = {
+            at: nn.Linear(before, after)
+            for at, before, after in zip(LINEAR_AT, (input_dim, *widths[:-1]), widths, strict=True)
+        }
+        self.layers = nn.Sequential(
+            *(linear[i] if i in linear else nn.Dropout(DROPOUT_AT[i]) for i in range(max(LINEAR_AT) + 1))
+        )
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Scores [B] of unit vectors [B, input_dim]."""
+        return self.layers(embeddings).squeeze(-1)
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, torch.Tensor], source: str) -> "AestheticHead":
+        """A head with the sizes that the weights have. Raises: RewardError if they are no such head."""
+        expected = {f"layers.{i}.{kind}" for i in LINEAR_AT for kind in ("weight", "bias")}
+        missing, unknown = sorted(expected - set(weights)), sorted(set(weights) - expected)
+        if missing or unknown:
+            raise RewardError(f"{source} is not a LAION aesthetic head: missing {missing}, unknown {unknown[:4]}")
+        matrices = [weights[f"layers.{i}.weight"] for i in LINEAR_AT]
+        if any(not isinstance(m, torch.Tensor) or m.ndim != 2 for m in matrices) or len(matrices[-1]) != 1:
+            raise RewardError(f"{source} is not a LAION aesthetic head: its layers do not end in one score")
+        head = cls(matrices[0].shape[1], [len(m) for m in matrices])
+        try:
+            head.load_state_dict({name: weight.float() for name, weight in weights.items()})
+        except RuntimeError as error:
+            raise RewardError(f"{source} is not a LAION aesthetic head: its layers do not fit each other") from error
+        return head
+
+
+class AestheticReward(Reward):
+    """LAION's linear aesthetic head on CLIP ViT-L/14 image embeddings; prompts are ignored.
+
+    clip: CLIP model, hub name or folder; only its image tower is kept. clip_revision: of that repository.
+    head_repo, head_file, head_revision: where the head lies on the hub (or head_repo a folder); a head_file that
+    exists here (.pth or .safetensors) is taken as it is. dtype: of the tower; the head runs in float32.
+    Raises: RewardError.
+    """
+
+    def __init__(
+        self,
+        clip: str = "openai/clip-vit-large-patch14",
+        clip_revision: str | None = None,
+        head_repo: str = "trl-lib/ddpo-aesthetic-predictor",
+        head_file: str = "aesthetic-model.pth",
+        head_revision: str | None = None,
+        dtype: str = "float32",
+    ):
+        super().__init__()
+        # The head first: it is the small one, and as easily misspelt.
+        self.head = load_head(head_repo, head_file, head_revision)
+        self.tower = load_clip(clip, clip_revision, dtype, with_text=False, field="aesthetic.clip")
+        wanted, given = self.head.layers[0].in_features, self.tower.model.config.projection_dim
+        if wanted != given:
+            raise RewardError(
+                f"aesthetic.head_file={head_file!r} wants embeddings of {wanted} numbers, aesthetic.clip={clip!r} "
+                f"gives {given}; they belong to different models"
+            )
+
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
+        return self.head(self.tower.embed_images(images))
+
+
+def load_head(repo: str, file: str, revision: str | None = None) -> AestheticHead:
+    """The head at a local path `file`, else in the hub repository or folder `repo`. Raises: RewardError."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        if path.is_absolute():
+            raise RewardError(f"aesthetic.head_file={file!r} does not exist")
+        path = find_file(repo, file, revision, "aesthetic.head_repo")
+    head = AestheticHead.from_weights(load_weights(path, "aesthetic.head_file"), f"aesthetic.head_file={file!r}")
+    return head.requires_grad_(False).eval()

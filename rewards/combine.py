@@ -1,0 +1,89 @@
+"""Weighted sums of rewards, and rewards that a person wrote himself."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from rewards.base import Reward, RewardError, check_connected, check_shape, did_you_mean
+from rewards.towers import first_line
+
+
+class WeightedReward(Reward):
+    """Sum of named terms; what `build_reward` returns, also for a single term.
+
+    name: the spec it was built from. terms: name -> Reward. weights: name -> factor.
+    """
+
+    def __init__(self, name: str, terms: Mapping[str, Reward], weights: Mapping[str, float]):
+        super().__init__()
+        self.name, self.terms, self.weights = name, dict(terms), dict(weights)
+        # Names hold dots, which ModuleDict refuses; the list is what moves the terms between devices.
+        self.term_modules = nn.ModuleList(terms.values())
+        self.differentiable = all(term.differentiable for term in terms.values())
+        self.requires_grad_(False).eval()
+
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
+        return self.combine(self.score_terms(images, prompts, metadata))
+
+    def score_terms(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Each term's own scores [B] float32, before its weight. Raises: RewardError for a wrong shape, or a term
+        that lost the images' gradient."""
+        scores = {name: term(images, prompts, metadata) for name, term in self.terms.items()}
+        for name, term in self.terms.items():
+            check_shape(scores[name], images, term)
+            check_connected(scores[name], images, term)
+        return {name: score.to(images.device, torch.float32) for name, score in scores.items()}
+
+    def combine(self, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum [B] of `score_terms`' answer, to have both for the price of one."""
+        return sum(self.weights[name] * score for name, score in scores.items())
+
+
+class CustomReward(Reward):
+    """A person's own callable: `function(images, prompts, metadata) -> scores [B]`."""
+
+    def __init__(self, name: str, function: Callable):
+        super().__init__()
+        self.name, self.function = name, function
+        self.differentiable = bool(getattr(function, "differentiable", True))
+
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
+        return self.function(images, prompts, metadata)
+
+
+def load_custom(spec: str) -> CustomReward:
+    """The reward at `package.module:callable`: a function, a module, or a class that is built without arguments.
+
+    The current directory is searched after the installed packages. Raises: RewardError with the reason.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        # Whatever the module's own code raises is the reason to show.
+        raise RewardError(
+            f"reward {spec!r}: cannot import {module_name!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not hasattr(module, attribute):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise RewardError(f"reward {spec!r}: {module_name!r} has no {attribute!r}{did_you_mean(attribute, public)}")
+    function = getattr(module, attribute)
+    if inspect.isclass(function):
+        try:
+            function = function()
+        except Exception as error:
+            raise RewardError(
+                f"reward {spec!r}: {attribute}() without arguments failed: {type(error).__name__}: {first_line(error)}"
+            ) from error
+    if not callable(function):
+        raise RewardError(f"reward {spec!r}: {attribute!r} is a {type(function).__name__}, which cannot be called")
+    return CustomReward(spec, function)

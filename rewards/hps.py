@@ -1,0 +1,228 @@
+"""Human Preference Score v2 and v2.1 (arXiv 2306.09341): a CLIP ViT-H/14 fine-tuned on human choices."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rewards.base import Reward, RewardError, did_you_mean
+from rewards.preprocess import PadPreprocess
+from rewards.towers import ClipTower, find_file, first_line, load_tokenizer, load_weights
+
+CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+
+# What the sizes in a checkpoint cannot say of open_clip's ViT-H-14.
+VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64
+
+# open_clip's names, first match wins, and transformers' for the same weights.
+RENAMES = (
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+)
+LAYER_RENAMES = (
+    (".attn.out_proj.", ".self_attn.out_proj."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+
+
+class HPSReward(Reward):
+    """Cosine of image and prompt under HPSv2, in [-1, 1]: about 0.2 to 0.35 for pictures of their prompts.
+
+    It is the score of the hpsv2 package (whose tables show it times 100), made differentiable.
+
+    version: "v2.1" or "v2.0". checkpoint: a local file, else the version's file in checkpoint_repo (hub name or
+    folder, at checkpoint_revision). tokenizer: a hub name or folder with CLIP's 49408-token vocabulary; the
+    `tokenizer` folder of Stable Diffusion 1.x is one. backend: "transformers", or "hpsv2" to run the towers of the
+    hpsv2 package, where it is installed (then `tokenizer` is not used). dtype: of the towers.
+    Raises: RewardError.
+    """
+
+    def __init__(
+        self,
+        version: str = "v2.1",
+        checkpoint: str | None = None,
+        checkpoint_repo: str = "xswu/HPSv2",
+        checkpoint_revision: str | None = None,
+        tokenizer: str = "openai/clip-vit-large-patch14",
+        backend: str = "transformers",
+        dtype: str = "float32",
+    ):
+        super().__init__()
+        for field, value, allowed in (("version", version, CHECKPOINTS), ("backend", backend, BACKENDS)):
+            if value not in allowed:
+                raise RewardError(
+                    f"hps.{field}={value!r} is not known; allowed: {', '.join(allowed)}{did_you_mean(value, allowed)}"
+                )
+        path = checkpoint or find_file(
+            checkpoint_repo, CHECKPOINTS[version], checkpoint_revision, "hps.checkpoint_repo"
+        )
+        weights = load_weights(path, "hps.checkpoint")
+        weights = weights.get("state_dict", weights)
+        self.tower = BACKENDS[backend](weights, tokenizer, dtype, source=f"hps.checkpoint={str(path)!r}")
+
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
+        return self.tower.similarity(images, prompts)
+
+
+class TransformersTower(ClipTower):
+    """The checkpoint converted to `transformers.CLIPModel`."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, source: str):
+        from transformers import CLIPModel
+
+        config = config_of(weights, source)
+        converted = convert_open_clip(weights)
+        check_fit(converted, config, source)
+        model = CLIPModel.from_pretrained(None, config=config, state_dict=converted)
+        preprocess = PadPreprocess(config.vision_config.image_size)
+        super().__init__(model, preprocess, load_tokenizer(tokenizer, None, config.text_config, "hps.tokenizer"), dtype)
+
+    def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Token ids [B, 77] int64 as open_clip makes them: text repaired, cut to length, padded with zeros."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = torch.zeros(len(prompts), length, dtype=torch.long)
+        for row, ids in zip(
+            tokens, self.tokenizer(list(map(clean, prompts)), truncation=True, max_length=length).input_ids, strict=True
+        ):
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+class HpsPackageTower(ClipTower):
+    """The same towers as the hpsv2 package builds them (its own copy of open_clip)."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, source: str):
+        try:
+            from hpsv2.src.open_clip import create_model, get_tokenizer
+        except Exception as error:
+            # A torchvision built for another torch fails with RuntimeError, a missing package with ImportError.
+            raise RewardError(
+                f"hps.backend='hpsv2': the package does not import ({first_line(error)}); "
+                "see scripts/install_hps.sh, or use hps.backend='transformers'"
+            ) from error
+        model = create_model("ViT-H-14", precision="fp32", output_dict=True)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise RewardError(f"{source} does not fit open_clip's ViT-H-14: {first_line(error)}") from error
+        super().__init__(model, PadPreprocess(model.visual.image_size[0]), get_tokenizer("ViT-H-14"), dtype)
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_image(pixels)
+
+    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_text(tokens)
+
+    def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
+        return self.tokenizer(list(prompts))
+
+
+BACKENDS = {"transformers": TransformersTower, "hpsv2": HpsPackageTower}
+
+
+def clean(prompt: str) -> str:
+    """open_clip's repair of a prompt (mojibake, curly quotes, HTML entities) that transformers' tokenizer lacks."""
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip().lower()
+
+
+def config_of(weights: Mapping[str, torch.Tensor], source: str):
+    """The CLIPConfig that an open_clip ViT-H-14 checkpoint, or one of fewer layers or less width, was made with.
+
+    Raises: RewardError if the checkpoint has another layout.
+    """
+    from transformers import CLIPConfig
+
+    try:
+        vision_width, _, patch, _ = weights["visual.conv1.weight"].shape
+        patches = len(weights["visual.positional_embedding"]) - 1
+        vocabulary, text_width = weights["token_embedding.weight"].shape
+        projection_dim = weights["text_projection"].shape[1]
+        context = len(weights["positional_embedding"])
+        vision_mlp = len(weights["visual.transformer.resblocks.0.mlp.c_fc.bias"])
+        text_mlp = len(weights["transformer.resblocks.0.mlp.c_fc.bias"])
+    except (KeyError, ValueError, AttributeError) as error:
+        raise RewardError(f"{source} is not in open_clip's ViT-H-14 layout: no usable {error}") from error
+    if vision_width % VISION_HEAD_WIDTH or text_width % TEXT_HEAD_WIDTH:
+        raise RewardError(
+            f"{source}: towers {vision_width} and {text_width} wide are not ViT-H-14's, whose attention heads are "
+            f"{VISION_HEAD_WIDTH} and {TEXT_HEAD_WIDTH} wide"
+        )
+    shared = dict(hidden_act="gelu", layer_norm_eps=1e-5, projection_dim=projection_dim)
+    return CLIPConfig(
+        projection_dim=projection_dim,
+        vision_config=dict(
+            hidden_size=vision_width,
+            intermediate_size=vision_mlp,
+            num_hidden_layers=_depth(weights, "visual.transformer"),
+            num_attention_heads=vision_width // VISION_HEAD_WIDTH,
+            patch_size=patch,
+            image_size=patch * round(patches**0.5),
+            **shared,
+        ),
+        text_config=dict(
+            hidden_size=text_width,
+            intermediate_size=text_mlp,
+            num_hidden_layers=_depth(weights, "transformer"),
+            num_attention_heads=text_width // TEXT_HEAD_WIDTH,
+            vocab_size=vocabulary,
+            max_position_embeddings=context,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=0,
+            **shared,
+        ),
+    )
+
+
+def _depth(weights: Mapping[str, torch.Tensor], tower: str) -> int:
+    return sum(re.fullmatch(rf"{tower}\.resblocks\.\d+\.ln_1\.bias", name) is not None for name in weights)
+
+
+def convert_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """open_clip's names and layouts to those of transformers' CLIPModel; a name it does not know stays as it is."""
+    converted = {}
+    for name, weight in weights.items():
+        new = next((re.sub(old, new, name) for old, new in RENAMES if re.match(old, name)), name)
+        for old, replacement in LAYER_RENAMES:
+            new = new.replace(old, replacement)
+        if new in ("visual_projection.weight", "text_projection.weight"):
+            # open_clip multiplies from the right, a Linear from the left.
+            converted[new] = weight.T.contiguous()
+        elif ".attn.in_proj_" in new:
+            for part, third in zip("qkv", weight.chunk(3), strict=True):
+                converted[new.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = third.contiguous()
+        else:
+            converted[new] = weight
+    return converted
+
+
+def check_fit(converted: Mapping[str, torch.Tensor], config, source: str) -> None:
+    """Refuse a checkpoint with a weight too many, too few or of another shape. Raises: RewardError."""
+    from transformers import CLIPModel
+
+    with torch.device("meta"):
+        expected = CLIPModel(config).state_dict()
+    missing, unknown = sorted(set(expected) - set(converted)), sorted(set(converted) - set(expected))
+    if missing or unknown:
+        raise RewardError(
+            f"{source} is not in open_clip's ViT-H-14 layout: missing {missing[:2]}, unknown {unknown[:2]}"
+        )
+    for name, weight in converted.items():
+        if weight.shape != expected[name].shape:
+            raise RewardError(f"{source}: {name} has shape {list(weight.shape)}, expected {list(expected[name].shape)}")

@@ -1,0 +1,91 @@
+"""From images in [0, 1] to the pixels a CLIP tower expects, differentiably and without torchvision."""
+
+import json
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rewards.base import RewardError
+
+# Of OpenAI's CLIP, which open_clip and HPSv2 share: the values a folder without a preprocessor file means.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+
+def resize(images: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
+    """Antialiased resize of images [B, 3, H, W]; where the size is already right it changes no bit."""
+    return F.interpolate(images, (height, width), mode=mode, antialias=True, align_corners=False)
+
+
+class ClipPreprocess(nn.Module):
+    """CLIP's own preprocessing: shortest side to `resize_to`, centre crop to `size`, normalise.
+
+    Equals transformers' CLIPImageProcessor on PIL images but for rounding: PIL keeps 8 bits after each of its two
+    resize passes, this keeps float32; the pixels differ by at most about 1/255 before normalising.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        resize_to: int | None = None,
+        mode: str = "bicubic",
+    ):
+        super().__init__()
+        self.size, self.resize_to, self.mode = size, resize_to or size, mode
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_json(cls, text: str, size: int, source: str) -> "ClipPreprocess":
+        """From the text of a `preprocessor_config.json` or `processor_config.json`.
+
+        size: side in pixels of the square images that the tower accepts. Raises: RewardError.
+        """
+        config = json.loads(text)
+        config = config.get("image_processor", config)
+        resize_to = config.get("size", size)
+        if isinstance(resize_to, dict):
+            resize_to = resize_to.get("shortest_edge") or resize_to.get("height") or size
+        resample = config.get("resample", 3)
+        if resample not in PIL_FILTERS:
+            raise RewardError(f"{source}: resample={resample!r} is not supported; allowed: {PIL_FILTERS}")
+        if resize_to < size:
+            raise RewardError(f"{source}: resizes to {resize_to} pixels, but the image tower wants {size}")
+        mean, std = config.get("image_mean") or CLIP_MEAN, config.get("image_std") or CLIP_STD
+        return cls(size, mean, std, resize_to, PIL_FILTERS[resample])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, size, size] float32, normalised, of images [B, 3, H, W] in [0, 1]."""
+        # bfloat16 antialiasing does not exist on every device, and 8 bits of mantissa would lose the image anyway.
+        return (self.fit(images.float()) - self.mean) / self.std
+
+    def fit(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        short = min(height, width)
+        new_height, new_width = int(self.resize_to * height / short), int(self.resize_to * width / short)
+        # One side after the other, as PIL does, which saturates bicubic overshoot after each.
+        images = resize(images, height, new_width, self.mode).clamp(0, 1)
+        images = resize(images, new_height, new_width, self.mode).clamp(0, 1)
+        top, left = ((side - self.size) // 2 for side in images.shape[-2:])
+        return images[..., top : top + self.size, left : left + self.size]
+
+
+class PadPreprocess(ClipPreprocess):
+    """HPSv2's preprocessing: longest side to `size`, the rest padded with black; bicubic overshoot is kept.
+
+    The same as the hpsv2 package's transform with torchvision 0.17 or later; older versions resized tensors
+    without antialiasing.
+    """
+
+    def fit(self, images: torch.Tensor) -> torch.Tensor:
+        scale = self.size / max(images.shape[-2:])
+        height, width = (round(side * scale) for side in images.shape[-2:])
+        images = resize(images, height, width, self.mode)
+        rows, columns = self.size - height, self.size - width
+        return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))

@@ -1,0 +1,167 @@
+"""Frozen CLIP towers: finding the files, loading, embedding. Shared by every CLIP-based reward."""
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rewards.base import RewardError, did_you_mean
+from rewards.preprocess import ClipPreprocess
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ClipTower(nn.Module):
+    """A frozen `transformers.CLIPModel` that embeds images and prompts on the unit sphere.
+
+    model: a CLIPModel, or one whose text half was dropped when `tokenizer` is None.
+    dtype: precision of the towers, a key of DTYPES; pixels are prepared and embeddings normalised in float32.
+    Raises: RewardError for an unknown dtype.
+    """
+
+    def __init__(self, model: nn.Module, preprocess: ClipPreprocess, tokenizer=None, dtype: str = "float32"):
+        super().__init__()
+        if dtype not in DTYPES:
+            hint = did_you_mean(dtype, DTYPES)
+            raise RewardError(f"dtype={dtype!r} is not known; allowed: {', '.join(DTYPES)}{hint}")
+        self.dtype = DTYPES[dtype]
+        self.model = model.to(self.dtype).requires_grad_(False).eval()
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [B, D] float32 of images [B, 3, H, W] in [0, 1]; differentiable."""
+        return F.normalize(self.image_features(self.preprocess(images).to(self.dtype)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Unit vectors [B, D] float32; prompts are cut at the text tower's length (77 tokens for CLIP)."""
+        device = next(self.model.parameters()).device
+        return F.normalize(self.text_features(self.tokenize(prompts).to(device)).float(), dim=-1)
+
+    def similarity(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Cosine [B] in [-1, 1] between each image and its prompt."""
+        return (self.embed_images(images) * self.embed_prompts(prompts)).sum(dim=-1)
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+
+    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        # No attention mask: the tower is causal and read at the first end token, which never sees the padding.
+        return self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
+
+    def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Token ids [B, L] int64, padded on the right."""
+        length = self.model.config.text_config.max_position_embeddings
+        return self.tokenizer(
+            list(prompts), padding=True, padding_side="right", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+
+
+def load_clip(name: str, revision: str | None, dtype: str, with_text: bool, field: str) -> ClipTower:
+    """The CLIP `name`: a hub name ("openai/clip-vit-large-patch14") or a folder written by `save_pretrained`.
+
+    with_text: load tokenizer and text tower as well. field: the option to name in an error.
+    Raises: RewardError if it cannot be found, is no CLIP, lacks weights, or its tokenizer belongs to another model.
+    """
+    from transformers import CLIPModel
+
+    name = str(Path(name).expanduser())
+    kind = json.loads(find_file(name, "config.json", revision, field).read_text()).get("model_type")
+    if kind != "clip":
+        raise RewardError(f"{field}={name!r} is a {kind!r} model, expected 'clip' (both towers of a CLIPModel)")
+    try:
+        model, loaded = CLIPModel.from_pretrained(name, revision=revision or "main", output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RewardError(f"{field}={name!r} cannot be loaded as a CLIP model: {first_line(error)}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise RewardError(f"{field}={name!r} lacks {len(missing)} weights of a CLIP model, such as {missing[0]}")
+    size = model.config.vision_config.image_size
+    preprocess = _preprocess_of(name, revision, size, field)
+    if with_text:
+        return ClipTower(model, preprocess, load_tokenizer(name, revision, model.config.text_config, field), dtype)
+    del model.text_model, model.text_projection
+    return ClipTower(model, preprocess, dtype=dtype)
+
+
+def load_tokenizer(name: str, revision: str | None, text_config, field: str):
+    """The CLIPTokenizer of a hub name or folder, checked against the text tower. Raises: RewardError."""
+    from transformers import CLIPTokenizer
+
+    name = str(Path(name).expanduser())
+    find_file(name, "tokenizer_config.json", revision, field)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise RewardError(f"{field}={name!r} holds no usable CLIP tokenizer: {first_line(error)}") from error
+    # transformers makes an almost empty vocabulary where the files are missing, and older CLIP configs say
+    # eos_token_id=2 and mean "the highest id".
+    end = text_config.eos_token_id
+    end = len(tokenizer) - 1 if end == 2 else end
+    if tokenizer.eos_token_id != end or len(tokenizer) > text_config.vocab_size:
+        raise RewardError(
+            f"{field}={name!r}: its tokenizer ({len(tokenizer)} tokens, end token {tokenizer.eos_token_id}) does not "
+            f"fit the text tower ({text_config.vocab_size} tokens, end token {end})"
+        )
+    return tokenizer
+
+
+def find_file(name: str, filename: str, revision: str | None, field: str) -> Path:
+    """The local path of `filename` in a folder, or in a hub repository (downloaded, or from its cache).
+
+    Raises: RewardError that says what was tried.
+    """
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / filename).is_file():
+            return folder / filename
+        raise RewardError(f"{field}={name!r}: the folder has no {filename}")
+    try:
+        return Path(hf_hub_download(name, filename, revision=revision or None))
+    except (OSError, ValueError) as error:
+        raise RewardError(
+            f"{field}={name!r}: no such folder here, and {filename} is neither in the Hugging Face cache nor to be had "
+            f"from the hub ({first_line(error)}); give a local folder, or set HF_HOME to a cache that has it"
+        ) from error
+
+
+def load_weights(path: str | Path, field: str) -> dict:
+    """The tensors of a torch or .safetensors file, on the CPU. Only plain weights are read: no pickled code.
+
+    Raises: RewardError if the file is missing, damaged, or holds anything but plain data.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise RewardError(f"{field}={str(path)!r} does not exist or is not a file")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RewardError(f"{field}={str(path)!r} is not a file of plain weights, so it was not loaded") from error
+    except Exception as error:
+        # Damaged files fail in many ways (zip, safetensors, end of file), all of them the file's fault.
+        raise RewardError(f"{field}={str(path)!r} cannot be read: {first_line(error)}") from error
+    if not isinstance(weights, dict):
+        raise RewardError(f"{field}={str(path)!r} holds a {type(weights).__name__}, expected a dict of weights")
+    return weights
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _preprocess_of(name: str, revision: str | None, size: int, field: str) -> ClipPreprocess:
+    # transformers 5 writes processor_config.json when it saves a whole CLIPProcessor.
+    for filename in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            path = find_file(name, filename, revision, field)
+        except RewardError:
+            continue
+        return ClipPreprocess.from_json(path.read_text(), size, f"{field}={name!r}, {filename}")
+    return ClipPreprocess(size)
