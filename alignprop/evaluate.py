@@ -49,8 +49,9 @@ class Evaluation:
         }
 
     def labels(self) -> list[str]:
-        """A caption for each kept picture."""
-        return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], self.rewards.tolist(), strict=False)]
+        """A caption for each kept picture: its prompt and its score under the first single reward."""
+        scores = next(iter(self.terms.values())).tolist()
+        return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], scores, strict=False)]
 
 
 def statistics(scores: torch.Tensor) -> dict[str, float]:

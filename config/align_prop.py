@@ -172,12 +172,13 @@ def quickstart() -> ConfigDict:
     """The bundled model towards a higher aesthetic score, in minutes on two CPU cores."""
     c = use_tiny(base())
     c.reward_fn = "aesthetic:1,clip:40"  # CLIP keeps the pictures true to their prompts
-    c.num_epochs = 6
+    c.num_epochs = 5
     c.per_gpu_capacity = 8
     c.num_eval_images = 48
     c.max_vis_images = 12
     c.train.total_batch_size = 8
     c.train.total_samples_per_epoch = 64
+    c.train.learning_rate = 4e-3
     c.train.loss_coeff = 1.0
     c.train.max_grad_norm = 1.0
     c.train.adam_weight_decay = 1e-4
