@@ -20,11 +20,19 @@ from rewards.base import RewardError
 _CONFIG = config_flags.DEFINE_config_file("config", "config/align_prop.py:quickstart", "Preset to run.")
 
 
+def parse_flags(argv):
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, OSError, TypeError) as error:  # a misspelt field or file
+        raise ConfigError(f"--config: {next(filter(None, str(error).splitlines()), error)}") from error
+
+
 def main(argv):
     if len(argv) > 1:
         raise ConfigError(f"{argv[1]!r} is not a flag; options look like --config.seed=1")
     config = _CONFIG.value
-    for line in warnings_for(config, config_flags.get_override_values(flags.FLAGS["config"])):
+    overridden = config_flags.get_override_values(flags.FLAGS["config"])
+    for line in warnings_for(config, overridden) if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
     if config.task == "evaluate":
         from alignprop.tasks import evaluate
@@ -42,6 +50,6 @@ def main(argv):
 
 if __name__ == "__main__":
     try:
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)
     except (ConfigError, RewardError) as error:
         sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from alignprop.settings import ConfigError
@@ -47,7 +48,8 @@ def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from") 
         raise ConfigError(f"{field} = {resume_from!r} does not exist; give a checkpoint, a run folder or 'latest'")
     if checkpoints := checkpoints_of(path):
         return checkpoints[-1]
-    if path.is_dir() and not any(path.glob("*.safetensors")) and not (path / STATE_FILE).exists():
+    holds_weights = any(path.glob("*.safetensors")) or any((path / n).exists() for n in (STATE_FILE, "denoiser"))
+    if path.is_dir() and not holds_weights:
         raise ConfigError(f"{field} = {resume_from!r} holds no checkpoint; give a checkpoint, a run folder or 'latest'")
     return path
 
@@ -77,6 +79,16 @@ def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable
         for old in checkpoints_of(run_folder)[:-limit]:
             shutil.rmtree(old)
     return final
+
+
+def set_aside_after(run_folder, step: int) -> None:
+    """Renames checkpoints of a later step to abandoned_<step>: a run that continues from `step` leaves that future,
+    and its newest checkpoint must not be mistaken for the run's."""
+    for checkpoint in checkpoints_of(run_folder):
+        if step_of(checkpoint) > step:
+            abandoned = checkpoint.with_name(f"abandoned_{step_of(checkpoint)}")
+            shutil.rmtree(abandoned, ignore_errors=True)
+            checkpoint.rename(abandoned)
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -122,9 +134,10 @@ def load_denoiser(denoiser, folder: Path) -> None:
         ConfigError: they are not this denoiser's.
     """
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
+    denoiser.float()  # as it was trained
     try:
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= load_file(path)
         denoiser.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{str(folder)!r} does not fit this model: {str(error).splitlines()[-1].strip()}") from error

@@ -90,7 +90,8 @@ def per_step(num_steps, num_samples, generator, *, minmax: tuple[int, int]) -> G
 
     This is what AlignProp's released code and TRL's trainer do instead of the paper's one draw per trajectory: for
     (0, 50), step i keeps its gradient with probability (i + 1) / 51, independently of the other steps. Kept under
-    its own name to reproduce their results; both ends of the range are included, as there.
+    its own name to reproduce their results; both ends of the range are included, as there. Here each sample has
+    draws of its own, there the samples of a micro-batch share them: the same expectation with less variance.
     """
     low, high = minmax
     draws = torch.randint(low, high + 1, (num_steps, num_samples), generator=generator)

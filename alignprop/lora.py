@@ -148,7 +148,7 @@ def read_lora(path) -> LoraWeights:
     checkpoints, which diffusers' `load_lora_weights` silently ignores.
 
     Raises:
-        ConfigError: no such file, not a whole safetensors file, or no LoRA tensors in it.
+        ConfigError: no such file, not a whole safetensors file, no LoRA tensors in it, or an alpha per layer.
     """
     path = Path(path)
     path = path / LORA_FILE if path.is_dir() else path
@@ -179,6 +179,8 @@ def _read_scale(metadata: dict[str, str]) -> float:
     """alpha / rank as diffusers writes it into a file's header; files without it mean alpha = rank."""
     packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     values = {name.split(".")[-1]: value for name, value in packed.items()}
+    if values.get("rank_pattern") or values.get("alpha_pattern"):
+        raise ConfigError("LoRA files with a rank or alpha of its own for each layer are not supported")
     return values["lora_alpha"] / values["r"] if "r" in values else 1.0
 
 

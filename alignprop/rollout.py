@@ -47,16 +47,16 @@ class Rollout(torch.nn.Module):
         self.adjoint_clip = adjoint_clip
         self.adjoint_norms = AdjointNorms(sampler.num_steps)
 
-    def forward(self, generators: list[torch.Generator], cond: Conditioning, plan: GradientPlan) -> torch.Tensor:
+    def forward(self, generators: list[torch.Generator], cond: Conditioning, plan: GradientPlan | None) -> torch.Tensor:
         """Final latents x[N], float32 [B, ...].
 
         Args:
             generators: one per sample; initial noise first, then a stochastic sampler's noise step by step.
             cond: conditioning of the B samples.
-            plan: which steps carry gradient; its B columns are these samples.
+            plan: which steps carry gradient; its B columns are these samples. None: no gradient.
         """
         parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
-        if not torch.is_grad_enabled() or not parameters:
+        if plan is None or not parameters or not torch.is_grad_enabled():
             return self.sample(generators, cond)[-1]
         return _SampleWithSweep.apply(self, generators, cond, plan, *parameters)
 

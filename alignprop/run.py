@@ -9,7 +9,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from alignprop.checkpoint import find_checkpoint, run_folder_of
+from alignprop.checkpoint import checkpoints_of, find_checkpoint, run_folder_of
 from alignprop.evaluate import Evaluation, Evaluator
 from alignprop.models import load_model
 from alignprop.models.base import Model
@@ -19,7 +19,7 @@ from alignprop.rollout import Rollout
 from alignprop.samplers import ddim_sampler
 from alignprop.settings import ConfigError, resolve, save_config
 from alignprop.tracking import MetricsLog, log_images, log_row, parse_log_with, start_trackers
-from rewards import WeightedReward, build_reward, parse_spec
+from rewards import WeightedReward, as_reward, build_reward, parse_spec, require_differentiable
 
 
 class Run:
@@ -28,13 +28,14 @@ class Run:
     Args:
         config: an unresolved configuration (config/align_prop.py).
         model: used instead of loading `pretrained.model`.
-        reward: used instead of building `reward_fn`.
+        reward: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
+        needs_gradient: the reward must be differentiable.
 
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
 
-    def __init__(self, config: ConfigDict, model: Model | None = None, reward: WeightedReward | None = None):
+    def __init__(self, config: ConfigDict, model: Model | None = None, reward=None, needs_gradient=False):
         # accelerate starts several processes on a CPU only when told that it is one.
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         state = PartialState(cpu=on_cpu)
@@ -53,13 +54,13 @@ class Run:
             log_with=log_with,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
         )
-        if c.allow_tf32:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.allow_tf32
 
-        self.reward = reward or self._build_reward(c.reward_fn)
-        extra = (
-            ",".join(n for n in parse_spec(c.eval_reward_fn) if n not in self.reward.terms) if c.eval_reward_fn else ""
-        )
+        self.reward = as_reward(reward) if reward else self._build_reward(c.reward_fn)
+        if needs_gradient:
+            require_differentiable(self.reward)
+        named = parse_spec(c.eval_reward_fn) if c.eval_reward_fn else []
+        extra = ",".join(name for name in named if name not in self.reward.terms)
         self.extra_reward = self._build_reward(extra) if extra else None
         half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
         self.model = model or load_model(
@@ -116,8 +117,11 @@ class Run:
             return
         if before.exists():
             first, first_labels = torch.load(before, weights_only=True)
-            both = [f"{a} → {b.splitlines()[-1]}" for a, b in zip(first_labels, labels, strict=True)]
-            save_before_after(first, evaluation.images, both, self.folder / "before_after.png")
+            pairs = list(zip(first_labels, labels, strict=False))
+            # A resumed run may evaluate other prompts, or fewer; then there is nothing to set side by side.
+            if first.shape == evaluation.images.shape and all(prompt(a) == prompt(b) for a, b in pairs):
+                both = [f"{a} → {b.splitlines()[-1]}" for a, b in pairs]
+                save_before_after(first, evaluation.images, both, self.folder / "before_after.png")
         plot_curves(self.metrics.rows(), self.folder / "curves.png")
 
     def finish(self) -> None:
@@ -125,11 +129,13 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             evaluations = [row for row in self.metrics.rows() if row["kind"] == "eval"]
-            first, last = evaluations[0], evaluations[-1]
-            self.say(f"\nheld-out rewards, step {first['step']} → step {last['step']}:")
-            for name, value in first["rewards"].items():
-                self.say(f"  {name:32s} {value:8.3f} → {last['rewards'][name]:8.3f}")
-            self.say(f"in {self.folder}: before_after.png, curves.png, samples/, metrics.jsonl, checkpoints/")
+            if evaluations:
+                first, last = evaluations[0], evaluations[-1]
+                self.say(f"\nheld-out rewards, step {first['step']} → step {last['step']}:")
+                for name in (name for name in first["rewards"] if name in last["rewards"]):
+                    before, after = first["rewards"][name], last["rewards"][name]
+                    self.say(f"  {name:32s} {_shown(before)} → {_shown(after)}")
+            self.say(f"in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
         self.accelerator.end_training()
 
     def _build_reward(self, spec: str) -> WeightedReward:
@@ -146,13 +152,19 @@ class Run:
         if state.num_processes > 1:
             broadcast_object_list(names)  # clocks differ
         folder = Path(c.log_dir) / names[0]
-        if (
-            c.task == "train"
-            and (folder / "metrics.jsonl").exists()
-            and run_folder_of(self.checkpoint or folder) != folder.resolve()
-        ):
+        continued = self.checkpoint and run_folder_of(self.checkpoint) == folder.resolve()
+        if c.task == "train" and not continued and checkpoints_of(folder):
             raise ConfigError(
                 f"run_name = {c.run_name!r}: {str(folder)!r} already holds a run; choose another name, or continue it "
                 f"with resume_from={str(folder)!r}"
             )
         return folder
+
+
+def prompt(label: str) -> str:
+    """The prompt of a picture's caption, which `Evaluation.labels` put above its score."""
+    return label.rpartition("\n")[0]
+
+
+def _shown(value: float | None) -> str:
+    return f"{float('nan') if value is None else value:8.3f}"

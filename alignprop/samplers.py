@@ -48,7 +48,7 @@ def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0) -> Sampl
         eta: 0 is the deterministic chain, 1 adds as much noise as ancestral (DDPM) sampling.
 
     Raises:
-        ConfigError: the prediction type is unknown to DDIM.
+        ConfigError: the prediction type is unknown to DDIM, or there are fewer training timesteps than steps.
     """
     # A clipped or thresholded x̂0 would make the step non-linear; latent diffusion models do neither.
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
@@ -56,6 +56,10 @@ def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0) -> Sampl
         raise ConfigError(
             f"pretrained.model: its scheduler predicts {ddim.config.prediction_type!r}; "
             "DDIM needs 'epsilon', 'v_prediction' or 'sample'"
+        )
+    if num_inference_steps > ddim.config.num_train_timesteps:
+        raise ConfigError(
+            f"num_inference_steps = {num_inference_steps} must not exceed the model's {ddim.config.num_train_timesteps}"
         )
     ddim.set_timesteps(num_inference_steps)
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)

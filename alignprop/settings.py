@@ -9,7 +9,10 @@ from ml_collections import ConfigDict
 
 
 class ConfigError(Exception):
-    """A mistake in what the user asked for; its text is one line that says what is allowed."""
+    """A mistake in what the user asked for; its text is one line that says what is allowed.
+
+    Not a ValueError, which absl would rewrap with our traceback when a preset raises it.
+    """
 
 
 def one_of(field: str, value: str, allowed: Iterable[str]) -> str:
@@ -72,7 +75,7 @@ _POSITIVE = (
     "train.max_grad_norm", "train.max_skipped_steps", "train.loss_coeff", "grad_scale", "train.adam_epsilon",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "eval_freq", "num_checkpoint_limit", "eta", "adjoint_clip", "train.adam_weight_decay", "train.ema_decay",
+    "eval_freq", "num_checkpoint_limit", "eta", "adjoint_clip", "train.adam_weight_decay",
 )  # fmt: skip
 
 
@@ -89,8 +92,13 @@ def _check_values(c: ConfigDict) -> None:
             raise ConfigError(f"{field} = {flat[field]} must not be negative")
     if c.guidance_scale < 1:
         raise ConfigError(f"guidance_scale = {c.guidance_scale} must be at least 1 (1 is no guidance)")
-    if c.train.ema_decay >= 1:
-        raise ConfigError(f"train.ema_decay = {c.train.ema_decay} must be less than 1 (0 is off)")
+    if c.eta > 1:
+        raise ConfigError(f"eta = {c.eta} must be from 0 (deterministic) to 1 (ancestral)")
+    for field in ("train.ema_decay", "train.adam_beta1", "train.adam_beta2"):
+        if not 0 <= flat[field] < 1:
+            raise ConfigError(f"{field} = {flat[field]} must be at least 0 and less than 1")
+    if c.lora_alpha is not None and c.lora_alpha <= 0:
+        raise ConfigError(f"lora_alpha = {c.lora_alpha} must be greater than 0")
     if c.loss != "maximise" and c.loss_target is None:
         raise ConfigError(f"loss = {c.loss!r} needs loss_target, in units of the reward")
     if c.task == "evaluate_soup":
@@ -105,9 +113,7 @@ def _check_values(c: ConfigDict) -> None:
 def _check_truncation(c: ConfigDict) -> None:
     steps, first, minmax = c.num_inference_steps, c.trunc_backprop_timestep, tuple(c.truncated_backprop_minmax)
     if not 0 <= first < steps:
-        raise ConfigError(
-            f"trunc_backprop_timestep = {first} must be from 0 to num_inference_steps - 1 = {steps - 1}"
-        )
+        raise ConfigError(f"trunc_backprop_timestep = {first} must be from 0 to num_inference_steps - 1 = {steps - 1}")
     if len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= steps:
         raise ConfigError(
             f"truncated_backprop_minmax = {minmax} must be (low, high) with 0 <= low < high <= "
@@ -127,9 +133,15 @@ _HAS_EFFECT = {
     "pretrained.config": (
         lambda c: c.pretrained.model.endswith((".safetensors", ".ckpt")), "a single file as pretrained.model"),
     "pretrained.revision": (lambda c: not Path(c.pretrained.model).exists(), "a hub name as pretrained.model"),
-    "eval_prompt_fn": (lambda c: c.task != "train" or c.eval_freq > 0, "eval_freq > 0"),
+    "resume_from_2": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
+    "mixing_coef_1": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
+    "soup_mode": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
 }  # fmt: skip
-_TRAINING_ONLY = ("num_epochs", "save_freq", "eval_freq", "prompt_fn", "estimator", "loss", "grad_scale")
+_TRAINING_ONLY = (
+    "num_epochs", "save_freq", "num_checkpoint_limit", "eval_freq", "prompt_fn", "estimator", "adjoint_clip", "loss",
+    "loss_target", "grad_scale", "log_with", "use_lora", "lora_rank", "lora_alpha", "lora_target_modules",
+    "grad_checkpoint", "trunc_backprop_timestep", "truncated_backprop_minmax",
+)  # fmt: skip
 
 
 def warnings_for(config: ConfigDict, overridden: Iterable[str]) -> list[str]:

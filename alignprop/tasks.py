@@ -49,12 +49,12 @@ def evaluate_soup(config, model=None, reward=None) -> Path:
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
+    second = None
+    if config.resume_from_2 != BASE_MODEL:
+        second = read_lora(find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2"))
     run = Run(config, model, reward)
     c = run.config
     first = read_lora(run.checkpoint)
-    second = None
-    if c.resume_from_2 != BASE_MODEL:
-        second = read_lora(find_checkpoint(c.resume_from_2, c.log_dir, "resume_from_2"))
     folder = _new_folder(run, f"soup_{c.soup_mode}")
     results: list[dict] = []
     for coefficient in map(float, c.mixing_coef_1):

@@ -8,6 +8,7 @@ A metrics row is a dict of numbers, with lists and dicts of numbers where a quan
 Only the main process writes: accelerate's trackers see to that, `MetricsLog` leaves it to its caller.
 """
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -96,7 +97,11 @@ def start_trackers(accelerator, project: str, run_name: str, run_folder: str | o
     """
     init = {}
     if "wandb" in map(str, accelerator.log_with) and accelerator.is_main_process:
-        init["wandb"] = {"name": run_name, "dir": str(run_folder), "mode": wandb_mode()}
+        # The same folder is the same run: a resumed one goes on where it was.
+        identity = hashlib.sha256(str(Path(run_folder).resolve()).encode()).hexdigest()[:16]
+        init["wandb"] = {
+            "name": run_name, "dir": str(run_folder), "mode": wandb_mode(), "id": identity, "resume": "allow"
+        }  # fmt: skip
     accelerator.init_trackers(project, config=_flatten(config), init_kwargs=init)
 
 

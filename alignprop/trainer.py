@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from alignprop.checkpoint import random_state, read_state, restore_random_state, step_of, write_checkpoint
+from alignprop.checkpoint import random_state, read_state, restore_random_state, set_aside_after, write_checkpoint
 from alignprop.estimators import ESTIMATORS, build_estimator
 from alignprop.evaluate import Evaluation
 from alignprop.lora import add_lora, get_lora, read_lora, save_lora, trainable_parameters, update_lora
@@ -21,7 +21,7 @@ from alignprop.prompts import draw_prompts, load_prompts
 from alignprop.run import Run
 from alignprop.seeding import generator, generators
 from alignprop.settings import ConfigError, one_of
-from rewards import check_rewards, require_differentiable
+from rewards import check_rewards
 
 
 class AlignPropTrainer:
@@ -30,7 +30,7 @@ class AlignPropTrainer:
     Args:
         config: see config/align_prop.py.
         model: used instead of loading `config.pretrained.model`.
-        reward: used instead of building `config.reward_fn`.
+        reward: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
 
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
@@ -39,9 +39,8 @@ class AlignPropTrainer:
     def __init__(self, config, model=None, reward=None):
         one_of("estimator", config.estimator, [name for name in ESTIMATORS if name != "none"])
         self.prompts = load_prompts(config.prompt_fn, "prompt_fn")
-        self.run = Run(config, model, reward)
+        self.run = Run(config, model, reward, needs_gradient=True)
         self.config = c = self.run.config
-        require_differentiable(self.run.reward)
         self.estimator = build_estimator(c.estimator, c.trunc_backprop_timestep, c.truncated_backprop_minmax)
         self.loss = LOSSES[c.loss]
 
@@ -68,7 +67,9 @@ class AlignPropTrainer:
         c, run = self.config, self.run
         run.open_folder()
         if run.is_main:
-            run.metrics.truncate_after(self.global_step)
+            # A run that starts over drops also the evaluation of step 0.
+            run.metrics.truncate_after(self.global_step or -1)
+            set_aside_after(run.folder, self.global_step)
         if self.global_step == 0:
             self.evaluate()
         first_epoch = self.global_step // c.train.steps_per_epoch
@@ -216,10 +217,19 @@ class AlignPropTrainer:
         if self.config.use_lora:
             update_lora(self.run.model.denoiser, read_lora(checkpoint))  # refuses another model or rank
         state = read_state(checkpoint)
+        own = trainable_parameters(self.run.model.denoiser)
+        if {name: p.shape for name, p in own.items()} != {name: w.shape for name, w in state["weights"].items()}:
+            raise ConfigError(
+                f"resume_from = {str(checkpoint)!r} trained other weights; use_lora or pretrained.model differ"
+            )
         with torch.no_grad():
-            for name, parameter in trainable_parameters(self.run.model.denoiser).items():
+            for name, parameter in own.items():
                 parameter.copy_(state["weights"][name])
+        # What the user asks for now counts, not what the checkpoint's run was asked for.
+        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(own)
         if self.run.accelerator.scaler and state["scaler"]:
             self.run.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema and state["ema"]:
@@ -229,4 +239,4 @@ class AlignPropTrainer:
         rank = self.run.accelerator.process_index
         if rank < len(state["random"]):
             restore_random_state(state["random"][rank])
-        self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {step_of(checkpoint)}")
+        self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {self.global_step}")

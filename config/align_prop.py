@@ -78,7 +78,10 @@ def base() -> ConfigDict:
     # -- prompts and evaluation --------------------------------------------------------------------------------------
     c.prompt_fn = "simple_animals"  # a named prompt set or a text file with one prompt a line
     c.eval_prompt_fn = "eval_simple_animals"  # the same, for evaluation
-    c.eval_freq = 1  # epochs between evaluations; 0: none during training
+    c.eval_freq = 1  # epochs between evaluations; 0: only before the first and after the last
+    c.resume_from_2 = "stablediffusion"  # evaluate_soup: the second checkpoint; "stablediffusion" is the base model
+    c.mixing_coef_1 = (0.0, 0.25, 0.5, 0.75, 1.0)  # evaluate_soup: c, one value or several, 0 … 1
+    c.soup_mode = "delta"  # "delta" mixes weight changes exactly; "factors" mixes A and B, as the released code does
     c.num_eval_images = 32  # pictures per evaluation; the prompts repeat, each time with other noise
     c.max_vis_images = 16  # pictures in a sample grid and sent to trackers
 
@@ -124,6 +127,7 @@ def hps() -> ConfigDict:
     c.save_freq = 4
     c.eval_freq = 4
     c.reward_fn = "hps"
+    c.hps.version = "v2.0"  # the paper's; v2.1 has another scale
     c.prompt_fn = "hps_v2_all"
     c.eval_prompt_fn = "eval_hps_v2_all"
     return c
@@ -148,9 +152,6 @@ def evaluate_soup() -> ConfigDict:
     """LoRAs c·resume_from + (1-c)·resume_from_2 for each c of mixing_coef_1, under all the named rewards."""
     c = evaluate()
     c.task = "evaluate_soup"
-    c.resume_from_2 = "stablediffusion"  # the second checkpoint; "stablediffusion" is the base model
-    c.mixing_coef_1 = (0.0, 0.25, 0.5, 0.75, 1.0)  # c, one value or several, 0 … 1
-    c.soup_mode = "delta"  # "delta" mixes weight changes exactly; "factors" mixes A and B, as the released code does
     return c
 
 
@@ -172,7 +173,7 @@ def quickstart() -> ConfigDict:
     """The bundled model towards a higher aesthetic score, in minutes on two CPU cores."""
     c = use_tiny(base())
     c.reward_fn = "aesthetic:1,clip:40"  # CLIP keeps the pictures true to their prompts
-    c.num_epochs = 5
+    c.num_epochs = 3
     c.per_gpu_capacity = 8
     c.num_eval_images = 48
     c.max_vis_images = 12

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import torch
 
 from rewards.aesthetic import AestheticReward
-from rewards.base import Reward, RewardError, check_rewards, did_you_mean, require_differentiable
+from rewards.base import Reward, RewardError, check_rewards, did_you_mean, require_differentiable, reward_name
 from rewards.clip import ClipReward
-from rewards.combine import WeightedReward, load_custom
+from rewards.combine import CustomReward, WeightedReward, load_custom
 from rewards.hps import HPSReward
 
 # Importing these costs nothing: each fetches transformers or hpsv2 when it is built.
@@ -28,6 +28,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "WeightedReward",
+    "as_reward",
     "build_reward",
     "check_rewards",
     "parse_spec",
@@ -51,6 +52,14 @@ def build_reward(
             _check_options(name, options.get(name, {}))
     terms = {name: REWARDS[name](**options.get(name, {})) if name in REWARDS else load_custom(name) for name in weights}
     return WeightedReward(spec, terms, weights).to(device)
+
+
+def as_reward(function) -> WeightedReward:
+    """A callable `(images, prompts, metadata) -> scores [B]` as what `build_reward` returns."""
+    if isinstance(function, WeightedReward):
+        return function
+    name = reward_name(function)
+    return WeightedReward(name, {name: CustomReward(name, function)}, {name: 1.0})
 
 
 def parse_spec(spec: str) -> dict[str, float]:

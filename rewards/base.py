@@ -96,6 +96,8 @@ def check_connected(scores: torch.Tensor, images: torch.Tensor, reward: Any) -> 
 
 
 def reward_name(reward: Any) -> str:
+    if isinstance(reward, str):
+        return reward
     return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
 
 

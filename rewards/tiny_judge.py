@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rewards.base import RewardError
+
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "judge"
 CONTENT = ("count", "colour", "shape", "background")
 _CAPTION = re.compile(r"(a|an|two|three) (\w+) (\w+?)s? on an? (\w+) background")
@@ -58,7 +60,7 @@ def style_rating(judge, _content, styles):
 def obedience(images, prompts, metadata):
     """1.0 where count, colour, shape and background are all as the prompt says, else 0.0: [B].
 
-    Raises ValueError for a prompt that is not of the form "two red circles on a blue background".
+    Raises RewardError for a prompt that is not of the form "two red circles on a blue background".
     """
     return torch.stack(list(content_right(images, prompts).values())).all(0).float()
 
@@ -84,9 +86,9 @@ def parse(prompt: str, config: dict) -> list[int]:
                 config["backgrounds"].index(background)]  # fmt: skip
     except (AttributeError, ValueError):
         colours, shapes = "/".join(config["colours"]), "/".join(config["shapes"])
-        raise ValueError(
+        raise RewardError(
             f"prompt {prompt!r}: the judge reads only '<a|two|three> <colour> <shape>[s] on a <colour> background', "
-            f"colours {colours}, shapes {shapes}"
+            f"colours {colours}, shapes {shapes}; for other prompts drop rewards.tiny_judge from eval_reward_fn"
         ) from None
 
 

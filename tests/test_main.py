@@ -70,3 +70,13 @@ def test_a_model_that_is_nowhere(toy_config, tmp_path):
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
     assert "pretrained.model = 'nobody/nothing'" in line and "HF_HOME" in line
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("--config.trian.seed=1", "trian"), ("--config.num_epoch=1", "num_epoch"), ("--config=config/none.py", "none.py"),
+])  # fmt: skip
+def test_a_misspelt_field_or_file_is_one_line(argument, message):
+    done = run_main(argument)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert message in line

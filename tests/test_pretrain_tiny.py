@@ -35,12 +35,13 @@ def test_every_part_is_written_and_loads(finished):
     from transformers import CLIPModel
 
     out = finished / "out"
-    pipeline = StableDiffusionPipeline.from_pretrained(out / "pipeline", dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "pipeline")
+    assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert load_file(out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == (
         torch.float16
     )
-    model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)
+    model = CLIPModel.from_pretrained(out / "clip")
     text = pipeline.text_encoder.state_dict()
     assert text.keys() == model.text_model.state_dict().keys()
     assert all(torch.equal(text[k], v) for k, v in model.text_model.state_dict().items())

@@ -233,6 +233,14 @@ def test_half_precision_calls_leave_the_chain_in_float32(pipelines):
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     half, gradients = sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float32, autocast=autocast)
     exact, expected = sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float32)
+    sampler, cond = ddim_sampler(model.scheduler, STEPS), model.encode_prompts(["a cat", "two dogs", "a red circle"])
+    latents = model.init_latents(generators(range(BATCH), "x"))
+    with torch.no_grad(), autocast():
+        for i, t in enumerate(sampler.timesteps):
+            model_output = model.predict(latents, t, cond, 5.0)
+            assert model_output.dtype == torch.bfloat16
+            latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * model_output.float()
+    assert torch.equal(half, latents)
     assert half.dtype == gradients.dtype == torch.float32
     assert 0 < relative_difference(half, exact) < 0.05
     assert torch.cosine_similarity(gradients, expected, dim=0) > 0.95

@@ -51,3 +51,8 @@ def test_unknown_prediction_type_is_refused_by_name():
     odd.register_to_config(prediction_type="flow")
     with pytest.raises(ConfigError, match="'flow'"):
         ddim_sampler(odd, 10)
+
+
+def test_more_steps_than_the_model_was_trained_with():
+    with pytest.raises(ConfigError, match="num_inference_steps = 1001 must not exceed the model's 1000"):
+        ddim_sampler(scheduler("epsilon"), 1001)

@@ -97,3 +97,16 @@ def test_half_precision_model_samples_float32_latents(pipeline_folder):
     with torch.no_grad():
         output = model.predict(latents, torch.tensor(1), model.encode_prompts(["a cat"]), 3.0)
         assert output.dtype == torch.bfloat16 and model.decode(latents).dtype == torch.float32
+
+
+def test_a_model_of_another_family_is_refused(pipeline_folder, tmp_path):
+    import json
+    import shutil
+
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(pipeline_folder, tmp_path / "p")
+    config = json.loads((tmp_path / "p" / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "p" / "unet")
+    with pytest.raises(ConfigError, match=r"not a text-to-image model of Stable Diffusion 1.x or 2.x"):
+        load_model(str(tmp_path / "p"))

@@ -45,8 +45,11 @@ def test_the_original_is_left_alone():
     (dict(mixed_precision="fp8"), r"mixed_precision = 'fp8' is not one of 'no', 'fp16', 'bf16'"),
     (dict(per_gpu_capacity=0), r"per_gpu_capacity = 0 must be greater than 0"),
     (dict(eta=-0.5), r"eta = -0.5 must not be negative"),
+    (dict(eta=1.5), r"eta = 1.5 must be from 0"),
+    (dict(train__adam_beta2=1.0), r"train.adam_beta2 = 1.0 must be at least 0 and less than 1"),
+    (dict(lora_alpha=0.0), r"lora_alpha = 0.0 must be greater than 0"),
     (dict(guidance_scale=0.5), r"guidance_scale = 0.5"),
-    (dict(train__ema_decay=1.0), r"train.ema_decay = 1.0 must be less than 1"),
+    (dict(train__ema_decay=1.0), r"train.ema_decay = 1.0 must be at least 0 and less than 1"),
     (dict(loss="target"), r"loss = 'target' needs loss_target"),
     (dict(loss="targt"), r"loss = 'targt' .*did you mean 'target'"),
 ])  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewards import tiny_judge
+from rewards import RewardError, tiny_judge
 from scripts.tiny import world
 
 
@@ -29,7 +29,7 @@ def test_every_prompt_is_read_back_as_its_content():
      "a red hexagon on a blue background"],
 )  # fmt: skip
 def test_a_prompt_outside_the_grammar_is_refused_in_one_line(prompt):
-    with pytest.raises(ValueError, match="the judge reads only") as refused:
+    with pytest.raises(RewardError, match="the judge reads only") as refused:
         tiny_judge.obedience(torch.rand(1, 3, 64, 64), [prompt], [{}])
     assert repr(prompt) in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -256,3 +256,56 @@ def test_bfloat16_trains_a_float32_adapter(toy_config):
 def test_trackers_get_the_run(toy_config):
     trainer = train(toy_config(log_with="tensorboard", num_epochs=1))
     assert list(trainer.run.folder.rglob("events.out.tfevents*"))
+
+
+def test_overrides_count_when_resuming(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    again = AlignPropTrainer(toy_config(resume_from=str(first.run.folder), train__learning_rate=5e-4))
+    assert [group["lr"] for group in again.optimizer.param_groups] == [5e-4]
+    assert again.optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_resuming_with_another_evaluation_goes_on(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    again = train(toy_config(resume_from=str(first.run.folder), num_eval_images=1, max_vis_images=1, eval_reward_fn=""))
+    assert rows(again, "eval")[-1]["step"] == 4
+
+
+def test_a_finished_run_says_where_it_is(toy_config, capsys):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    train(toy_config(resume_from=str(first.run.folder), run_name="copy", num_epochs=1))
+    assert "copy: config.json, metrics.jsonl" in capsys.readouterr().out
+
+
+def test_a_copied_checkpoint_of_any_name_resumes(toy_config, tmp_path):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    best = checkpoints_of(first.run.folder)[-1].rename(tmp_path / "best")
+    assert AlignPropTrainer(toy_config(resume_from=str(best), run_name="s")).global_step == 2
+
+
+def test_an_abandoned_future_is_set_aside(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=3, num_checkpoint_limit=0))
+    assert [p.name for p in checkpoints_of(first.run.folder)] == ["checkpoint_2", "checkpoint_4", "checkpoint_6"]
+    start = str(checkpoints_of(first.run.folder)[0])
+    train(toy_config(resume_from=start, num_epochs=2, num_checkpoint_limit=1))
+    names = sorted(p.name for p in (first.run.folder / "checkpoints").iterdir())
+    assert names == ["abandoned_4", "abandoned_6", "checkpoint_4"]
+
+
+def test_a_lora_checkpoint_does_not_resume_full_fine_tuning(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    with pytest.raises(ConfigError, match=r"use_lora or pretrained.model differ"):
+        AlignPropTrainer(toy_config(resume_from=str(first.run.folder), use_lora=False))
+
+
+def test_a_run_without_checkpoint_starts_over_under_its_name(toy_config):
+    config = toy_config(run_name="r", num_epochs=1)
+    broken = AlignPropTrainer(config)
+    broken.run.open_folder()
+    broken.evaluate()
+    assert [r["step"] for r in rows(train(config))] == [0, 1, 2, 2]
+
+
+def test_any_callable_is_a_reward_for_the_library(toy_config):
+    trainer = AlignPropTrainer(toy_config(), reward=lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)))
+    assert trainer.step()["grad_norm"] > 0

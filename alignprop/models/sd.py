@@ -40,7 +40,7 @@ class StableDiffusion:
             dtype: of all weights.
 
         Raises:
-            ConfigError: nothing loadable under that name.
+            ConfigError: nothing loadable under that name, or a model of another family.
         """
         from diffusers import StableDiffusionPipeline
 
@@ -60,6 +60,12 @@ class StableDiffusion:
                 f"pretrained.model = {name!r} could not be loaded (tried {where}): {reason} — give a local pipeline "
                 "folder or a single .safetensors file, or set HF_HOME to a cache that holds it"
             ) from error
+        unet, vae = pipeline.unet.config, pipeline.vae.config
+        if unet.addition_embed_type or unet.in_channels != vae.latent_channels:
+            raise ConfigError(
+                f"pretrained.model = {name!r} is not a text-to-image model of Stable Diffusion 1.x or 2.x "
+                f"(its UNet takes {unet.in_channels} channels and {unet.addition_embed_type or 'no'} added conditions)"
+            )
         return cls(pipeline)
 
     def to(self, device) -> "StableDiffusion":
