@@ -309,3 +309,10 @@ def test_a_run_without_checkpoint_starts_over_under_its_name(toy_config):
 def test_any_callable_is_a_reward_for_the_library(toy_config):
     trainer = AlignPropTrainer(toy_config(), reward=lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)))
     assert trainer.step()["grad_norm"] > 0
+
+
+def test_non_finite_losses_under_loss_scaling_are_skipped_too(toy_config, monkeypatch):
+    half_precision(monkeypatch, torch.float16, scale=2.0**12)
+    trainer = AlignPropTrainer(toy_config(reward_fn="tests.toy_rewards:Explodes", eval_reward_fn=""))
+    trainer.run.reward.terms["tests.toy_rewards:Explodes"].function.calls = -1  # finite in the first step only
+    assert [trainer.step()["skipped_steps"] for _ in range(3)] == [0, 1, 2]
