@@ -7,6 +7,7 @@
 
 import os
 import sys
+from contextlib import contextmanager
 
 # transformers reports at import what is missing for features that nothing here uses.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -17,20 +18,32 @@ from ml_collections import config_flags
 from alignprop.settings import ConfigError, warnings_for
 from rewards.base import RewardError
 
-_CONFIG = config_flags.DEFINE_config_file("config", "config/align_prop.py:quickstart", "Preset to run.")
+PRESET = "config/align_prop.py:quickstart"
+
+
+@contextmanager
+def plain_config_errors():
+    """ml_collections reports a misspelt field or a missing file as these, with the reason in the text."""
+    try:
+        yield
+    except (AttributeError, KeyError, OSError) as error:
+        reason = error
+        while isinstance(reason, Exception):
+            reason = reason.args[-1]
+        raise ConfigError(f"--config: {' '.join(str(reason).split())}") from error
 
 
 def parse_flags(argv):
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, OSError, TypeError) as error:  # a misspelt field or file
-        raise ConfigError(f"--config: {next(filter(None, str(error).splitlines()), error)}") from error
+    with plain_config_errors():
+        arguments = app.parse_flags_with_usage(argv)
+        _ = flags.FLAGS.config.task  # a configuration that could not be loaded says so only when it is used
+    return arguments
 
 
 def main(argv):
     if len(argv) > 1:
         raise ConfigError(f"{argv[1]!r} is not a flag; options look like --config.seed=1")
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     overridden = config_flags.get_override_values(flags.FLAGS["config"])
     for line in warnings_for(config, overridden) if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
@@ -50,6 +63,8 @@ def main(argv):
 
 if __name__ == "__main__":
     try:
+        with plain_config_errors():
+            config_flags.DEFINE_config_file("config", PRESET, "Configuration file and preset to run.")
         app.run(main, flags_parser=parse_flags)
     except (ConfigError, RewardError) as error:
         sys.exit(f"error: {error}")

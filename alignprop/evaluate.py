@@ -39,6 +39,12 @@ class Evaluation:
     rewards: torch.Tensor
     terms: dict[str, torch.Tensor]
 
+    @property
+    def columns(self) -> dict[str, torch.Tensor]:
+        """Everything that was measured, [n] each; the weighted sum only where it is not one of the terms itself."""
+        alone = any(torch.equal(self.rewards, scores) for scores in self.terms.values())
+        return self.terms if alone else {"reward": self.rewards, **self.terms}
+
     def row(self) -> dict:
         """The means, as a row of metrics.jsonl."""
         return {

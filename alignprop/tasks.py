@@ -63,8 +63,8 @@ def evaluate_soup(config, model=None, reward=None) -> Path:
         evaluation = run.evaluator(
             on_image=lambda j, image, part=part: save_image(image, part / "images" / f"{j:06d}.png")
         )
-        scores = {"reward": evaluation.rewards, **evaluation.terms}
-        results.append({"mixing_coef_1": coefficient, **{k: statistics(v) for k, v in scores.items()}})
+        measured = {name: statistics(scores) for name, scores in evaluation.columns.items()}
+        results.append({"mixing_coef_1": coefficient, **measured})
         if run.is_main:
             write_report(evaluation, part)
         _say_rewards(run, evaluation, part, f"c = {coefficient:g}: ")
@@ -95,8 +95,6 @@ def _slug(text: str) -> str:
 
 
 def _say_rewards(run: Run, evaluation: Evaluation, folder: Path, prefix: str = "") -> None:
-    scores = {"reward": evaluation.rewards, **evaluation.terms}
-    told = ", ".join(
-        f"{n} {s['mean']:.4f} ± {s['stderr']:.4f}" for n, s in ((n, statistics(v)) for n, v in scores.items())
-    )
+    found = {name: statistics(scores) for name, scores in evaluation.columns.items()}
+    told = ", ".join(f"{name} {s['mean']:.4f} ± {s['stderr']:.4f}" for name, s in found.items())
     run.say(f"{prefix}{told}  ({folder})")

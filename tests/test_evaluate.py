@@ -64,6 +64,11 @@ def test_a_weighted_sum_and_its_terms(toy_config):
     found = Run(config).evaluator()
     redness, contrast = found.terms["tests.toy_rewards:redness"], found.terms["tests.toy_rewards:contrast"]
     torch.testing.assert_close(found.rewards, 2 * redness + 0.5 * contrast)
+    assert list(found.columns) == ["reward", "tests.toy_rewards:redness", "tests.toy_rewards:contrast"]
+
+
+def test_a_single_reward_is_not_shown_twice(toy_config):
+    assert list(Run(toy_config()).evaluator().columns) == ["tests.toy_rewards:redness", "tests.toy_rewards:contrast"]
 
 
 def test_statistics():

@@ -73,7 +73,8 @@ def test_a_model_that_is_nowhere(toy_config, tmp_path):
 
 
 @pytest.mark.parametrize(("argument", "message"), [
-    ("--config.trian.seed=1", "trian"), ("--config.num_epoch=1", "num_epoch"), ("--config=config/none.py", "none.py"),
+    ("--config.trian.seed=1", "'trian' Did you mean \"train\""), ("--config=config/none.py", "none.py"),
+    ("--config.num_epoch=1", "'num_epoch' Did you mean \"num_epochs\""),
 ])  # fmt: skip
 def test_a_misspelt_field_or_file_is_one_line(argument, message):
     done = run_main(argument)
