@@ -183,7 +183,7 @@ def _panels(count: int):
     # Figure rather than pyplot: no global state, and the Agg canvas whatever the user's backend
     from matplotlib.figure import Figure
 
-    columns = min(count, 3)
+    columns = 2 if count == 4 else min(count, 3)
     grid = math.ceil(count / columns), columns
     figure = Figure(figsize=(4.2 * grid[1], 3.2 * grid[0]), layout="constrained")
     axes = figure.subplots(*grid, squeeze=False).flatten()

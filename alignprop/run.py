@@ -64,7 +64,11 @@ class Run:
         self.extra_reward = self._build_reward(extra) if extra else None
         half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
         self.model = model or load_model(
-            c.pretrained.model, revision=c.pretrained.revision, config=c.pretrained.config, dtype=half
+            c.pretrained.model,
+            revision=c.pretrained.revision,
+            config=c.pretrained.config,
+            dtype=half,
+            full=not c.use_lora,
         )
         self.model.to(self.accelerator.device)
         if c.grad_checkpoint:

@@ -30,6 +30,8 @@ def test_a_single_file_is_the_model_of_its_folder(tmp_path, suffix):
     mine, theirs = weights(one), weights(other)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert one.scheduler.config.prediction_type == "v_prediction"
+    half = load_model(str(path), config=str(folder), dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in weights(half).values()} == {torch.bfloat16}
     cond = [m.encode_prompts(["a red cat"]) for m in (one, other)]
     torch.testing.assert_close(cond[0]["prompt_embeds"], cond[1]["prompt_embeds"])
 

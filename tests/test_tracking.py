@@ -190,3 +190,19 @@ def test_without_trackers_wandb_is_not_imported(tmp_path, monkeypatch):
     start_trackers(accelerator, "alignprop", "test", tmp_path, {})
     with pytest.raises(ImportError):
         wandb_mode()
+
+
+def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    started = []
+
+    class Accelerator:
+        log_with, is_main_process = ("wandb",), True
+
+        def init_trackers(self, project, config, init_kwargs):
+            started.append(init_kwargs["wandb"])
+
+    for folder in ("a", "a", "b"):
+        start_trackers(Accelerator(), "alignprop", folder, tmp_path / folder, {})
+    first, again, other = started
+    assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow"

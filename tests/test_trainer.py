@@ -316,3 +316,13 @@ def test_non_finite_losses_under_loss_scaling_are_skipped_too(toy_config, monkey
     trainer = AlignPropTrainer(toy_config(reward_fn="tests.toy_rewards:Explodes", eval_reward_fn=""))
     trainer.run.reward.terms["tests.toy_rewards:Explodes"].function.calls = -1  # finite in the first step only
     assert [trainer.step()["skipped_steps"] for _ in range(3)] == [0, 1, 2]
+
+
+def test_full_fine_tuning_in_half_precision_starts_from_the_exact_weights(toy_config, pipeline_folder):
+    trainer = AlignPropTrainer(toy_config(mixed_precision="bf16", use_lora=False))
+    stored = load_file(pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    trained = trainable_parameters(trainer.run.model.denoiser)
+    assert trained.keys() == stored.keys() and all(torch.equal(p, stored[name]) for name, p in trained.items())
+    assert trainer.run.model.vae.dtype == torch.bfloat16
+    before = weights(trainer)
+    assert trainer.step()["grad_norm"] > 0 and not torch.equal(weights(trainer), before)

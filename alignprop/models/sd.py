@@ -29,29 +29,31 @@ class StableDiffusion:
         self._embeddings: dict[str, torch.Tensor] = {}
 
     @classmethod
-    def load(cls, name: str, *, revision: str | None = None, config: str | None = None, dtype=torch.float32):
+    def load(cls, name: str, *, revision=None, config=None, dtype=torch.float32, full=False) -> "StableDiffusion":
         """From a hub name, a local folder, or a single `.safetensors` / `.ckpt` file.
 
         Args:
             name: what to load.
-            revision: branch, tag or commit on the hub.
+            revision: branch, tag or commit on the hub; None is the newest.
             config: for a single file, the hub name or folder of a pipeline of the same layout, which supplies the
                 configuration and the tokenizer; None lets diffusers choose from the file's keys.
-            dtype: of all weights.
+            dtype: of the weights.
+            full: the denoiser's weights stay float32 whatever `dtype` is: they are to be trained.
 
         Raises:
             ConfigError: nothing loadable under that name, or a model of another family.
         """
         from diffusers import StableDiffusionPipeline
 
+        stored = torch.float32 if full else dtype
         try:
             if Path(name).suffix in (".safetensors", ".ckpt"):
                 pipeline = StableDiffusionPipeline.from_single_file(
-                    name, config=config, dtype=dtype, safety_checker=None, feature_extractor=None
+                    name, config=config, dtype=stored, safety_checker=None, feature_extractor=None
                 )
             else:
                 pipeline = StableDiffusionPipeline.from_pretrained(
-                    name, revision=revision, dtype=dtype, requires_safety_checker=False, **_UNUSED
+                    name, revision=revision, dtype=stored, requires_safety_checker=False, **_UNUSED
                 )
         except (OSError, ValueError, KeyError) as error:
             where = "this folder or file" if os.path.exists(name) else "a local path, the hub cache and the hub"
@@ -66,6 +68,8 @@ class StableDiffusion:
                 f"pretrained.model = {name!r} is not a text-to-image model of Stable Diffusion 1.x or 2.x "
                 f"(its UNet takes {unet.in_channels} channels and {unet.addition_embed_type or 'no'} added conditions)"
             )
+        pipeline.vae.to(dtype=dtype)
+        pipeline.text_encoder.to(dtype=dtype)
         return cls(pipeline)
 
     def to(self, device) -> "StableDiffusion":
