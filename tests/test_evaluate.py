@@ -11,6 +11,7 @@ from alignprop.run import Run
 from alignprop.seeding import generator
 from alignprop.settings import ConfigError
 from alignprop.tasks import evaluate, evaluate_soup
+from rewards import RewardError
 
 
 def save_random_lora(pipeline_folder, folder, seed):
@@ -69,6 +70,17 @@ def test_a_weighted_sum_and_its_terms(toy_config):
 
 def test_a_single_reward_is_not_shown_twice(toy_config):
     assert list(Run(toy_config()).evaluator().columns) == ["tests.toy_rewards:redness", "tests.toy_rewards:contrast"]
+
+
+def test_a_reward_that_is_trained_is_not_computed_again_as_an_extra(toy_config):
+    run = Run(toy_config(eval_reward_fn="tests.toy_rewards:redness,tests.toy_rewards:contrast"))
+    assert list(run.extra_reward.terms) == ["tests.toy_rewards:contrast"]
+    assert Run(toy_config(eval_reward_fn="tests.toy_rewards:redness")).extra_reward is None
+
+
+def test_a_reward_that_is_not_a_number_is_refused_in_evaluation(toy_config):
+    with pytest.raises(RewardError, match=r"not_a_number.*non-finite"):
+        Run(toy_config(eval_reward_fn="tests.toy_rewards:not_a_number")).evaluator()
 
 
 def test_statistics():

@@ -267,8 +267,11 @@ def test_overrides_count_when_resuming(toy_config):
 
 def test_resuming_with_another_evaluation_goes_on(toy_config):
     first = train(toy_config(run_name="r", num_epochs=1))
+    picture = first.run.folder / "before_after.png"
+    drawn = picture.read_bytes()
     again = train(toy_config(resume_from=str(first.run.folder), num_eval_images=1, max_vis_images=1, eval_reward_fn=""))
     assert rows(again, "eval")[-1]["step"] == 4
+    assert picture.read_bytes() == drawn  # one picture is not set beside two
 
 
 def test_a_finished_run_says_where_it_is(toy_config, capsys):
