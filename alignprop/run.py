@@ -59,18 +59,8 @@ class Run:
         self.reward = as_reward(reward) if reward else self._build_reward(c.reward_fn)
         if needs_gradient:
             require_differentiable(self.reward)
-        named = parse_spec(c.eval_reward_fn) if c.eval_reward_fn else []
-        extra = ",".join(name for name in named if name not in self.reward.terms)
-        self.extra_reward = self._build_reward(extra) if extra else None
-        half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
-        self.model = model or load_model(
-            c.pretrained.model,
-            revision=c.pretrained.revision,
-            config=c.pretrained.config,
-            dtype=half,
-            full=not c.use_lora,
-        )
-        self.model.to(self.accelerator.device)
+        self.extra_reward = self._build_extra_reward()
+        self.model = (model or self._load_model()).to(self.accelerator.device)
         if c.grad_checkpoint:
             self.model.enable_gradient_checkpointing()
         sampler = ddim_sampler(self.model.scheduler, c.num_inference_steps, c.eta)
@@ -146,6 +136,20 @@ class Run:
         c = self.config
         options = {name: c[name].to_dict() for name in ("aesthetic", "hps", "clip")}
         return build_reward(spec, options, self.accelerator.device)
+
+    def _build_extra_reward(self) -> WeightedReward | None:
+        """The rewards that are measured besides: those of `eval_reward_fn` that `reward` does not have."""
+        named = parse_spec(self.config.eval_reward_fn) if self.config.eval_reward_fn else []
+        extra = ",".join(name for name in named if name not in self.reward.terms)
+        return self._build_reward(extra) if extra else None
+
+    def _load_model(self) -> Model:
+        c = self.config
+        dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
+        source = c.pretrained
+        return load_model(
+            source.model, revision=source.revision, config=source.config, dtype=dtype, full=not c.use_lora
+        )
 
     def _choose_folder(self, state: PartialState) -> Path:
         """log_dir/run_name; the checkpoint's own run where that has one and no other name is given."""

@@ -29,6 +29,12 @@ class Model(Protocol):
     scheduler: Any
     pipeline_class: type
 
+    def to(self, device) -> "Model":
+        """Moves every module; returns the model."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes activations in the backward pass instead of keeping them."""
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of B prompts; each distinct prompt is encoded once and remembered."""
 
@@ -40,3 +46,6 @@ class Model(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W], float32 in [0, 1]; differentiable."""
+
+    def save_lora(self, folder, tensors: dict[str, torch.Tensor], metadata: dict | None) -> None:
+        """Writes the adapter so that `pipeline_class.load_lora_weights(folder)` reads it."""
