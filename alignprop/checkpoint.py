@@ -3,22 +3,22 @@
 <run>/checkpoints/checkpoint_<step>/
     pytorch_lora_weights.safetensors   what to use: loads in any diffusers pipeline (or denoiser/ without LoRA)
     training_state.pt                  what to resume from: optimizer, scaler, moving average, random states, step
+    manifest.json                      size and SHA-256 of every other file; the base model
+<run>/checkpoints/best                 a link to the checkpoint with the highest held-out reward
 """
 
-import random
+import os
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from alignprop.manifest import MANIFEST, STATE_FILE, damage_of, write_manifest
 from alignprop.settings import ConfigError
-
-STATE_FILE = "training_state.pt"
 
 
 def checkpoints_of(run_folder) -> list[Path]:
@@ -32,26 +32,51 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint_"))
 
 
-def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from") -> Path:
-    """The checkpoint that a person means by a checkpoint folder, a run folder (its newest) or "latest" (of all runs).
+def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from", run_name: str = "") -> Path | None:
+    """The whole checkpoint that a person means.
+
+    Args:
+        resume_from: a checkpoint folder or LoRA file; a run folder, for its newest; or "latest", for the newest whole
+            one of `run_name`, or of all runs in `log_dir` where that is empty.
+
+    Returns:
+        Its path. None for the "latest" of a named run that has none yet: the run is to start.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it is damaged.
     """
     if resume_from == "latest":
-        newest = [runs[-1] for run in Path(log_dir).glob("*") if (runs := checkpoints_of(run))]
-        if not newest:
-            raise ConfigError(f"{field} = 'latest', but no run in log_dir = {log_dir!r} has a checkpoint")
-        return max(newest, key=lambda checkpoint: checkpoint.stat().st_mtime)
+        return _newest_whole(Path(log_dir), field, run_name)
     path = Path(resume_from)
+    path = path.resolve() if path.is_symlink() else path  # `best` is one
     if not path.exists():
         raise ConfigError(f"{field} = {resume_from!r} does not exist; give a checkpoint, a run folder or 'latest'")
     if checkpoints := checkpoints_of(path):
-        return checkpoints[-1]
+        path = checkpoints[-1]
     holds_weights = any(path.glob("*.safetensors")) or any((path / n).exists() for n in (STATE_FILE, "denoiser"))
-    if path.is_dir() and not holds_weights:
+    if path.is_dir() and not holds_weights and not (path / MANIFEST).exists():
         raise ConfigError(f"{field} = {resume_from!r} holds no checkpoint; give a checkpoint, a run folder or 'latest'")
+    if damage := damage_of(path):
+        own_run = run_folder_of(path)
+        others = [p for p in checkpoints_of(own_run) if p != path and not damage_of(p)] if own_run else []
+        earlier = f"the newest whole one is {str(others[-1])!r}" if others else "no other of its run is whole"
+        raise ConfigError(f"{field} = {resume_from!r}: {str(path)!r} is damaged ({damage}); {earlier}")
     return path
+
+
+def _newest_whole(log_dir: Path, field: str, run_name: str) -> Path | None:
+    runs = [checkpoints_of(run) for run in ([log_dir / run_name] if run_name else log_dir.glob("*"))]
+    newest_first = sorted(filter(None, runs), key=lambda checkpoints: checkpoints[-1].stat().st_mtime, reverse=True)
+    found = [checkpoint for checkpoints in newest_first for checkpoint in reversed(checkpoints)]
+    for checkpoint in found:
+        damage = damage_of(checkpoint)
+        if not damage:
+            return checkpoint
+        print(f"warning: {field} = 'latest' passes over {str(checkpoint)!r}, damaged ({damage})", file=sys.stderr)
+    if run_name and not found:
+        return None
+    where = f"run_name = {run_name!r}" if run_name else f"no run in log_dir = {str(log_dir)!r}"
+    raise ConfigError(f"{field} = 'latest', but {where} has {'no whole' if found else 'a'} checkpoint")
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
@@ -59,31 +84,72 @@ def run_folder_of(checkpoint: Path) -> Path | None:
     return checkpoint.resolve().parents[1] if checkpoint.resolve().parent.name == "checkpoints" else None
 
 
-def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable[[Path], None], limit: int) -> Path:
-    """Writes a checkpoint into a temporary folder, then renames it, so that one is whole or absent.
+def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable[[Path], None], base: dict) -> Path:
+    """Writes a checkpoint into a temporary folder, flushes it to the disk and renames it: it is whole or absent.
 
     Args:
         state: nested dicts and lists of tensors, numbers and strings.
         write_weights: writes the usable weights into the folder that it is given.
-        limit: how many checkpoints to keep, this one included; 0 keeps all.
+        base: what `base_model` says of the model.
+
+    Raises:
+        ConfigError: it could not be written, for example onto a full disk. Earlier checkpoints are as they were.
     """
     folder = Path(run_folder) / "checkpoints"
     temporary, final = folder / f"writing_{step}", folder / f"checkpoint_{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_weights(temporary)
-    torch.save(state, temporary / STATE_FILE)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    if limit:
-        for old in checkpoints_of(run_folder)[:-limit]:
-            shutil.rmtree(old)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_weights(temporary)
+        torch.save(state, temporary / STATE_FILE)
+        write_manifest(temporary, base)
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason, free = " ".join(str(error).split()), shutil.disk_usage(run_folder).free / 2**20
+        raise ConfigError(
+            f"the checkpoint of step {step} could not be written to {str(folder)!r}, where {free:.0f} MiB are free: "
+            f"{reason} — earlier checkpoints are untouched; go on from there with resume_from={str(run_folder)!r}"
+        ) from error
     return final
 
 
-def set_aside_after(run_folder, step: int) -> None:
-    """Renames checkpoints of a later step to abandoned_<step>: a run that continues from `step` leaves that future,
-    and its newest checkpoint must not be mistaken for the run's."""
+def prune(run_folder, limit: int, keep: Collection[Path], held_out: dict[int, float]) -> None:
+    """Links `best` and deletes the oldest checkpoints.
+
+    Args:
+        limit: how many of the newest to keep; 0 keeps all.
+        keep: never deleted, nor is the best.
+        held_out: step -> held-out reward, as far as it was measured.
+    """
+    checkpoints = checkpoints_of(run_folder)
+    measured = [p for p in checkpoints if step_of(p) in held_out]
+    best = max(measured, key=lambda p: held_out[step_of(p)], default=None)
+    if best:
+        link, temporary = best.with_name("best"), best.with_name("best.new")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(best.name)
+        os.replace(temporary, link)
+    kept = {path.resolve() for path in keep} | {best and best.resolve()}
+    for old in checkpoints[:-limit] if limit else ():
+        if old.resolve() not in kept:
+            # Half-deleted, it must not look like a checkpoint.
+            shutil.rmtree(old.rename(old.with_name(f"deleting_{step_of(old)}")))
+
+
+def clean_up(run_folder, step: int) -> None:
+    """Makes a run folder that of a run at optimizer step `step`, whatever it was interrupted in.
+
+    Removes what was half-written or half-deleted, and renames checkpoints of a later step to abandoned_<step>: a run
+    that continues from `step` leaves that future, and its newest checkpoint must not be mistaken for the run's.
+    """
+    for pattern in ("writing_*", "deleting_*"):
+        for folder in Path(run_folder).glob(f"checkpoints/{pattern}"):
+            shutil.rmtree(folder)
+    (Path(run_folder) / "checkpoints" / "best").unlink(missing_ok=True)  # `prune` links it again
     for checkpoint in checkpoints_of(run_folder):
         if step_of(checkpoint) > step:
             abandoned = checkpoint.with_name(f"abandoned_{step_of(checkpoint)}")
@@ -106,38 +172,10 @@ def read_state(checkpoint: Path) -> dict:
         raise ConfigError(f"{str(path)!r} cannot be read ({type(error).__name__}); is the file whole?") from error
 
 
-def random_state() -> dict:
-    """The global random states of this process, which custom rewards may use. Ours come from keys instead."""
-    numpy_state = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": list(random.getstate()),
-        "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
-    }
-
-
-def restore_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-
-
-def load_denoiser(denoiser, folder: Path) -> None:
-    """Loads fully fine-tuned weights, as diffusers' `save_pretrained` wrote them.
-
-    Raises:
-        ConfigError: they are not this denoiser's.
-    """
-    tensors = {}
-    denoiser.float()  # as it was trained
+def _flush(path: Path) -> None:
+    """Has the disk really hold a file, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        for path in sorted(folder.glob("*.safetensors")):
-            tensors |= load_file(path)
-        denoiser.load_state_dict(tensors)
-    except (RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{str(folder)!r} does not fit this model: {str(error).splitlines()[-1].strip()}") from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -91,18 +91,27 @@ class Evaluator:
         self.order = [order[j % len(order)] for j in range(num_images)]
 
     @torch.no_grad()
-    def __call__(self, on_image: Callable[[int, torch.Tensor], None] | None = None) -> Evaluation:
+    def __call__(
+        self,
+        on_image: Callable[[int, torch.Tensor], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
         """The same result on every process.
 
         Args:
             on_image: called with (j, picture [3, H, W]) for each picture, on the process that made it.
+            should_stop: asked before each batch, by all processes together; True ends it, and the result is None.
         """
-        batches = [
-            range(j, min(j + self.batch_size, self.num_images)) for j in range(0, self.num_images, self.batch_size)
-        ]
-        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        size, n, accelerator = self.batch_size, self.num_images, self.accelerator
+        at_once = size * accelerator.num_processes
         found = []
-        for batch in tqdm(mine, desc="evaluating", leave=False, disable=not self.accelerator.is_main_process):
+        for first in tqdm(range(0, n, at_once), "evaluating", leave=False, disable=not accelerator.is_main_process):
+            if should_stop():
+                return None
+            start = first + accelerator.process_index * size
+            batch = range(start, min(start + size, n))
+            if not batch:
+                continue
             images, scores = self._batch(batch)
             for row, j in enumerate(batch):
                 if on_image:

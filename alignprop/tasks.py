@@ -5,13 +5,15 @@ import json
 import re
 from pathlib import Path
 
-from alignprop.checkpoint import find_checkpoint, load_denoiser
+from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, statistics, write_report
 from alignprop.lora import read_lora, set_lora
+from alignprop.manifest import check_base
 from alignprop.pictures import plot_soup, save_image
 from alignprop.run import Run
 from alignprop.settings import save_config
 from alignprop.soups import mix
+from alignprop.weights import load_denoiser
 
 BASE_MODEL = "stablediffusion"
 
@@ -49,12 +51,15 @@ def evaluate_soup(config, model=None, reward=None) -> Path:
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
-    second = None
+    second_path = second = None
     if config.resume_from_2 != BASE_MODEL:
-        second = read_lora(find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2"))
+        second_path = find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2")
+        second = read_lora(second_path)
     run = Run(config, model, reward)
     c = run.config
     first = read_lora(run.checkpoint)
+    if second_path:
+        check_base(second_path, run.base, "resume_from_2")
     folder = _new_folder(run, f"soup_{c.soup_mode}")
     results: list[dict] = []
     for coefficient in map(float, c.mixing_coef_1):

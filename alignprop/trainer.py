@@ -3,24 +3,23 @@
 Prabhudesai et al. 2023, arXiv 2310.03739. `AlignPropTrainer.step` is the method; the rest is the loop around it.
 """
 
+import json
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from alignprop.checkpoint import random_state, read_state, restore_random_state, set_aside_after, write_checkpoint
+from alignprop.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
 from alignprop.estimators import ESTIMATORS, build_estimator
 from alignprop.evaluate import Evaluation
-from alignprop.lora import add_lora, get_lora, read_lora, save_lora, trainable_parameters, update_lora
 from alignprop.losses import LOSSES
 from alignprop.prompts import draw_prompts, load_prompts
 from alignprop.run import Run
-from alignprop.seeding import generator, generators
-from alignprop.settings import ConfigError, one_of
+from alignprop.seeding import generator, generators, random_state, restore_random_state
+from alignprop.settings import changes, one_of
+from alignprop.stopping import STOPPED, stop_requests
+from alignprop.weights import TrainedWeights
 from rewards import check_rewards
 
 
@@ -44,47 +43,37 @@ class AlignPropTrainer:
         self.estimator = build_estimator(c.estimator, c.trunc_backprop_timestep, c.truncated_backprop_minmax)
         self.loss = LOSSES[c.loss]
 
-        denoiser = self.run.model.denoiser
-        if c.use_lora:
-            add_lora(denoiser, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.seed)
-        else:
-            denoiser.float().requires_grad_(True)
-        self.parameters = list(trainable_parameters(denoiser).values())
-        optimizer = torch.optim.AdamW(
-            self.parameters, c.train.learning_rate, (c.train.adam_beta1, c.train.adam_beta2), c.train.adam_epsilon,
-            c.train.adam_weight_decay,
-        )  # fmt: skip
-        self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
-        self.rollout, self.optimizer = self.run.accelerator.prepare(self.run.rollout, optimizer)
-        self.global_step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
-        self.samples_bar = tqdm(disable=True)
+        self.weights = TrainedWeights(self.run.model, c, self.run.accelerator)
+        self.rollout, self.weights.optimizer = self.run.accelerator.prepare(self.run.rollout, self.weights.optimizer)
+        self.global_step = 0
         self.reward_checked = False
+        self.stop_requests: list[str] = []
         if self.run.checkpoint:
-            self._restore(self.run.checkpoint)
+            self._restore()
+
+    @property
+    def last_step(self) -> int:
+        """The number of optimizer steps of the whole run."""
+        return self.config.num_epochs * self.config.train.steps_per_epoch
 
     def train(self) -> None:
-        """The whole run: evaluate, then epochs of steps, evaluations and checkpoints, then a summary."""
-        c, run = self.config, self.run
-        run.open_folder()
-        if run.is_main:
-            # A run that starts over drops also the evaluation of step 0.
-            run.metrics.truncate_after(self.global_step or -1)
-            set_aside_after(run.folder, self.global_step)
-        if self.global_step == 0:
-            self.evaluate()
-        first_epoch = self.global_step // c.train.steps_per_epoch
-        epochs = range(first_epoch, c.num_epochs)
-        shown = {"disable": not run.is_main}
-        for epoch in tqdm(epochs, initial=first_epoch, total=c.num_epochs, desc="epochs", **shown):
-            samples = c.train.total_samples_per_epoch
-            with tqdm(total=samples, desc=f"epoch {epoch}", unit="sample", leave=False, **shown) as self.samples_bar:
-                for _ in range(c.train.steps_per_epoch):
-                    run.log(self.step())
-            last = epoch + 1 == c.num_epochs
-            if last or (c.eval_freq and (epoch + 1) % c.eval_freq == 0):
-                self.evaluate()
-            if last or (epoch + 1) % c.save_freq == 0:
-                self.save()
+        """The whole run, from where it is: steps, and after each what is due then; a summary.
+
+        Raises:
+            SystemExit: the process was asked to stop (SIGTERM, SIGINT) and has saved; its code is `STOPPED`.
+        """
+        run, progress = self.run, {"total": self.last_step, "initial": self.global_step, "unit": "step"}
+        run.open_folder(self.global_step)
+        with stop_requests() as self.stop_requests, tqdm(desc="training", disable=not run.is_main, **progress) as bar:
+            self._save_and_evaluate()
+            while self.global_step < self.last_step and not self._stopping():
+                row = self.step()
+                run.log(row)
+                bar.set_postfix(epoch=row["epoch"], reward=f"{row['reward']:.4g}")
+                bar.update()
+                self._save_and_evaluate()
+            if self._stopping():
+                self._stop()
         run.finish()
 
     def step(self) -> dict:
@@ -92,8 +81,8 @@ class AlignPropTrainer:
         c, run, started = self.config, self.run, time.perf_counter()
         key = (c.seed, self.global_step)
         plan = self.estimator(c.num_inference_steps, c.train.total_batch_size, generator(*key, "plan"))
-        samples = []
-        for indices in self._micro_batches():
+        samples, progress = [], {"desc": f"step {self.global_step + 1}", "leave": False, "disable": not run.is_main}
+        for indices in tqdm(self._micro_batches(), **progress):
             with run.accelerator.accumulate(self.rollout):
                 prompts, metadata = draw_prompts(self.prompts, *key, indices)
                 cond = run.model.encode_prompts(prompts)
@@ -107,10 +96,9 @@ class AlignPropTrainer:
                 losses = c.train.loss_coeff * c.grad_scale * self.loss(rewards, c.loss_target)
                 run.accelerator.backward(losses.mean())
             samples.append(torch.stack([losses, rewards, *terms.values()]).detach())
-            self.samples_bar.update(len(indices) * run.accelerator.num_processes)
         losses, rewards, *terms = run.accelerator.gather(torch.cat(samples, dim=1).T.contiguous()).T
         adjoint_norms = self._adjoint_norms()
-        grad_norm = self._update(losses)
+        grad_norm = self.weights.update(losses)
         self.global_step += 1
         return {
             "kind": "train",
@@ -123,74 +111,67 @@ class AlignPropTrainer:
             "grad_norm": grad_norm,
             "adjoint_norm": adjoint_norms,
             "active_steps": plan.active.sum(0).double().mean().item(),
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.weights.skipped,
             "seconds": round(time.perf_counter() - started, 3),
         }
 
-    def evaluate(self) -> Evaluation:
-        """Held-out rewards and pictures with the weights (or their moving average) of now."""
+    def evaluate(self) -> Evaluation | None:
+        """Held-out rewards and pictures with the (averaged) weights of now; None where asked to stop meanwhile."""
         run = self.run
-        with self._averaged_weights():
-            evaluation = run.evaluator()
-        run.report(evaluation, self.global_step, epoch=self.global_step // self.config.train.steps_per_epoch)
+        with self.weights.averaged():
+            evaluation = run.evaluator(should_stop=self._stopping)
+        if evaluation:
+            run.report(evaluation, self.global_step, epoch=self.global_step // self.config.train.steps_per_epoch)
         return evaluation
 
-    def save(self) -> Path | None:
-        """Writes checkpoints/checkpoint_<step>; its path on the main process."""
-        c, run, denoiser = self.config, self.run, self.run.model.denoiser
+    def save(self) -> None:
+        """Writes checkpoints/checkpoint_<step>, unless it is there: the one that this run continues from."""
         random_states = gather_object([random_state()])
-        if not run.is_main:
-            return None
-        scaler = run.accelerator.scaler
         state = {
             "global_step": self.global_step,
-            "skipped_steps": self.skipped_steps,
-            "weights": {name: p.detach().cpu() for name, p in trainable_parameters(denoiser).items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler else None,
-            "ema": self.ema.state_dict() if self.ema else None,
+            "config": json.dumps(self.config.to_dict()),
             "random": random_states,
+            **self.weights.state(),
         }
+        if self.run.is_main and self.global_step not in map(step_of, checkpoints_of(self.run.folder)):
+            write_checkpoint(self.run.folder, self.global_step, state, self.weights.write, self.run.base)
 
-        def write_weights(folder: Path) -> None:
-            with self._averaged_weights():
-                if c.use_lora:
-                    save_lora(run.model, get_lora(denoiser), folder)
-                else:
-                    denoiser.save_pretrained(folder / "denoiser")
+    def _save_and_evaluate(self) -> None:
+        """What is due after this step and not done yet: a run may have been interrupted between any two of them."""
+        c, run, step = self.config, self.run, self.global_step
+        epoch, within_epoch = divmod(step, c.train.steps_per_epoch)
+        last = step >= self.last_step
+        if within_epoch and not last:
+            return
+        # Saved first, because evaluating takes long enough to be interrupted.
+        if step and (last or epoch % c.save_freq == 0):
+            self.save()
+        due = not step or last or (c.eval_freq and epoch % c.eval_freq == 0)
+        if due and not run.is_evaluated(step):
+            self.evaluate()
+        run.prune_checkpoints()
 
-        return write_checkpoint(run.folder, self.global_step, state, write_weights, c.num_checkpoint_limit)
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop; every process has to ask."""
+        return self.run.any_process(bool(self.stop_requests))
 
-    def _micro_batches(self):
+    def _stop(self) -> None:
+        self.save()
+        run = self.run
+        run.accelerator.wait_for_everyone()  # launchers end all processes as soon as one has ended
+        run.say(
+            f"stopped after optimizer step {self.global_step} of {self.last_step} and saved; the same command with "
+            f"--config.resume_from={run.folder} goes on"
+        )
+        run.accelerator.end_training()
+        raise SystemExit(STOPPED)
+
+    def _micro_batches(self) -> list[torch.Tensor]:
         """The indices in the global batch of each micro-batch of this process."""
         size, accelerator = self.config.per_gpu_capacity, self.run.accelerator
-        for i in range(self.config.train.gradient_accumulation_steps):
-            first = (i * accelerator.num_processes + accelerator.process_index) * size
-            yield torch.arange(first, first + size)
-
-    def _update(self, losses: torch.Tensor) -> float:
-        """Clips and applies the accumulated gradient, unless it or a loss is not finite; returns its norm."""
-        c, accelerator = self.config, self.run.accelerator
-        grad_norm = float(accelerator.clip_grad_norm_(self.parameters, c.train.max_grad_norm))
-        finite_loss = bool(losses.isfinite().all())
-        finite = finite_loss and grad_norm < float("inf")
-        # The loss scaler skips a non-finite gradient by itself, and has to see it to lower its scale.
-        if finite or (finite_loss and accelerator.scaler):
-            self.optimizer.step()
-        elif accelerator.scaler:
-            accelerator.scaler.update()
-        self.optimizer.zero_grad()
-        if finite and self.ema:
-            self.ema.step(self.parameters)
-        self.skipped_steps += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= c.train.max_skipped_steps:
-            raise ConfigError(
-                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient; the run stops, "
-                f"its checkpoints are in {str(self.run.folder / 'checkpoints')!r}; try mixed_precision='bf16', a "
-                "smaller train.learning_rate or adjoint_clip=10"
-            )
-        return grad_norm
+        at_once = size * accelerator.num_processes
+        firsts = range(accelerator.process_index * size, self.config.train.total_batch_size, at_once)
+        return [torch.arange(first, first + size) for first in firsts]
 
     def _adjoint_norms(self) -> list[float | None]:
         """Mean over samples of ‖∂(sample's loss)/∂x[i]‖, i = 0 … N; None where no gradient needed it."""
@@ -201,42 +182,14 @@ class AlignPropTrainer:
         factor /= accelerator.scaler.get_scale() if accelerator.scaler else 1.0
         return [float(f"{s / n * factor:.4g}") if n else None for s, n in totals.T.tolist()]
 
-    @contextmanager
-    def _averaged_weights(self):
-        """Within it the trained weights are their moving average, where one is kept."""
-        if self.ema:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-        try:
-            yield
-        finally:
-            if self.ema:
-                self.ema.restore(self.parameters)
-
-    def _restore(self, checkpoint: Path) -> None:
-        if self.config.use_lora:
-            update_lora(self.run.model.denoiser, read_lora(checkpoint))  # refuses another model or rank
+    def _restore(self) -> None:
+        checkpoint, c = self.run.checkpoint, self.config
         state = read_state(checkpoint)
-        own = trainable_parameters(self.run.model.denoiser)
-        if {name: p.shape for name, p in own.items()} != {name: w.shape for name, w in state["weights"].items()}:
-            raise ConfigError(
-                f"resume_from = {str(checkpoint)!r} trained other weights; use_lora or pretrained.model differ"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state["weights"][name])
-        # What the user asks for now counts, not what the checkpoint's run was asked for.
-        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, wanted, strict=True):
-            group.update(own)
-        if self.run.accelerator.scaler and state["scaler"]:
-            self.run.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.ema and state["ema"]:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.run.accelerator.device)
-        self.global_step, self.skipped_steps = state["global_step"], state["skipped_steps"]
+        self.weights.load(state, checkpoint)
+        self.global_step = state["global_step"]
         rank = self.run.accelerator.process_index
         if rank < len(state["random"]):
             restore_random_state(state["random"][rank])
         self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {self.global_step}")
+        for line in changes(json.loads(state["config"]), json.loads(json.dumps(c.to_dict()))):
+            self.run.say(f"  with another {line}")

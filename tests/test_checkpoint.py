@@ -1,47 +1,93 @@
 import os
-import random
 
-import numpy as np
 import pytest
 import torch
 
 from alignprop.checkpoint import (
-    STATE_FILE,
     checkpoints_of,
+    clean_up,
     find_checkpoint,
-    random_state,
+    prune,
     read_state,
-    restore_random_state,
     run_folder_of,
     write_checkpoint,
 )
+from alignprop.manifest import MANIFEST, STATE_FILE
 from alignprop.settings import ConfigError
 
+BASE = {"name": "base", "weights": [1.0]}
 
-def write(run, step, limit=0):
-    return write_checkpoint(run, step, {"global_step": step}, lambda folder: (folder / "weights").touch(), limit)
+
+def write(run, step):
+    return write_checkpoint(run, step, {"global_step": step}, lambda folder: (folder / "weights").touch(), BASE)
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def damage(checkpoint):
+    path = checkpoint / STATE_FILE
+    path.write_bytes(path.read_bytes()[:-1])
 
 
 def test_written_whole_and_read_back(tmp_path):
     checkpoint = write(tmp_path, 3)
     assert read_state(checkpoint) == {"global_step": 3}
-    assert sorted(p.name for p in checkpoint.iterdir()) == [STATE_FILE, "weights"]
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_3"]
+    assert sorted(p.name for p in checkpoint.iterdir()) == [MANIFEST, STATE_FILE, "weights"]
+    assert names(tmp_path) == ["checkpoint_3"]
 
 
-def test_a_failed_write_leaves_no_checkpoint(tmp_path):
+def test_everything_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+    flushed, descriptors, fsync, rename = [], {}, os.fsync, os.rename
+    open_ = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a: descriptors.setdefault(open_(path, *a), path) and max(descriptors))
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), flushed.append(str(descriptors.pop(fd))))[0])
+    monkeypatch.setattr(os, "rename", lambda a, b, **k: (flushed.append("renamed"), rename(a, b, **k))[1])
+    write(tmp_path, 1)
+    before = {name.rpartition("/")[2] for name in flushed[: flushed.index("renamed")]}
+    assert before == {MANIFEST, STATE_FILE, "weights", "writing_1"}
+    assert flushed[flushed.index("renamed") + 1 :] == [str(tmp_path / "checkpoints")]
+
+
+def test_a_failed_write_leaves_no_checkpoint_and_the_earlier_ones(tmp_path):
     def fail(folder):
-        raise OSError("disk full")
+        (folder / "half").touch()
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_checkpoint(tmp_path, 1, {}, fail, 0)
-    assert checkpoints_of(tmp_path) == []
+    write(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"step 2 could not be written to .* MiB are free: .*No space left"):
+        write_checkpoint(tmp_path, 2, {}, fail, BASE)
+    assert names(tmp_path) == ["checkpoint_1"]
 
 
 def test_order_is_by_number_and_the_oldest_go(tmp_path):
     for step in (8, 9, 10, 11):
-        write(tmp_path, step, limit=2)
-    assert [p.name for p in checkpoints_of(tmp_path)] == ["checkpoint_10", "checkpoint_11"]
+        write(tmp_path, step)
+    prune(tmp_path, limit=0, keep=[], held_out={})
+    assert len(checkpoints_of(tmp_path)) == 4
+    prune(tmp_path, limit=2, keep=[], held_out={})
+    assert names(tmp_path) == ["checkpoint_10", "checkpoint_11"]
+
+
+def test_the_best_and_the_one_resumed_from_stay(tmp_path):
+    paths = {step: write(tmp_path, step) for step in range(1, 7)}
+    prune(tmp_path, limit=1, keep=[paths[1]], held_out={2: 0.5, 3: 0.7, 5: 0.6, 9: 1.0})
+    assert names(tmp_path) == ["best", "checkpoint_1", "checkpoint_3", "checkpoint_6"]
+    assert (tmp_path / "checkpoints" / "best").resolve() == paths[3].resolve()
+    assert find_checkpoint(str(tmp_path / "checkpoints" / "best"), "") == paths[3].resolve()
+    prune(tmp_path, limit=1, keep=[], held_out={3: 0.7, 6: 0.8})
+    assert names(tmp_path) == ["best", "checkpoint_6"]
+
+
+def test_cleaning_up_after_any_interruption(tmp_path):
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    prune(tmp_path, 0, [], {6: 1.0})
+    for name in ("writing_8", "deleting_1"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    clean_up(tmp_path, 4)
+    assert names(tmp_path) == ["abandoned_6", "checkpoint_2", "checkpoint_4"]
 
 
 def test_find(tmp_path):
@@ -52,8 +98,33 @@ def test_find(tmp_path):
     assert find_checkpoint(str(first), "") == first
     assert find_checkpoint(str(older), "") == second
     assert find_checkpoint("latest", str(tmp_path)) == latest
+    assert find_checkpoint("latest", str(tmp_path), run_name="zebra") == second
+    assert find_checkpoint("latest", str(tmp_path), run_name="new") is None
     assert run_folder_of(latest) == newer
     assert run_folder_of(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_offered(tmp_path):
+    run = tmp_path / "run"
+    first, second, third = (write(run, step) for step in (2, 4, 6))
+    damage(third)
+    for given in (third, run):
+        with pytest.raises(ConfigError) as caught:
+            find_checkpoint(str(given), "")
+        assert f"{str(third)!r} is damaged ({STATE_FILE} has " in str(caught.value)
+        assert f"newest whole one is {str(second)!r}" in str(caught.value)
+    assert find_checkpoint(str(first), "") == first
+
+
+def test_latest_passes_over_damaged_ones_and_says_so(tmp_path, capsys):
+    first, second = write(tmp_path / "run", 2), write(tmp_path / "run", 4)
+    damage(second)
+    for run_name in ("", "run"):
+        assert find_checkpoint("latest", str(tmp_path), run_name=run_name) == first
+        assert f"passes over {str(second)!r}, damaged" in capsys.readouterr().err
+    damage(first)
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        find_checkpoint("latest", str(tmp_path), run_name="run")
 
 
 @pytest.mark.parametrize(("resume_from", "message"), [
@@ -74,12 +145,3 @@ def test_a_pickle_is_never_executed(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_state(tmp_path)
     assert not (tmp_path / "executed").exists()
-
-
-def test_random_states_survive_saving(tmp_path):
-    draw = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1))  # noqa: E731
-    torch.save(random_state(), tmp_path / "state.pt")
-    expected = draw()
-    draw()
-    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert draw() == expected

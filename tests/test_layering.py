@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    ["alignprop", "alignprop.seeding", "alignprop.settings"],
+    ["alignprop", "alignprop.seeding", "alignprop.settings", "alignprop.stopping"],
     [
         "alignprop.estimators",
         "alignprop.losses",
@@ -20,6 +20,7 @@ LAYERS = [
     ],
     [
         "alignprop.lora",
+        "alignprop.manifest",
         "alignprop.models",
         "alignprop.models.flux",
         "alignprop.models.sd",
@@ -28,7 +29,7 @@ LAYERS = [
         "alignprop.rollout",
         "alignprop.soups",
     ],
-    ["alignprop.checkpoint", "alignprop.ddpo", "alignprop.evaluate", "alignprop.memory"],
+    ["alignprop.checkpoint", "alignprop.ddpo", "alignprop.evaluate", "alignprop.memory", "alignprop.weights"],
     ["alignprop.run"],
     ["alignprop.tasks", "alignprop.trainer"],
     ["main", "scripts", "tests"],  # with everything inside them, which may import each other

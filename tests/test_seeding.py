@@ -1,6 +1,9 @@
+import random
+
+import numpy as np
 import torch
 
-from alignprop.seeding import generator, generators
+from alignprop.seeding import generator, generators, random_state, restore_random_state
 
 
 def draw(g):
@@ -30,3 +33,12 @@ def test_global_random_state_is_left_alone():
     before = torch.random.get_rng_state()
     draw(generator(0))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_random_states_survive_saving(tmp_path):
+    draw = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1))  # noqa: E731
+    torch.save(random_state(), tmp_path / "state.pt")
+    expected = draw()
+    draw()
+    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == expected

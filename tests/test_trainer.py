@@ -42,7 +42,7 @@ def rows(trainer, kind=None):
 
 
 def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.parameters])
+    return torch.cat([p.detach().flatten() for p in trainer.weights.parameters])
 
 
 
@@ -95,7 +95,7 @@ def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
     """The whole step, micro-batches and all: gradient norm, loss and adjoint against plain autograd on its plan."""
     trainer = AlignPropTrainer(toy_config(per_gpu_capacity=2, train__loss_coeff=0.5, grad_scale=3.0))
     run = trainer.run
-    for parameter in trainer.parameters:
+    for parameter in trainer.weights.parameters:
         parameter.data.normal_(0, 0.3, generator=generator("w", parameter.numel()))
     plan = trainer.estimator(3, 4, generator(0, 0, "plan"))
     prompts, metadata = draw_prompts(trainer.prompts, 0, 0, range(4))
@@ -106,7 +106,7 @@ def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
         output = torch.where(plan.active[i].view(-1, 1, 1, 1), output, output.detach())
         latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * output
     rewards = run.reward(run.model.decode(latents), prompts, metadata)
-    grads = torch.autograd.grad(-1.5 * rewards.mean(), trainer.parameters)
+    grads = torch.autograd.grad(-1.5 * rewards.mean(), trainer.weights.parameters)
     expected = torch.cat([g.flatten() for g in grads]).norm().item()
     row = trainer.step()
     assert row["grad_norm"] == pytest.approx(expected, rel=1e-4)
@@ -143,7 +143,7 @@ def test_moving_average_is_what_is_saved_and_evaluated(toy_config):
     raw = trainable_parameters(trainer.run.model.denoiser)
     name, parameter = next(iter(raw.items()))
     stored = saved["unet." + name.replace(".default", "")]
-    assert torch.equal(stored, trainer.ema.shadow_params[0]) and not torch.equal(stored, parameter)
+    assert torch.equal(stored, trainer.weights.ema.shadow_params[0]) and not torch.equal(stored, parameter)
     before = weights(trainer)
     trainer.evaluate()
     assert torch.equal(weights(trainer), before)
@@ -155,7 +155,7 @@ def test_nothing_but_the_adapter_is_trained(toy_config, pipeline_folder):
     for module in ("vae", "text_encoder"):
         for name, tensor in getattr(fresh, module).state_dict().items():
             assert torch.equal(getattr(trainer.run.model, module).state_dict()[name], tensor), name
-    assert trainer.parameters and all(p.grad is None for p in trainer.run.model.vae.parameters())
+    assert trainer.weights.parameters and all(p.grad is None for p in trainer.run.model.vae.parameters())
 
 
 def test_held_out_evaluation_during_training_changes_no_step(toy_config):
@@ -261,8 +261,8 @@ def test_trackers_get_the_run(toy_config):
 def test_overrides_count_when_resuming(toy_config):
     first = train(toy_config(run_name="r", num_epochs=1))
     again = AlignPropTrainer(toy_config(resume_from=str(first.run.folder), train__learning_rate=5e-4))
-    assert [group["lr"] for group in again.optimizer.param_groups] == [5e-4]
-    assert again.optimizer.state_dict()["state"][0]["step"] == 2
+    assert [group["lr"] for group in again.weights.optimizer.param_groups] == [5e-4]
+    assert again.weights.optimizer.state_dict()["state"][0]["step"] == 2
 
 
 def test_resuming_with_another_evaluation_goes_on(toy_config):
@@ -277,7 +277,7 @@ def test_resuming_with_another_evaluation_goes_on(toy_config):
 def test_a_finished_run_says_where_it_is(toy_config, capsys):
     first = train(toy_config(run_name="r", num_epochs=1))
     train(toy_config(resume_from=str(first.run.folder), run_name="copy", num_epochs=1))
-    assert "copy: config.json, metrics.jsonl" in capsys.readouterr().out
+    assert "copy: checkpoints, config.json, metrics.jsonl" in capsys.readouterr().out
 
 
 def test_a_copied_checkpoint_of_any_name_resumes(toy_config, tmp_path):
@@ -292,7 +292,7 @@ def test_an_abandoned_future_is_set_aside(toy_config):
     start = str(checkpoints_of(first.run.folder)[0])
     train(toy_config(resume_from=start, num_epochs=2, num_checkpoint_limit=1))
     names = sorted(p.name for p in (first.run.folder / "checkpoints").iterdir())
-    assert names == ["abandoned_4", "abandoned_6", "checkpoint_4"]
+    assert names == ["abandoned_4", "abandoned_6", "best", "checkpoint_2", "checkpoint_4"]
 
 
 def test_a_lora_checkpoint_does_not_resume_full_fine_tuning(toy_config):
@@ -304,7 +304,7 @@ def test_a_lora_checkpoint_does_not_resume_full_fine_tuning(toy_config):
 def test_a_run_without_checkpoint_starts_over_under_its_name(toy_config):
     config = toy_config(run_name="r", num_epochs=1)
     broken = AlignPropTrainer(config)
-    broken.run.open_folder()
+    broken.run.open_folder(0)
     broken.evaluate()
     assert [r["step"] for r in rows(train(config))] == [0, 1, 2, 2]
 

@@ -1,0 +1,158 @@
+"""What a run trains, a LoRA or the whole denoiser, with everything that belongs to it: optimizer, average, state."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from ml_collections import ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from alignprop.lora import add_lora, get_lora, read_lora, save_lora, trainable_parameters, update_lora
+from alignprop.models.base import Model
+from alignprop.settings import ConfigError
+
+# (parameters, config.train) -> optimizer
+OPTIMIZERS = {
+    "adamw": lambda p, t: torch.optim.AdamW(
+        p, t.learning_rate, (t.adam_beta1, t.adam_beta2), t.adam_epsilon, t.adam_weight_decay
+    ),
+    "adafactor": lambda p, t: torch.optim.Adafactor(p, t.learning_rate, weight_decay=t.adam_weight_decay),
+    "sgd": lambda p, t: torch.optim.SGD(p, t.learning_rate, weight_decay=t.adam_weight_decay),
+}
+
+
+class TrainedWeights:
+    """The trained parameters of a model's denoiser, always float32.
+
+    Args:
+        model: its denoiser gets a LoRA, or is trained whole.
+        config: a resolved configuration.
+        accelerator: supplies the loss scaler and clips over all processes.
+
+    Attributes:
+        parameters: the trained tensors.
+        optimizer: to be prepared by the accelerator.
+        skipped: optimizer steps that were not made because something was not finite; `skipped_in_a_row`, lately.
+    """
+
+    def __init__(self, model: Model, config: ConfigDict, accelerator: Accelerator):
+        self.model, self.config, self.accelerator = model, config, accelerator
+        c, denoiser = config, model.denoiser
+        if c.use_lora:
+            add_lora(denoiser, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.seed)
+        else:
+            denoiser.float().requires_grad_(True)
+        self.parameters = list(trainable_parameters(denoiser).values())
+        self.optimizer = OPTIMIZERS[c.train.optimizer](self.parameters, c.train)
+        self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
+        self.skipped = self.skipped_in_a_row = 0
+
+    def update(self, losses: torch.Tensor) -> float:
+        """Clips and applies the accumulated gradient, unless it or one of the losses is not finite; its norm."""
+        train, scaler = self.config.train, self.accelerator.scaler
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm))
+        finite_loss = bool(losses.isfinite().all())
+        finite = finite_loss and grad_norm < float("inf")
+        # The loss scaler skips a non-finite gradient by itself, and has to see it to lower its scale.
+        if finite or (finite_loss and scaler):
+            self.optimizer.step()
+        elif scaler:
+            scaler.update()
+        self.optimizer.zero_grad()
+        if finite and self.ema:
+            self.ema.step(self.parameters)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= train.max_skipped_steps:
+            raise ConfigError(
+                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient; the run stops, "
+                "its checkpoints are as they were; try mixed_precision='bf16', a smaller train.learning_rate or "
+                "adjoint_clip=10"
+            )
+        return grad_norm
+
+    @contextmanager
+    def averaged(self):
+        """Within it the weights are their moving average, where one is kept: for evaluation and for use."""
+        if self.ema:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(self.parameters)
+
+    def write(self, folder: Path) -> None:
+        """The (averaged) weights as diffusers reads them."""
+        with self.averaged():
+            if self.config.use_lora:
+                save_lora(self.model, get_lora(self.model.denoiser), folder)
+            else:
+                self.model.denoiser.save_pretrained(folder / "denoiser")
+
+    def state(self) -> dict:
+        """All that the next update depends on: nested dicts of tensors and plain values."""
+        scaler = self.accelerator.scaler
+        return {
+            "weights": {name: p.detach().cpu() for name, p in trainable_parameters(self.model.denoiser).items()},
+            "optimizer_name": self.config.train.optimizer,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "ema": self.ema.state_dict() if self.ema else None,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+        }
+
+    def load(self, state: dict, checkpoint: Path) -> None:
+        """Takes up what `state` returned, which lies in `checkpoint`.
+
+        Raises:
+            ConfigError: it is the state of other weights or of another optimizer.
+        """
+        if self.config.use_lora and "weights" in state and any("lora" in name for name in state["weights"]):
+            update_lora(self.model.denoiser, read_lora(checkpoint))  # refuses another rank or other layers
+        own = trainable_parameters(self.model.denoiser)
+        if {name: p.shape for name, p in own.items()} != {name: w.shape for name, w in state["weights"].items()}:
+            raise ConfigError(
+                f"resume_from = {str(checkpoint)!r} trained other weights; use_lora or pretrained.model differ"
+            )
+        if state["optimizer_name"] != self.config.train.optimizer:
+            raise ConfigError(
+                f"resume_from = {str(checkpoint)!r} was trained with train.optimizer = {state['optimizer_name']!r}, "
+                f"this run has {self.config.train.optimizer!r}"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state["weights"][name])
+        # What the user asks for now counts, not what the checkpoint's run was asked for.
+        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(options)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema = EMAModel(self.parameters, decay=self.config.train.ema_decay)
+            if state["ema"]:
+                self.ema.load_state_dict({**state["ema"], "decay": self.config.train.ema_decay})
+                self.ema.to(self.accelerator.device)
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+
+
+def load_denoiser(denoiser, folder: Path) -> None:
+    """Loads fully fine-tuned weights, as diffusers' `save_pretrained` wrote them.
+
+    Raises:
+        ConfigError: they are not this denoiser's.
+    """
+    tensors = {}
+    denoiser.float()  # as it was trained
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= load_file(path)
+        denoiser.load_state_dict(tensors)
+    except (RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{str(folder)!r} does not fit this model: {str(error).splitlines()[-1].strip()}") from error
