@@ -2,7 +2,7 @@
 
 <run>/checkpoints/checkpoint_<step>/
     pytorch_lora_weights.safetensors   what to use: loads in any diffusers pipeline (or denoiser/ without LoRA)
-    training_state.pt                  what to resume from: optimizer, scaler, moving average, random states, step
+    training_state.pt                  what to resume from: optimizer, scaler, moving average, step
     manifest.json                      size and SHA-256 of every other file; the base model
 <run>/checkpoints/best                 a link to the checkpoint with the highest held-out reward
 """

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from alignprop.pictures import save_grid
 from alignprop.prompts import PromptSet
 from alignprop.rollout import Rollout
-from alignprop.seeding import generator, generators
+from alignprop.seeding import generator, generators, seed_global
 from rewards import WeightedReward, check_rewards
 
 
@@ -104,6 +104,7 @@ class Evaluator:
         """
         size, n, accelerator = self.batch_size, self.num_images, self.accelerator
         at_once = size * accelerator.num_processes
+        seed_global(self.seed, "evaluation", accelerator.process_index)
         found = []
         for first in tqdm(range(0, n, at_once), "evaluating", leave=False, disable=not accelerator.is_main_process):
             if should_stop():

@@ -5,10 +5,9 @@ numbers on every machine, whatever the number of processes, the batch size, or w
 """
 
 import hashlib
-import random
 
-import numpy as np
 import torch
+from accelerate.utils import set_seed
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -25,22 +24,6 @@ def generators(indices, *key: int | str) -> list[torch.Generator]:
     return [generator(*key, int(j)) for j in indices]
 
 
-def random_state() -> dict:
-    """The global random states of this process, which a user's own reward may draw from; nothing here does."""
-    numpy_state = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": list(random.getstate()),
-        "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
-    }
-
-
-def restore_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+def seed_global(*key: int | str) -> None:
+    """Python's, NumPy's and torch's global generators, which a user's own reward may draw from; nothing here does."""
+    set_seed(generator(*key).initial_seed() % 2**32)

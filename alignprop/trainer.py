@@ -7,7 +7,6 @@ import json
 import time
 
 import torch
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from alignprop.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
@@ -16,7 +15,7 @@ from alignprop.evaluate import Evaluation
 from alignprop.losses import LOSSES
 from alignprop.prompts import draw_prompts, load_prompts
 from alignprop.run import Run
-from alignprop.seeding import generator, generators, random_state, restore_random_state
+from alignprop.seeding import generator, generators, seed_global
 from alignprop.settings import changes, one_of
 from alignprop.stopping import STOPPED, stop_requests
 from alignprop.weights import TrainedWeights
@@ -80,6 +79,7 @@ class AlignPropTrainer:
         """One optimizer step over `total_batch_size` samples (Algorithm 1 of the paper); returns its metrics row."""
         c, run, started = self.config, self.run, time.perf_counter()
         key = (c.seed, self.global_step)
+        seed_global(*key, "global", run.accelerator.process_index)
         plan = self.estimator(c.num_inference_steps, c.train.total_batch_size, generator(*key, "plan"))
         samples, progress = [], {"desc": f"step {self.global_step + 1}", "leave": False, "disable": not run.is_main}
         for indices in tqdm(self._micro_batches(), **progress):
@@ -126,11 +126,9 @@ class AlignPropTrainer:
 
     def save(self) -> None:
         """Writes checkpoints/checkpoint_<step>, unless it is there: the one that this run continues from."""
-        random_states = gather_object([random_state()])
         state = {
             "global_step": self.global_step,
             "config": json.dumps(self.config.to_dict()),
-            "random": random_states,
             **self.weights.state(),
         }
         if self.run.is_main and self.global_step not in map(step_of, checkpoints_of(self.run.folder)):
@@ -187,9 +185,6 @@ class AlignPropTrainer:
         state = read_state(checkpoint)
         self.weights.load(state, checkpoint)
         self.global_step = state["global_step"]
-        rank = self.run.accelerator.process_index
-        if rank < len(state["random"]):
-            restore_random_state(state["random"][rank])
         self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {self.global_step}")
         for line in changes(json.loads(state["config"]), json.loads(json.dumps(c.to_dict()))):
             self.run.say(f"  with another {line}")

@@ -1,5 +1,8 @@
 import json
+import os
+import signal
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -12,8 +15,10 @@ from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import draw_prompts
 from alignprop.seeding import generator, generators
 from alignprop.settings import ConfigError
+from alignprop.stopping import STOPPED
 from alignprop.trainer import AlignPropTrainer
 from rewards import RewardError
+from tests.toy_rewards import redness
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +81,147 @@ def test_stopping_and_resuming_changes_nothing(toy_config, overrides):
     assert rows(parts) == rows(whole)
     files = [next(checkpoints_of(t.run.folder)[-1].rglob("*.safetensors")).read_bytes() for t in (whole, parts)]
     assert files[0] == files[1]
+
+
+def asks_to_stop(call, number=signal.SIGTERM):
+    """A reward during whose n-th call, evaluation included, somebody asks the process to stop."""
+    calls = iter(range(10**6))
+
+    def reward(images, prompts, metadata):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return redness(images, prompts, metadata)
+
+    reward.__name__ = "redness"
+    return reward
+
+
+def shaken(images, prompts, metadata):
+    """A user's reward that draws from the global generators."""
+    return redness(images, prompts, metadata) * (1 + torch.rand(len(images)) + np.random.rand())
+
+
+def test_a_reward_that_draws_global_random_numbers_resumes_too(toy_config):
+    options = dict(eval_reward_fn="", train__total_samples_per_epoch=12, num_epochs=1)
+    whole = AlignPropTrainer(toy_config(run_name="whole", **options), reward=shaken)
+    whole.train()
+    parts = AlignPropTrainer(toy_config(run_name="parts", **options), reward=shaken)
+    parts.run.open_folder(0)
+    parts.evaluate()
+    parts.run.log(parts.step())
+    parts.save()
+    np.random.seed(1)
+    parts = AlignPropTrainer(toy_config(run_name="parts", resume_from="latest", **options), reward=shaken)
+    parts.train()
+    assert rows(parts) == rows(whole)
+
+
+# One evaluation is 2 calls and a step is 2; there are 6 steps, evaluations at 0, 3 and 6, checkpoints at 3 and 6.
+@pytest.mark.parametrize(("call", "saved"), [
+    (0, 0), (3, 1), (5, 2), (7, 3), (8, 3), (11, 4), (15, 6), (16, 6),
+])  # fmt: skip
+def test_asked_to_stop_anywhere_a_run_saves_and_goes_on_as_if_nothing_had_been(toy_config, call, saved):
+    options = dict(eval_reward_fn="", num_epochs=2, eval_freq=1, train__total_samples_per_epoch=12, eta=1.0)
+    whole = AlignPropTrainer(toy_config(run_name="whole", **options), reward=redness)
+    whole.train()
+    number = signal.SIGINT if call % 2 else signal.SIGTERM
+    with pytest.raises(SystemExit) as stopped:
+        AlignPropTrainer(toy_config(run_name="parts", **options), reward=asks_to_stop(call, number)).train()
+    assert stopped.value.code == STOPPED == 75
+    parts = AlignPropTrainer(toy_config(run_name="parts", resume_from="latest", **options), reward=redness)
+    assert parts.global_step == saved
+    parts.train()
+    assert rows(parts) == rows(whole) and [r["step"] for r in rows(parts, "eval")] == [0, 3, 6]
+    newest = [checkpoints_of(t.run.folder)[-1] for t in (whole, parts)]
+    assert newest[0].name == newest[1].name == "checkpoint_6"
+    assert (newest[0] / LORA_FILE).read_bytes() == (newest[1] / LORA_FILE).read_bytes()
+    pictures = [sorted((p.name, p.read_bytes()) for p in t.run.folder.rglob("*.png")) for t in (whole, parts)]
+    assert pictures[0] == pictures[1]
+
+
+def test_the_same_command_starts_and_continues(toy_config):
+    config = toy_config(run_name="r", resume_from="latest", num_epochs=1)
+    assert train(config).global_step == 2
+    again = AlignPropTrainer(config)
+    assert again.global_step == 2 and again.run.checkpoint.name == "checkpoint_2"
+    expected = rows(again)
+    again.train()
+    assert rows(again) == expected
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_held_out_reward(toy_config, monkeypatch):
+    scores = iter([0.0, 0.1, 0.5, 0.3])  # evaluations at the steps 0, 2, 4, 6
+    evaluate = Evaluator.__call__
+
+    def with_score(self, **options):
+        evaluation = evaluate(self, **options)
+        evaluation.rewards[:] = next(scores)
+        return evaluation
+
+    monkeypatch.setattr(Evaluator, "__call__", with_score)
+    trainer = train(toy_config(num_epochs=3, eval_freq=1, num_checkpoint_limit=1))
+    names = [path.name for path in checkpoints_of(trainer.run.folder)]
+    assert names == ["checkpoint_4", "checkpoint_6"]
+    assert (trainer.run.folder / "checkpoints" / "best").resolve().name == "checkpoint_4"
+
+
+def test_another_base_model_is_refused_at_resume(toy_config, pipeline_folder):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    other = StableDiffusion.load(str(pipeline_folder))
+    for parameter in other.denoiser.parameters():
+        parameter.mul_(1.1)
+    with pytest.raises(ConfigError, match=r"was trained on pretrained\.model"):
+        AlignPropTrainer(toy_config(resume_from=str(first.run.folder)), model=other)
+
+
+def test_another_optimizer_is_refused_at_resume(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    with pytest.raises(ConfigError, match=r"train.optimizer = 'adamw', this run has 'sgd'"):
+        AlignPropTrainer(toy_config(resume_from=str(first.run.folder), train__optimizer="sgd"))
+
+
+def test_what_is_resumed_with_other_settings_is_said(toy_config, capsys):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    AlignPropTrainer(toy_config(resume_from=str(first.run.folder), train__learning_rate=5e-4))
+    told = capsys.readouterr().out
+    assert "  with another train.learning_rate: 0.004 → 0.0005\n" in told
+    assert told.count("with another") == 2  # num_epochs
+
+
+def test_a_moving_average_may_begin_at_resume(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    again = AlignPropTrainer(toy_config(resume_from=str(first.run.folder), train__ema_decay=0.5))
+    assert torch.equal(again.weights.ema.shadow_params[1], again.weights.parameters[1])
+    with_average = train(toy_config(run_name="s", num_epochs=1, train__ema_decay=0.5))
+    again = AlignPropTrainer(toy_config(resume_from=str(with_average.run.folder), train__ema_decay=0.25))
+    assert again.weights.ema.decay == 0.25
+    assert torch.equal(again.weights.ema.shadow_params[1], with_average.weights.ema.shadow_params[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+def test_every_optimizer_trains_and_resumes(toy_config, optimizer):
+    options = dict(train__optimizer=optimizer, train__learning_rate=1e-2)
+    whole = train(toy_config(run_name="whole", num_epochs=2, **options))
+    half = train(toy_config(run_name="half", num_epochs=1, **options))
+    assert not torch.equal(weights(half), weights(whole))
+    assert torch.equal(weights(train(toy_config(resume_from=str(half.run.folder), **options))), weights(whole))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(toy_config, monkeypatch):
+    save = torch.save
+
+    def full(state, path):
+        if state.get("global_step", 0) > 2 if isinstance(state, dict) else False:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ConfigError, match=r"checkpoint of step 4 could not be written.*No space left on device"):
+        train(toy_config(run_name="r"))
+    monkeypatch.undo()
+    again = AlignPropTrainer(toy_config(run_name="r", resume_from="latest"))
+    assert again.global_step == 2
 
 
 def test_resuming_an_earlier_checkpoint_drops_the_later_rows(toy_config):
