@@ -13,17 +13,17 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from alignprop.checkpoint import checkpoints_of, clean_up, find_checkpoint, prune, run_folder_of
+from alignprop.checkpoint import checkpoints_of, find_checkpoint, run_folder_of
 from alignprop.evaluate import Evaluation, Evaluator
 from alignprop.manifest import base_model, check_base
 from alignprop.models import load_model
 from alignprop.models.base import Model
-from alignprop.pictures import plot_curves, save_before_after, save_grid
 from alignprop.prompts import load_prompts
+from alignprop.records import Records
 from alignprop.rollout import Rollout
 from alignprop.samplers import ddim_sampler
-from alignprop.settings import ConfigError, resolve, save_config
-from alignprop.tracking import MetricsLog, log_images, log_row, parse_log_with, start_trackers
+from alignprop.settings import ConfigError, resolve
+from alignprop.tracking import log_images, log_row, parse_log_with, start_trackers
 from rewards import WeightedReward, as_reward, build_reward, parse_spec, require_differentiable
 
 
@@ -79,47 +79,34 @@ class Run:
             self.rollout, self.reward, self.extra_reward, self.eval_prompts, self.accelerator,
             num_images=c.num_eval_images, batch_size=c.per_gpu_capacity, seed=c.seed, keep=c.max_vis_images,
         )  # fmt: skip
-        self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+        self.records = Records(self.folder, c, self.checkpoint)
 
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
     def open_folder(self, step: int) -> None:
-        """Makes the run folder that of a run at optimizer step `step`, writes config.json and starts the trackers."""
-        c = self.config
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(c, self.folder / "config.json")
-            # A run that starts over drops also the evaluation of step 0.
-            self.metrics.truncate_after(step or -1)
-            clean_up(self.folder, step)
-        start_trackers(self.accelerator, "alignprop", self.folder.name, self.folder, c.to_dict())
-        self.accelerator.wait_for_everyone()
+        """Makes the run folder that of a run at optimizer step `step`, and starts the trackers."""
+        on_main(lambda: self.records.open(step))
+        start_trackers(self.accelerator, "alignprop", self.folder.name, self.folder, self.config.to_dict())
 
     def any_process(self, flag: bool) -> bool:
         """Whether `flag` is true on any process."""
         found = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(found, "sum"))
 
-    def held_out_rewards(self) -> dict[int, float]:
-        """Optimizer step -> held-out reward, where it was measured and finite."""
-        rows = self.metrics.rows()
-        return {r["step"]: r["reward"] for r in rows if r["kind"] == "eval" and r["reward"] is not None}
-
     def is_evaluated(self, step: int) -> bool:
-        return on_main(lambda: any(r["kind"] == "eval" and r["step"] == step for r in self.metrics.rows()))
+        """Whether an evaluation at `step` has been reported."""
+        return on_main(lambda: self.records.is_evaluated(step))
 
     def prune_checkpoints(self) -> None:
-        """Keeps the newest, the best by held-out reward, and the one that this run continues from."""
         if self.is_main:
-            keep = [self.checkpoint] if self.checkpoint else []
-            prune(self.folder, self.config.num_checkpoint_limit, keep, self.held_out_rewards())
+            self.records.prune_checkpoints()
 
     def log(self, row: dict) -> None:
         """Appends a row to metrics.jsonl and sends its numbers to the trackers."""
         if self.is_main:
-            self.metrics.append(row)
+            self.records.metrics.append(row)
         log_row(self.accelerator, row)
 
     def say(self, text: str) -> None:
@@ -128,47 +115,24 @@ class Run:
             tqdm.write(text)
 
     def report(self, evaluation: Evaluation, step: int, epoch: int) -> None:
-        """Logs an evaluation during training, and draws the sample grid, before_after.png and curves.png.
+        """Draws and logs an evaluation during training.
 
         The row comes last: it says that the evaluation is done, and one that was interrupted is done again.
         """
         row = {**evaluation.row(), "step": step, "epoch": epoch}
         if self.is_main:
-            samples, labels = self.folder / "samples", evaluation.labels()
-            save_grid(evaluation.images, labels, samples / f"step_{step:06d}.png")
-            log_images(self.accelerator, "samples", evaluation.images, labels, step)
-            if step == 0:
-                torch.save([evaluation.images, labels], samples / "before.pt")
-            else:
-                self._draw_before_after(evaluation.images, labels)
-                plot_curves([*self.metrics.rows(), row], self.folder / "curves.png")
+            self.records.draw(evaluation, row)
+            log_images(self.accelerator, "samples", evaluation.images, evaluation.labels(), step)
         self.log(row)
         self.say(f"step {step}: held-out " + ", ".join(f"{k} {v:.3f}" for k, v in row["rewards"].items()))
 
-    def _draw_before_after(self, images: torch.Tensor, labels: list[str]) -> None:
-        before = self.folder / "samples" / "before.pt"
-        if not before.exists():
-            return
-        first, first_labels = torch.load(before, weights_only=True)
-        pairs = list(zip(first_labels, labels, strict=False))
-        # A resumed run may evaluate other prompts, or fewer; then there is nothing to set side by side.
-        if first.shape == images.shape and all(prompt(a) == prompt(b) for a, b in pairs):
-            both = [f"{a} → {b.splitlines()[-1]}" for a, b in pairs]
-            save_before_after(first, images, both, self.folder / "before_after.png")
-
-    def finish(self) -> None:
-        """Ends the trackers and prints the rewards before and after, and where everything lies."""
+    def finish(self, stopped: str = "") -> None:
+        """Waits for every process, since launchers end all when one has ended; says how it went, ends the trackers."""
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            evaluations = [row for row in self.metrics.rows() if row["kind"] == "eval"]
-            if evaluations:
-                first, last = evaluations[0], evaluations[-1]
-                self.say(f"\nheld-out rewards, step {first['step']} → step {last['step']}:")
-                for name in (name for name in first["rewards"] if name in last["rewards"]):
-                    before, after = first["rewards"][name], last["rewards"][name]
-                    self.say(f"  {name:32s} {_shown(before)} → {_shown(after)}")
-            self.say(f"in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
+            self.say(stopped or self.records.summary())
         self.accelerator.end_training()
+        self.records.close()
 
     def _build_reward(self, spec: str) -> WeightedReward:
         c = self.config
@@ -225,12 +189,3 @@ def on_main(function: Callable[[], Any]) -> Any:
     if answer[1]:
         raise answer[1]
     return answer[0]
-
-
-def prompt(label: str) -> str:
-    """The prompt of a picture's caption, which `Evaluation.labels` put above its score."""
-    return label.rpartition("\n")[0]
-
-
-def _shown(value: float | None) -> str:
-    return f"{float('nan') if value is None else value:8.3f}"

@@ -1,7 +1,13 @@
-"""Being asked to stop: preemptible machines send SIGTERM, people press Ctrl-C."""
+"""How a run ends before its time: asked to (preemptible machines send SIGTERM, people press Ctrl-C), or forced to.
 
+Exit status 0: done. 1: an error, told in one line. 75: stopped when asked, saved; the same command goes on.
+130: Ctrl-C where there was nothing to save, or twice.
+"""
+
+import errno
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -42,3 +48,33 @@ def stop_requests():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
+
+
+@contextmanager
+def plain_endings():
+    """Within it Ctrl-C, a full disk and the death of another process end this one with one line, not a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" {str(error.filename)!r}" if error.filename else ""
+        sys.exit(
+            f"error: cannot write{where}: {error.strerror}; checkpoints are untouched: make room and go on from the "
+            "newest with --config.resume_from=latest"
+        )
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        sys.exit(
+            f"error: process {os.environ.get('RANK', '0')} lost contact with another one, whose own message tells why "
+            f"({reason}); go on from the newest checkpoint with --config.resume_from=latest"
+        )

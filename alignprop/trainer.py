@@ -155,13 +155,10 @@ class AlignPropTrainer:
 
     def _stop(self) -> None:
         self.save()
-        run = self.run
-        run.accelerator.wait_for_everyone()  # launchers end all processes as soon as one has ended
-        run.say(
-            f"stopped after optimizer step {self.global_step} of {self.last_step} and saved; the same command with "
-            f"--config.resume_from={run.folder} goes on"
+        self.run.finish(
+            f"stopped after optimizer step {self.global_step} of {self.last_step} and saved; go on with the same "
+            f"command and --config.resume_from={self.run.folder}"
         )
-        run.accelerator.end_training()
         raise SystemExit(STOPPED)
 
     def _micro_batches(self) -> list[torch.Tensor]:

@@ -30,13 +30,14 @@ LAYERS = [
         "alignprop.soups",
     ],
     ["alignprop.checkpoint", "alignprop.ddpo", "alignprop.evaluate", "alignprop.memory", "alignprop.weights"],
-    ["alignprop.run"],
+    ["alignprop.records", "alignprop.run"],
     ["alignprop.tasks", "alignprop.trainer"],
     ["main", "scripts", "tests"],  # with everything inside them, which may import each other
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 SIDEWAYS = {
     "alignprop.models": {f"alignprop.models.{family}" for family in ("flux", "sd", "sd3", "sdxl")},
+    "alignprop.run": {"alignprop.records"},
     "alignprop.soups": {"alignprop.lora"},
     "alignprop.tracking": {"alignprop.pictures"},
 }

@@ -1,10 +1,11 @@
 import os
+import re
 import signal
 import threading
 
 import pytest
 
-from alignprop.stopping import stop_requests
+from alignprop.stopping import plain_endings, stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -39,3 +40,22 @@ def test_another_thread_has_no_signals():
     thread.start()
     thread.join()
     assert seen == [[]]
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (KeyboardInterrupt(), 130),
+    (OSError(28, "No space left on device", "log"), "error: cannot write 'log': No space left on device; checkpoints"),
+    (OSError(27, "File too large"), "error: cannot write: File too large; checkpoints"),
+    (RuntimeError("[gloo/pair.cc] Connection closed by peer\nmore"), "error: process 0 lost contact .*by peer\\)"),
+])  # fmt: skip
+def test_endings_that_are_nobody_s_fault_are_one_line(error, code):
+    with pytest.raises(SystemExit) as ended, plain_endings():
+        raise error
+    assert ended.value.code == code if isinstance(code, int) else re.match(code, ended.value.code)
+    assert "\n" not in str(ended.value.code)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), RuntimeError("a bug")])
+def test_faults_of_the_program_keep_their_traceback(error):
+    with pytest.raises(type(error)), plain_endings():
+        raise error

@@ -32,7 +32,7 @@ def fresh_accelerate():
 def no_plots(request, monkeypatch):
     """Drawing curves costs more than these runs; the test of the run folder keeps it."""
     if "complete" not in request.node.name:
-        monkeypatch.setattr("alignprop.run.plot_curves", lambda rows, path: None)
+        monkeypatch.setattr("alignprop.records.plot_curves", lambda rows, path: None)
 
 
 def train(config):
@@ -110,6 +110,7 @@ def test_a_reward_that_draws_global_random_numbers_resumes_too(toy_config):
     parts.evaluate()
     parts.run.log(parts.step())
     parts.save()
+    parts.run.records.close()
     np.random.seed(1)
     parts = AlignPropTrainer(toy_config(run_name="parts", resume_from="latest", **options), reward=shaken)
     parts.train()
@@ -341,6 +342,16 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(toy_config):
         AlignPropTrainer(toy_config(run_name="r"))
 
 
+def test_a_folder_in_which_another_process_trains_is_left_alone(toy_config):
+    first = AlignPropTrainer(toy_config(run_name="r"))
+    first.run.open_folder(0)
+    first.evaluate()
+    before = rows(first)
+    with pytest.raises(ConfigError, match=r"run_name = 'r': another process is training in "):
+        train(toy_config(run_name="r"))
+    assert rows(first) == before
+
+
 def test_another_rank_is_refused_at_resume(toy_config):
     first = train(toy_config(run_name="r", num_epochs=1))
     with pytest.raises(ConfigError, match="lora_rank = 4, this run has 8"):
@@ -452,6 +463,7 @@ def test_a_run_without_checkpoint_starts_over_under_its_name(toy_config):
     broken = AlignPropTrainer(config)
     broken.run.open_folder(0)
     broken.evaluate()
+    broken.run.records.close()
     assert [r["step"] for r in rows(train(config))] == [0, 1, 2, 2]
 
 

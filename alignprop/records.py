@@ -1,0 +1,123 @@
+"""What a training run writes down, for people and for its own continuation. Only the main process writes.
+
+<run>/
+    config.json          the resolved configuration
+    metrics.jsonl        a row per optimizer step and per evaluation
+    samples/             a grid of the same prompts and noise at every evaluation
+    before_after.png     the first of them over the last
+    curves.png           rewards and gradient norm
+    checkpoints/         see checkpoint.py
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+
+from alignprop.checkpoint import clean_up, prune
+from alignprop.evaluate import Evaluation
+from alignprop.pictures import plot_curves, save_before_after, save_grid
+from alignprop.settings import ConfigError, save_config
+from alignprop.tracking import MetricsLog
+
+
+class Records:
+    """The folder of a training run, held by one process at a time.
+
+    Args:
+        folder: may not exist yet.
+        config: resolved.
+        started_from: the checkpoint that the run continues from, if any.
+    """
+
+    def __init__(self, folder: Path, config: ConfigDict, started_from: Path | None):
+        self.folder, self.config, self.started_from = folder, config, started_from
+        self._lock: int | None = None
+
+    def open(self, step: int) -> None:
+        """Makes the folder that of a run at optimizer step `step`, whatever it was interrupted in.
+
+        Raises:
+            ConfigError: another process is training in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+        save_config(self.config, self.folder / "config.json")
+        # A run that starts over drops also the evaluation of step 0.
+        self.metrics.truncate_after(step or -1)
+        clean_up(self.folder, step)
+
+    def close(self) -> None:
+        """Lets another process have the folder; the end of this one does too, however it comes."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _hold(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ConfigError(
+                f"run_name = {self.folder.name!r}: another process is training in {str(self.folder)!r}; wait for its "
+                "end or choose another name"
+            ) from None
+        except OSError:  # a network file system without locks
+            self.close()
+
+    def is_evaluated(self, step: int) -> bool:
+        return any(row["kind"] == "eval" and row["step"] == step for row in self.metrics.rows())
+
+    def prune_checkpoints(self) -> None:
+        """Keeps the newest, the best by held-out reward, and the one that this run continued from."""
+        rows = self.metrics.rows()
+        held_out = {r["step"]: r["reward"] for r in rows if r["kind"] == "eval" and r["reward"] is not None}
+        keep = [self.started_from] if self.started_from else []
+        prune(self.folder, self.config.num_checkpoint_limit, keep, held_out)
+
+    def draw(self, evaluation: Evaluation, row: dict) -> None:
+        """The sample grid, and from the second evaluation on before_after.png and curves.png, `row` included."""
+        samples, labels = self.folder / "samples", evaluation.labels()
+        save_grid(evaluation.images, labels, samples / f"step_{row['step']:06d}.png")
+        if row["step"] == 0:
+            torch.save([evaluation.images, labels], samples / "before.pt")
+            return
+        if (samples / "before.pt").exists():
+            self._draw_before_after(evaluation.images, labels, samples / "before.pt")
+        plot_curves([*self.metrics.rows(), row], self.folder / "curves.png")
+
+    def _draw_before_after(self, images: torch.Tensor, labels: list[str], before: Path) -> None:
+        first, first_labels = torch.load(before, weights_only=True)
+        pairs = list(zip(first_labels, labels, strict=False))
+        # A resumed run may evaluate other prompts, or fewer; then there is nothing to set side by side.
+        if first.shape == images.shape and all(prompt(a) == prompt(b) for a, b in pairs):
+            both = [f"{a} → {b.splitlines()[-1]}" for a, b in pairs]
+            save_before_after(first, images, both, self.folder / "before_after.png")
+
+    def summary(self) -> str:
+        """The held-out rewards before and after, and what lies in the folder."""
+        lines, evaluations = [], [row for row in self.metrics.rows() if row["kind"] == "eval"]
+        if evaluations:
+            first, last = evaluations[0], evaluations[-1]
+            lines.append(f"\nheld-out rewards, step {first['step']} → step {last['step']}:")
+            for name in (name for name in first["rewards"] if name in last["rewards"]):
+                before, after = first["rewards"][name], last["rewards"][name]
+                lines.append(f"  {name:32s} {_shown(before)} → {_shown(after)}")
+        lines.append(f"in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
+        return "\n".join(lines)
+
+
+def prompt(label: str) -> str:
+    """The prompt of a picture's caption, which `Evaluation.labels` put above its score."""
+    return label.rpartition("\n")[0]
+
+
+def _shown(value: float | None) -> str:
+    return f"{float('nan') if value is None else value:8.3f}"
