@@ -6,36 +6,61 @@
 """
 
 import os
+import re
 import sys
 from contextlib import contextmanager
 
-# transformers reports at import what is missing for features that nothing here uses.
+# They warn of features that nothing here uses, and of what we say ourselves.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from alignprop.settings import ConfigError, warnings_for
-from rewards.base import RewardError
+from alignprop.settings import FIELDS, ConfigError, check_name, resolve, warnings_for
+from alignprop.stopping import plain_endings
 
 PRESET = "config/align_prop.py:quickstart"
 
 
 @contextmanager
 def plain_config_errors():
-    """ml_collections reports a misspelt field or a missing file as these, with the reason in the text."""
+    """absl and ml_collections report mistakes in many ways, with the reason in the text; here it is one line."""
     try:
         yield
-    except (AttributeError, KeyError, OSError) as error:
-        reason = error
-        while isinstance(reason, Exception):
-            reason = reason.args[-1]
-        raise ConfigError(f"--config: {' '.join(str(reason).split())}") from error
+    except ConfigError:
+        raise
+    except flags.Error as error:
+        raise ConfigError(_flag_error(" ".join(str(error).split()))) from error
+    except Exception as error:  # whatever a file raises that is no configuration
+        given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(sys.argv))
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        raise ConfigError(
+            f"--config={given[1] if given else PRESET} could not be used: {type(cause).__name__}: {reason} — give a "
+            f"file and preset such as {PRESET}"
+        ) from error
+
+
+def _flag_error(text: str) -> str:
+    wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
+    if wrong and wrong[1] in FIELDS:
+        return f"{wrong[1]} = {wrong[2]!r} must be {FIELDS[wrong[1]].wanted}"
+    return f"{text}; options look like --config.seed=1"
+
+
+def define_flags(argv):
+    with plain_config_errors():
+        for argument in argv[1:]:
+            if option := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+                check_name(option[1])
+        config_flags.DEFINE_config_file("config", PRESET, "Configuration file and preset to run.")
 
 
 def parse_flags(argv):
     with plain_config_errors():
-        arguments = app.parse_flags_with_usage(argv)
+        arguments = flags.FLAGS(argv)
         _ = flags.FLAGS.config.task  # a configuration that could not be loaded says so only when it is used
     return arguments
 
@@ -44,27 +69,41 @@ def main(argv):
     if len(argv) > 1:
         raise ConfigError(f"{argv[1]!r} is not a flag; options look like --config.seed=1")
     config = flags.FLAGS.config
+    resolve(config, num_processes=1)  # most mistakes are found here, before torch is loaded
     overridden = config_flags.get_override_values(flags.FLAGS["config"])
     for line in warnings_for(config, overridden) if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
-    if config.task == "evaluate":
-        from alignprop.tasks import evaluate
+    run_task(config)
 
-        evaluate(config)
-    elif config.task == "evaluate_soup":
-        from alignprop.tasks import evaluate_soup
 
-        evaluate_soup(config)
-    else:
-        from alignprop.trainer import AlignPropTrainer
+def run_task(config):
+    """Imports what the task needs, and does it."""
+    import diffusers
+    import transformers
 
-        AlignPropTrainer(config).train()
+    from rewards.base import RewardError
+
+    # Loading takes seconds; downloads and the run keep their progress bars.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
+    try:
+        if config.task == "evaluate":
+            from alignprop.tasks import evaluate
+
+            evaluate(config)
+        elif config.task == "evaluate_soup":
+            from alignprop.tasks import evaluate_soup
+
+            evaluate_soup(config)
+        else:
+            from alignprop.trainer import AlignPropTrainer
+
+            AlignPropTrainer(config).train()
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":
-    try:
-        with plain_config_errors():
-            config_flags.DEFINE_config_file("config", PRESET, "Configuration file and preset to run.")
+    with plain_endings():
+        define_flags(sys.argv)
         app.run(main, flags_parser=parse_flags)
-    except (ConfigError, RewardError) as error:
-        sys.exit(f"error: {error}")

@@ -48,8 +48,8 @@ def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from", 
     if resume_from == "latest":
         return _newest_whole(Path(log_dir), field, run_name)
     path = Path(resume_from)
-    path = path.resolve() if path.is_symlink() else path  # `best` is one
-    if not path.exists():
+    path = path.resolve() if os.path.islink(path) else path  # `best` is one
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise ConfigError(f"{field} = {resume_from!r} does not exist; give a checkpoint, a run folder or 'latest'")
     if checkpoints := checkpoints_of(path):
         path = checkpoints[-1]

@@ -20,7 +20,7 @@ from alignprop.pictures import save_grid
 from alignprop.prompts import PromptSet
 from alignprop.rollout import Rollout
 from alignprop.seeding import generator, generators, seed_global
-from rewards import WeightedReward, check_rewards
+from rewards import WeightedReward
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ class Evaluator:
         self.rollout, self.reward, self.extra, self.prompts = rollout, reward, extra, prompts
         self.accelerator = accelerator
         self.num_images, self.batch_size, self.seed, self.keep = num_images, batch_size, seed, keep
-        self.checked = False
         # Shuffled, so that few pictures of a sorted prompt file still show all kinds of prompts.
         order = torch.randperm(len(prompts), generator=generator(seed, "evaluation order")).tolist()
         self.order = [order[j % len(order)] for j in range(num_images)]
@@ -135,10 +134,6 @@ class Evaluator:
         scores = self.reward.score_terms(images, prompts, metadata)
         if self.extra:
             scores |= self.extra.score_terms(images, prompts, metadata)
-        if not self.checked:
-            self.checked = True
-            for name, values in scores.items():
-                check_rewards(values, images, name, needs_gradient=False)
         return images.cpu(), scores
 
 

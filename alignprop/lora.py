@@ -17,6 +17,7 @@ from alignprop.settings import ConfigError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
+_PAIR = re.compile(r"\.lora_[AB]\.weight$")
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def update_lora(denoiser, weights: LoraWeights) -> None:
     if own.tensors.keys() != weights.tensors.keys():
         matched = len(own.tensors.keys() & weights.tensors.keys())
         raise ConfigError(
-            f"resume_from: {matched} of the checkpoint's {len(weights.tensors)} LoRA tensors match the "
-            f"{len(own.tensors)} of this run; lora_target_modules or pretrained.model differ"
+            f"resume_from: {matched} of the checkpoint's {len(weights.tensors)} LoRA keys match the {len(own.tensors)} "
+            f"of this run, {len(weights.tensors) - matched} do not; lora_target_modules or pretrained.model differ"
         )
     module = own.modules[0]
     for name, mine, theirs in (
@@ -159,13 +160,23 @@ def read_lora(path) -> LoraWeights:
             metadata = file.metadata() or {}
             raw = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        # A pickle (.bin, .pt, .ckpt) could run code, so it is not even tried.
         raise ConfigError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
     tensors = {_canonical_key(name): tensor for name, tensor in raw.items()}
-    pairs = [k for k in tensors if k.endswith(("lora_A.weight", "lora_B.weight"))]
-    if not pairs or len(pairs) < len(tensors):
-        unknown = next((k for k in raw if _canonical_key(k) not in pairs), "none at all")
-        raise ConfigError(f"{str(path)!r}: {len(pairs)} of {len(tensors)} tensors are LoRA tensors; unknown: {unknown}")
-    return LoraWeights(tensors, _read_scale(metadata))
+    unknown = [name for name in raw if not _PAIR.search(_canonical_key(name))]
+    single = [name for name in tensors if _PAIR.search(name) and _partner(name) not in tensors]
+    if unknown or single or not raw:
+        raise ConfigError(
+            f"{str(path)!r}: {len(raw) - len(unknown) - len(single)} of its {len(raw)} keys are pairs of LoRA factors, "
+            f"{len(unknown) + len(single)} are not, for example {(unknown + single + ['none at all'])[0]!r}"
+        )
+    return LoraWeights(tensors, _read_scale(metadata, path))
+
+
+def _partner(name: str) -> str:
+    """The other factor's key."""
+    a, b = "lora_A.weight", "lora_B.weight"
+    return name.removesuffix(a) + b if name.endswith(a) else name.removesuffix(b) + a
 
 
 def _canonical_key(name: str) -> str:
@@ -175,31 +186,32 @@ def _canonical_key(name: str) -> str:
     return name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 
 
-def _read_scale(metadata: dict[str, str]) -> float:
+def _read_scale(metadata: dict[str, str], path: Path) -> float:
     """alpha / rank as diffusers writes it into a file's header; files without it mean alpha = rank."""
-    packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    values = {name.split(".")[-1]: value for name, value in packed.items()}
+    try:
+        packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        values = {name.split(".")[-1]: value for name, value in packed.items()}
+        scale = values["lora_alpha"] / values["r"] if "r" in values else 1.0
+    except (ValueError, AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{str(path)!r}: the lora_adapter_metadata in its header is damaged") from error
     if values.get("rank_pattern") or values.get("alpha_pattern"):
-        raise ConfigError("LoRA files with a rank or alpha of its own for each layer are not supported")
-    return values["lora_alpha"] / values["r"] if "r" in values else 1.0
+        raise ConfigError(f"{str(path)!r}: a rank or alpha of its own for each layer is not supported")
+    return scale
 
 
 def _check_modules(denoiser, weights: LoraWeights) -> None:
     layers = dict(denoiser.named_modules())
-    absent = [m for m in weights.modules if m not in layers]
+    absent = [m for m in weights.modules if getattr(layers.get(m), "weight", None) is None]
     if absent:
         raise ConfigError(
-            f"LoRA: {len(weights.modules) - len(absent)} of {len(weights.modules)} adapted layers exist in this model; "
-            f"missing, for example, {absent[0]!r} — is it from another base model?"
+            f"LoRA: {2 * (len(weights.modules) - len(absent))} of its {2 * len(weights.modules)} keys match a layer of "
+            f"this model, {2 * len(absent)} do not, for example those of {absent[0]!r} — is it from another base model?"
         )
     for module in weights.modules:
         outputs, inputs = layers[module].weight.shape[:2]
-        shape = (
-            weights.tensors[f"{module}.lora_B.weight"].shape[0],
-            weights.tensors[f"{module}.lora_A.weight"].shape[1],
-        )
-        if shape != (outputs, inputs):
+        a, b = weights.tensors[f"{module}.lora_A.weight"], weights.tensors[f"{module}.lora_B.weight"]
+        if min(a.ndim, b.ndim) < 2 or (b.shape[0], a.shape[1], a.shape[0]) != (outputs, inputs, b.shape[1]):
             raise ConfigError(
-                f"LoRA: {module!r} is {outputs}×{inputs} in this model and {shape[0]}×{shape[1]} in the file — "
-                "is it from another base model?"
+                f"LoRA: {module!r} is {outputs}×{inputs} in this model; the file's factors are {list(b.shape)} and "
+                f"{list(a.shape)} — is it from another base model?"
             )

@@ -6,6 +6,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
     """
     if name in PROMPT_SETS:
         return PROMPT_SETS[name](name, field)
-    path = Path(name).expanduser()
-    if path.is_file() or "/" in name or name.endswith(".txt"):
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path) or "/" in name or name.endswith(".txt"):
         return _from_file(name, path, field)
     nearest = difflib.get_close_matches(name, PROMPT_SETS, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
@@ -101,18 +102,20 @@ def _hps(held_out: bool) -> Callable[[str, str], PromptSet]:
 
 def _hps_style(style: str, name: str, field: str) -> list[str]:
     """The benchmark prompts of one style, in the released order, through huggingface_hub's cache."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     filename = f"benchmark/{style}.json"
+    file = {"repo_id": HPS_REPO, "filename": filename, "repo_type": "dataset"}
     try:
         try:  # the cache first, so that a run whose files are there needs no network
-            path = hf_hub_download(HPS_REPO, filename, repo_type="dataset", local_files_only=True)
+            path = hf_hub_download(**file, local_files_only=True)
         except OSError:
-            path = hf_hub_download(HPS_REPO, filename, repo_type="dataset")
+            get_hf_file_metadata(hf_hub_url(**file), timeout=10)  # fails at once, where downloading tries for minutes
+            path = hf_hub_download(**file)
     except Exception as error:  # the hub's client lets its transport's own exceptions through as well
         raise ConfigError(
             f"{field} = {name!r}: {filename} of the dataset {HPS_REPO} is neither in the Hugging Face cache "
-            f"nor can it be fetched ({type(error).__name__}); set HF_HOME to a cache that has it, "
+            f"nor can it be fetched ({type(error).__name__}: {_one_line(error)}); set HF_HOME to a cache that has it, "
             "or give the path of a text file"
         ) from None
     try:
@@ -123,6 +126,10 @@ def _hps_style(style: str, name: str, field: str) -> list[str]:
     if not is_list or len(prompts) <= HPS_HELD_OUT:
         raise ConfigError(f"{field} = {name!r}: {path} is not a JSON list of more than {HPS_HELD_OUT} prompts")
     return [prompt.strip() for prompt in prompts]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 PROMPT_SETS: dict[str, Callable[[str, str], PromptSet]] = {

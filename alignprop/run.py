@@ -18,13 +18,14 @@ from alignprop.evaluate import Evaluation, Evaluator
 from alignprop.manifest import base_model, check_base
 from alignprop.models import load_model
 from alignprop.models.base import Model
-from alignprop.prompts import load_prompts
+from alignprop.prompts import draw_prompts, load_prompts
 from alignprop.records import Records
 from alignprop.rollout import Rollout
 from alignprop.samplers import ddim_sampler
+from alignprop.seeding import generators
 from alignprop.settings import ConfigError, resolve
 from alignprop.tracking import log_images, log_row, parse_log_with, start_trackers
-from rewards import WeightedReward, as_reward, build_reward, parse_spec, require_differentiable
+from rewards import WeightedReward, as_reward, build_reward, check_rewards, parse_spec, require_differentiable
 
 
 class Run:
@@ -49,6 +50,8 @@ class Run:
             raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
         log_with = parse_log_with(c.log_with)
         parse_spec(c.reward_fn)
+        if c.eval_reward_fn:
+            parse_spec(c.eval_reward_fn)
         self.eval_prompts = load_prompts(c.eval_prompt_fn, "eval_prompt_fn")
         self.checkpoint = None
         if c.resume_from:
@@ -71,6 +74,7 @@ class Run:
         self.base = base_model(c.pretrained.model, self.model.denoiser)
         if self.checkpoint:
             check_base(self.checkpoint, self.base)
+        self._try_rewards(needs_gradient)
         if c.grad_checkpoint:
             self.model.enable_gradient_checkpointing()
         sampler = ddim_sampler(self.model.scheduler, c.num_inference_steps, c.eta)
@@ -144,6 +148,22 @@ class Run:
         named = parse_spec(self.config.eval_reward_fn) if self.config.eval_reward_fn else []
         extra = ",".join(name for name in named if name not in self.reward.terms)
         return self._build_reward(extra) if extra else None
+
+    def _try_rewards(self, needs_gradient: bool) -> None:
+        """Scores two pictures of noise, so that a broken reward is found now and not after the first evaluation."""
+        with torch.no_grad():
+            images = self.model.decode(self.model.init_latents(generators(range(2), self.config.seed, "trial")))
+        prompts, metadata = draw_prompts(self.eval_prompts, self.config.seed, 0, range(2))
+        for reward, gradient in ((self.reward, needs_gradient), (self.extra_reward, False)):
+            if reward is None:
+                continue
+            pictures = images.clone().requires_grad_(gradient)
+            with torch.set_grad_enabled(gradient):
+                terms = reward.score_terms(pictures, prompts, metadata)
+                total = reward.combine(terms)
+            for name, scores in terms.items():
+                check_rewards(scores, pictures, name, needs_gradient=False)
+            check_rewards(total, pictures, reward, gradient)
 
     def _load_model(self) -> Model:
         c = self.config

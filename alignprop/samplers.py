@@ -48,7 +48,7 @@ def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0) -> Sampl
         eta: 0 is the deterministic chain, 1 adds as much noise as ancestral (DDPM) sampling.
 
     Raises:
-        ConfigError: the prediction type is unknown to DDIM, or there are fewer training timesteps than steps.
+        ConfigError: the prediction type is unknown to DDIM, or the model has no timesteps for so many steps.
     """
     # A clipped or thresholded x̂0 would make the step non-linear; latent diffusion models do neither.
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
@@ -62,6 +62,11 @@ def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0) -> Sampl
             f"num_inference_steps = {num_inference_steps} must not exceed the model's {ddim.config.num_train_timesteps}"
         )
     ddim.set_timesteps(num_inference_steps)
+    if ddim.timesteps.max() >= ddim.config.num_train_timesteps:
+        raise ConfigError(
+            f"num_inference_steps = {num_inference_steps} is too many for the model's timestep_spacing = "
+            f"{ddim.config.timestep_spacing!r} with steps_offset = {ddim.config.steps_offset}; half of them will do"
+        )
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
 
     def response(t, sample, model_output, noise):

@@ -2,10 +2,13 @@
 
 import difflib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from alignprop.fields import DERIVED, FIELDS
 
 
 class ConfigError(Exception):
@@ -39,7 +42,8 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
         ConfigError: a value or a combination that cannot run.
     """
     c = ConfigDict(config.to_dict()).unlock()
-    _check_values(c)
+    _check_fields(c)
+    _check_combinations(c)
     steps, train = c.num_inference_steps, c.train
     if c.lora_alpha is None:
         c.lora_alpha = float(c.lora_rank)
@@ -52,62 +56,59 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     _check_truncation(c)
     if c.task == "train":
         at_once = c.per_gpu_capacity * num_processes
-        if train.total_batch_size % at_once:
-            near = sorted({max(1, train.total_batch_size // at_once) * at_once,
-                           (train.total_batch_size // at_once + 1) * at_once})  # fmt: skip
-            raise ConfigError(
-                f"train.total_batch_size = {train.total_batch_size} is not a multiple of per_gpu_capacity × processes "
-                f"= {c.per_gpu_capacity} × {num_processes} = {at_once}; nearest: {' or '.join(map(str, near))}"
-            )
-        if train.total_samples_per_epoch % train.total_batch_size:
-            raise ConfigError(
-                f"train.total_samples_per_epoch = {train.total_samples_per_epoch} is not a multiple of "
-                f"train.total_batch_size = {train.total_batch_size}"
-            )
+        _check_multiple(
+            "train.total_batch_size", train.total_batch_size, at_once,
+            f"per_gpu_capacity × processes = {c.per_gpu_capacity} × {num_processes} = {at_once}",
+        )  # fmt: skip
+        _check_multiple(
+            "train.total_samples_per_epoch", train.total_samples_per_epoch, train.total_batch_size,
+            f"train.total_batch_size = {train.total_batch_size}",
+        )  # fmt: skip
         train.gradient_accumulation_steps = train.total_batch_size // at_once
         train.steps_per_epoch = train.total_samples_per_epoch // train.total_batch_size
     return c.lock()
 
 
-_POSITIVE = (
-    "num_epochs", "per_gpu_capacity", "num_inference_steps", "lora_rank", "save_freq", "num_eval_images",
-    "max_vis_images", "train.total_batch_size", "train.total_samples_per_epoch", "train.learning_rate",
-    "train.max_grad_norm", "train.max_skipped_steps", "train.loss_coeff", "grad_scale", "train.adam_epsilon",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "eval_freq", "num_checkpoint_limit", "eta", "adjoint_clip", "train.adam_weight_decay",
-)  # fmt: skip
+def check_name(field: str) -> None:
+    """Raises: ConfigError with the nearest name, if the configuration has no such field."""
+    if field not in FIELDS and field not in DERIVED:
+        near = difflib.get_close_matches(field, FIELDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; config/align_prop.py has them all"
+        raise ConfigError(f"{field} is not a field of the configuration{hint}")
 
 
-def _check_values(c: ConfigDict) -> None:
-    one_of("task", c.task, ("train", "evaluate", "evaluate_soup"))
-    one_of("mixed_precision", c.mixed_precision, ("no", "fp16", "bf16"))
-    one_of("loss", c.loss, ("maximise", "target", "ceiling"))
+def _check_fields(c: ConfigDict) -> None:
     flat = flatten(c.to_dict())
-    for field in _POSITIVE:
-        if not flat[field] > 0:
-            raise ConfigError(f"{field} = {flat[field]} must be greater than 0")
-    for field in _NOT_NEGATIVE:
-        if not flat[field] >= 0:
-            raise ConfigError(f"{field} = {flat[field]} must not be negative")
-    if c.guidance_scale < 1:
-        raise ConfigError(f"guidance_scale = {c.guidance_scale} must be at least 1 (1 is no guidance)")
-    if c.eta > 1:
-        raise ConfigError(f"eta = {c.eta} must be from 0 (deterministic) to 1 (ancestral)")
-    for field in ("train.ema_decay", "train.adam_beta1", "train.adam_beta2"):
-        if not 0 <= flat[field] < 1:
-            raise ConfigError(f"{field} = {flat[field]} must be at least 0 and less than 1")
-    if c.lora_alpha is not None and c.lora_alpha <= 0:
-        raise ConfigError(f"lora_alpha = {c.lora_alpha} must be greater than 0")
+    for field in flat:
+        check_name(field)
+    for field, rule in FIELDS.items():
+        if field not in flat:
+            raise ConfigError(f"{field} is missing from the configuration; it must be {rule.wanted}")
+        value = flat[field]
+        if rule.choices and value is not None:
+            one_of(field, value, rule.choices)
+        elif not rule.accepts(value):
+            raise ConfigError(f"{field} = {value!r} must be {rule.wanted}")
+
+
+def _check_combinations(c: ConfigDict) -> None:
     if c.loss != "maximise" and c.loss_target is None:
         raise ConfigError(f"loss = {c.loss!r} needs loss_target, in units of the reward")
     if c.task == "evaluate_soup":
-        one_of("soup_mode", c.soup_mode, ("delta", "factors"))
         if not c.resume_from:
             raise ConfigError("resume_from is empty; evaluate_soup needs the checkpoint that mixing_coef_1 multiplies")
-        outside = [x for x in c.mixing_coef_1 if not 0 <= float(x) <= 1]
-        if outside or not c.mixing_coef_1:
-            raise ConfigError(f"mixing_coef_1 = {tuple(c.mixing_coef_1)}: each coefficient must be from 0 to 1")
+        if not c.allow_extrapolation and not all(0 <= x <= 1 for x in c.mixing_coef_1):
+            raise ConfigError(
+                f"mixing_coef_1 = {tuple(c.mixing_coef_1)}: each coefficient must be from 0 to 1, unless "
+                "allow_extrapolation = True"
+            )
+
+
+def _check_multiple(field: str, value: int, unit: int, unit_name: str) -> None:
+    if value % unit:
+        below, above = value // unit * unit, (value // unit + 1) * unit
+        nearest = f"{below} or {above}" if below else above
+        raise ConfigError(f"{field} = {value} is not a multiple of {unit_name}; nearest: {nearest}")
 
 
 def _check_truncation(c: ConfigDict) -> None:
@@ -132,10 +133,14 @@ _HAS_EFFECT = {
     "lora_target_modules": (lambda c: c.use_lora, "use_lora = True"),
     "pretrained.config": (
         lambda c: c.pretrained.model.endswith((".safetensors", ".ckpt")), "a single file as pretrained.model"),
-    "pretrained.revision": (lambda c: not Path(c.pretrained.model).exists(), "a hub name as pretrained.model"),
+    "pretrained.revision": (lambda c: not os.path.exists(c.pretrained.model), "a hub name as pretrained.model"),
     "resume_from_2": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
     "mixing_coef_1": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
     "soup_mode": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
+    "allow_extrapolation": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
+    "train.adam_beta1": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),
+    "train.adam_beta2": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),
+    "train.adam_epsilon": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),
 }  # fmt: skip
 _TRAINING_ONLY = (
     "num_epochs", "save_freq", "num_checkpoint_limit", "eval_freq", "prompt_fn", "estimator", "adjoint_clip", "loss",
@@ -181,4 +186,6 @@ def save_config(config: ConfigDict, path) -> None:
 
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
     content = {**config.to_dict(), "versions": {name: version(name) for name in packages}}
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)  # so that a full disk leaves the earlier one

@@ -12,6 +12,8 @@ import threading
 import time
 from contextlib import contextmanager
 
+from alignprop.settings import ConfigError
+
 STOPPED = 75
 """Exit status of a run that stopped when asked and saved: EX_TEMPFAIL, "run me again"."""
 
@@ -56,9 +58,13 @@ _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL"
 
 @contextmanager
 def plain_endings():
-    """Within it Ctrl-C, a full disk and the death of another process end this one with one line, not a traceback."""
+    """Within it a person's mistake, Ctrl-C, a full disk and the death of another process end this one with one line
+    instead of a traceback."""
+    rank = os.environ.get("RANK", "0")
     try:
         yield
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -75,6 +81,6 @@ def plain_endings():
             raise
         reason = str(error).strip().splitlines()[0]
         sys.exit(
-            f"error: process {os.environ.get('RANK', '0')} lost contact with another one, whose own message tells why "
+            f"error: process {rank} lost contact with another one, whose own message tells why "
             f"({reason}); go on from the newest checkpoint with --config.resume_from=latest"
         )

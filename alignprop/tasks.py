@@ -62,9 +62,9 @@ def evaluate_soup(config, model=None, reward=None) -> Path:
         check_base(second_path, run.base, "resume_from_2")
     folder = _new_folder(run, f"soup_{c.soup_mode}")
     results: list[dict] = []
-    for coefficient in map(float, c.mixing_coef_1):
+    for coefficient in dict.fromkeys(map(float, c.mixing_coef_1)):
         set_lora(run.model.denoiser, mix(first, second, coefficient, c.soup_mode))
-        part = folder / f"c_{coefficient:g}"
+        part = folder / f"c_{coefficient:.10g}"
         evaluation = run.evaluator(
             on_image=lambda j, image, part=part: save_image(image, part / "images" / f"{j:06d}.png")
         )
@@ -96,7 +96,7 @@ def _new_folder(run: Run, name: str) -> Path:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", Path(text).stem)
+    return re.sub(r"[^\w.-]+", "_", Path(text).stem, flags=re.ASCII)[:60]
 
 
 def _say_rewards(run: Run, evaluation: Evaluation, folder: Path, prefix: str = "") -> None:

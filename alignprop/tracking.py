@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import os
-import warnings
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,15 +27,15 @@ TRACKERS = ("wandb", "tensorboard")
 
 
 class MetricsLog:
-    """An append-only file of JSON objects, one per line."""
+    """An append-only file of JSON objects, one per line; it and its folder are made when the first is written."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, row: dict) -> None:
         """Write one row. Non-finite floats become null; a tensor raises TypeError."""
         line = json.dumps(_finite(row), allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -60,6 +60,7 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop what a resumed run will do again: rows of a larger ``step``, a half-written last line."""
         kept = [row for row in self.rows() if row["step"] <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -113,11 +114,11 @@ def wandb_mode() -> str:
         return os.environ["WANDB_MODE"]
     try:
         reason = None if wandb.login(prompt=False, verify=True) else "nobody is logged in (wandb login)"
-    except (wandb.errors.AuthenticationError, wandb.errors.CommError) as error:
+    except (wandb.errors.Error, ValueError) as error:  # no network, or a key that is none
         reason = str(error).split("\n")[0]
     if reason is None:
         return "online"
-    warnings.warn(f"wandb runs offline: {reason}; send the run later with `wandb sync`", stacklevel=2)
+    print(f"warning: wandb runs offline: {reason}; send the run later with `wandb sync`", file=sys.stderr)
     return "offline"
 
 

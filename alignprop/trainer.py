@@ -19,7 +19,6 @@ from alignprop.seeding import generator, generators, seed_global
 from alignprop.settings import changes, one_of
 from alignprop.stopping import STOPPED, stop_requests
 from alignprop.weights import TrainedWeights
-from rewards import check_rewards
 
 
 class AlignPropTrainer:
@@ -45,7 +44,6 @@ class AlignPropTrainer:
         self.weights = TrainedWeights(self.run.model, c, self.run.accelerator)
         self.rollout, self.weights.optimizer = self.run.accelerator.prepare(self.run.rollout, self.weights.optimizer)
         self.global_step = 0
-        self.reward_checked = False
         self.stop_requests: list[str] = []
         if self.run.checkpoint:
             self._restore()
@@ -90,9 +88,6 @@ class AlignPropTrainer:
                 images = run.model.decode(latents)
                 terms = run.reward.score_terms(images, prompts, metadata)
                 rewards = run.reward.combine(terms)
-                if not self.reward_checked:
-                    self.reward_checked = True
-                    check_rewards(rewards, images, run.reward, needs_gradient=True)
                 losses = c.train.loss_coeff * c.grad_scale * self.loss(rewards, c.loss_target)
                 run.accelerator.backward(losses.mean())
             samples.append(torch.stack([losses, rewards, *terms.values()]).detach())

@@ -28,7 +28,7 @@ def base() -> ConfigDict:
     c.resume_from = ""  # a checkpoint, a run folder (its newest checkpoint) or "latest"; empty: a new run
     c.save_freq = 1  # epochs between checkpoints; the last epoch is always saved
     c.num_checkpoint_limit = 5  # newest checkpoints kept; older ones are deleted; 0 keeps all
-    c.timeout_minutes = 10.0  # longest wait for another process; after it the run ends with an error
+    c.timeout_minutes = 10.0  # longest wait for another process; a run that waited that long ends with an error
     c.mixed_precision = "fp16"  # "no", "fp16" (with loss scaling) or "bf16"; of frozen weights and network calls
     c.allow_tf32 = True  # TF32 matrix products on NVIDIA GPUs: faster float32, 10-bit mantissa
 
@@ -82,7 +82,7 @@ def base() -> ConfigDict:
     c.eval_freq = 1  # epochs between evaluations; 0: only before the first and after the last
     c.resume_from_2 = "stablediffusion"  # evaluate_soup: the second checkpoint; "stablediffusion" is the base model
     c.mixing_coef_1 = (0.0, 0.25, 0.5, 0.75, 1.0)  # evaluate_soup: c, one value or several, 0 … 1
-    c.allow_extrapolation = False  # evaluate_soup: coefficients outside of 0 … 1 too
+    c.allow_extrapolation = False  # evaluate_soup: c below 0 and above 1 too, which subtracts a checkpoint
     c.soup_mode = "delta"  # "delta" mixes weight changes exactly; "factors" mixes A and B, as the released code does
     c.num_eval_images = 32  # pictures per evaluation; the prompts repeat, each time with other noise
     c.max_vis_images = 16  # pictures in a sample grid and sent to trackers
@@ -93,12 +93,12 @@ def base() -> ConfigDict:
     c.train = ConfigDict()
     c.train.total_batch_size = 128  # samples per optimizer step, over all processes
     c.train.total_samples_per_epoch = 256  # samples per epoch, over all processes
-    c.train.optimizer = "adamw"  # "adamw", "adafactor" (less memory, for whole denoisers) or "sgd"
-    c.train.learning_rate = 1e-3  # of the optimizer, constant
-    c.train.adam_beta1 = 0.9
-    c.train.adam_beta2 = 0.999
-    c.train.adam_weight_decay = 0.1  # per step, times the learning rate
-    c.train.adam_epsilon = 1e-8
+    c.train.optimizer = "adamw"  # "adamw", "adafactor" (less memory in full fine-tuning) or "sgd", of torch
+    c.train.learning_rate = 1e-3  # step size, constant
+    c.train.adam_beta1 = 0.9  # adamw: decay per step of the gradient's running mean
+    c.train.adam_beta2 = 0.999  # adamw: decay per step of the squared gradient's running mean
+    c.train.adam_weight_decay = 0.1  # per step, times the learning rate; of every optimizer
+    c.train.adam_epsilon = 1e-8  # adamw: added to the root of the squared gradient's mean, against division by zero
     c.train.max_grad_norm = 5.0  # gradients of an optimizer step are clipped to this norm
     c.train.loss_coeff = 0.01  # multiplies the loss
     c.train.ema_decay = 0.0  # moving average of the trained weights, used for evaluation and saved files; 0: off

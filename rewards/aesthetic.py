@@ -1,7 +1,7 @@
 """The LAION aesthetic predictor: how much people liked pictures like this one, on a scale of about 1 to 10."""
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -88,9 +88,9 @@ class AestheticReward(Reward):
 
 def load_head(repo: str, file: str, revision: str | None = None) -> AestheticHead:
     """The head at a local path `file`, else in the hub repository or folder `repo`. Raises: RewardError."""
-    path = Path(file).expanduser()
-    if not path.is_file():
-        if path.is_absolute():
+    path = os.path.expanduser(file)
+    if not os.path.isfile(path):
+        if os.path.isabs(path):
             raise RewardError(f"aesthetic.head_file={file!r} does not exist")
         path = find_file(repo, file, revision, "aesthetic.head_repo")
     head = AestheticHead.from_weights(load_weights(path, "aesthetic.head_file"), f"aesthetic.head_file={file!r}")

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -47,7 +48,10 @@ class WeightedReward(Reward):
 
 
 class CustomReward(Reward):
-    """A person's own callable: `function(images, prompts, metadata) -> scores [B]`."""
+    """A person's own callable: `function(images, prompts, metadata) -> scores [B]`.
+
+    Raises: RewardError with type, text and place of whatever the callable raises.
+    """
 
     def __init__(self, name: str, function: Callable):
         super().__init__()
@@ -55,7 +59,12 @@ class CustomReward(Reward):
         self.differentiable = bool(getattr(function, "differentiable", True))
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
-        return self.function(images, prompts, metadata)
+        try:
+            return self.function(images, prompts, metadata)
+        except (RewardError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RewardError(f"reward {self.name!r} failed: {describe(error, self.function)}") from error
 
 
 def load_custom(spec: str) -> CustomReward:
@@ -68,11 +77,9 @@ def load_custom(spec: str) -> CustomReward:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
-        # Whatever the module's own code raises is the reason to show.
-        raise RewardError(
-            f"reward {spec!r}: cannot import {module_name!r}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        # Whatever the module's own code raises is the reason to show; a script may even exit.
+        raise RewardError(f"reward {spec!r}: cannot import {module_name!r}: {describe(error)}") from error
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
         raise RewardError(f"reward {spec!r}: {module_name!r} has no {attribute!r}{did_you_mean(attribute, public)}")
@@ -82,8 +89,22 @@ def load_custom(spec: str) -> CustomReward:
             function = function()
         except Exception as error:
             raise RewardError(
-                f"reward {spec!r}: {attribute}() without arguments failed: {type(error).__name__}: {first_line(error)}"
+                f"reward {spec!r}: {attribute}() without arguments failed: {describe(error, function)}"
             ) from error
     if not callable(function):
         raise RewardError(f"reward {spec!r}: {attribute!r} is a {type(function).__name__}, which cannot be called")
     return CustomReward(spec, function)
+
+
+def describe(error: BaseException, function=None) -> str:
+    """Type, text and place of an error, in one line.
+
+    The place is the innermost one in the file that defines `function`, the reward that a person wrote, or outside
+    of Python's own import where there is none; errors are mostly raised deep inside torch.
+    """
+    module = sys.modules.get(getattr(function, "__module__", "") or "")
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if f.filename not in (__file__, importlib.__file__) and f.filename[0] != "<"]
+    own = [f for f in frames if f.filename == getattr(module, "__file__", None)] or frames
+    place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {first_line(error)}{place}"

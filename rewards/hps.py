@@ -68,7 +68,7 @@ class HPSReward(Reward):
                     f"hps.{field}={value!r} is not known; allowed: {', '.join(allowed)}{did_you_mean(value, allowed)}"
                 )
         path = checkpoint or find_file(
-            checkpoint_repo, CHECKPOINTS[version], checkpoint_revision, "hps.checkpoint_repo"
+            checkpoint_repo, CHECKPOINTS[version], checkpoint_revision, "hps.checkpoint=None, hps.checkpoint_repo"
         )
         weights = load_weights(path, "hps.checkpoint")
         weights = weights.get("state_dict", weights)

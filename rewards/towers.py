@@ -1,7 +1,9 @@
 """Frozen CLIP towers: finding the files, loading, embedding. Shared by every CLIP-based reward."""
 
 import json
+import os
 import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,13 +72,17 @@ def load_clip(name: str, revision: str | None, dtype: str, with_text: bool, fiel
     """
     from transformers import CLIPModel
 
-    name = str(Path(name).expanduser())
-    kind = json.loads(find_file(name, "config.json", revision, field).read_text()).get("model_type")
+    name = os.path.expanduser(name)
+    config = find_file(name, "config.json", revision, field).read_text()
+    try:
+        kind = json.loads(config).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise RewardError(f"{field}={name!r}: its config.json is damaged: {first_line(error)}") from error
     if kind != "clip":
         raise RewardError(f"{field}={name!r} is a {kind!r} model, expected 'clip' (both towers of a CLIPModel)")
     try:
         model, loaded = CLIPModel.from_pretrained(name, revision=revision or "main", output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # damaged files and pickles that are no plain weights fail in many ways
         raise RewardError(f"{field}={name!r} cannot be loaded as a CLIP model: {first_line(error)}") from error
     missing = sorted(loaded["missing_keys"])
     if missing:
@@ -93,11 +99,11 @@ def load_tokenizer(name: str, revision: str | None, text_config, field: str):
     """The CLIPTokenizer of a hub name or folder, checked against the text tower. Raises: RewardError."""
     from transformers import CLIPTokenizer
 
-    name = str(Path(name).expanduser())
+    name = os.path.expanduser(name)
     find_file(name, "tokenizer_config.json", revision, field)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise RewardError(f"{field}={name!r} holds no usable CLIP tokenizer: {first_line(error)}") from error
     # transformers makes an almost empty vocabulary where the files are missing, and older CLIP configs say
     # eos_token_id=2 and mean "the highest id".
@@ -116,16 +122,21 @@ def find_file(name: str, filename: str, revision: str | None, field: str) -> Pat
 
     Raises: RewardError that says what was tried.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if (folder / filename).is_file():
-            return folder / filename
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        if (Path(folder) / filename).is_file():
+            return Path(folder) / filename
         raise RewardError(f"{field}={name!r}: the folder has no {filename}")
     try:
-        return Path(hf_hub_download(name, filename, revision=revision or None))
-    except (OSError, ValueError) as error:
+        try:  # the cache first, so that a run whose files are there needs no network
+            return Path(hf_hub_download(name, filename, revision=revision or None, local_files_only=True))
+        except OSError:
+            # Fails at once, where downloading tries for minutes.
+            get_hf_file_metadata(hf_hub_url(name, filename, revision=revision or None), timeout=10)
+            return Path(hf_hub_download(name, filename, revision=revision or None))
+    except Exception as error:  # the hub's client lets its transport's own exceptions through as well
         raise RewardError(
             f"{field}={name!r}: no such folder here, and {filename} is neither in the Hugging Face cache nor to be had "
             f"from the hub ({first_line(error)}); give a local folder, or set HF_HOME to a cache that has it"
@@ -137,11 +148,12 @@ def load_weights(path: str | Path, field: str) -> dict:
 
     Raises: RewardError if the file is missing, damaged, or holds anything but plain data.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
         raise RewardError(f"{field}={str(path)!r} does not exist or is not a file")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickles that it then refuses
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RewardError(f"{field}={str(path)!r} is not a file of plain weights, so it was not loaded") from error
     except Exception as error:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    ["alignprop", "alignprop.seeding", "alignprop.settings", "alignprop.stopping"],
+    ["alignprop", "alignprop.fields", "alignprop.seeding", "alignprop.settings", "alignprop.stopping"],
     [
         "alignprop.estimators",
         "alignprop.losses",
@@ -38,7 +38,9 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 SIDEWAYS = {
     "alignprop.models": {f"alignprop.models.{family}" for family in ("flux", "sd", "sd3", "sdxl")},
     "alignprop.run": {"alignprop.records"},
+    "alignprop.settings": {"alignprop.fields"},
     "alignprop.soups": {"alignprop.lora"},
+    "alignprop.stopping": {"alignprop.settings"},
     "alignprop.tracking": {"alignprop.pictures"},
 }
 REWARD_USERS = {"alignprop.evaluate", "alignprop.run", "alignprop.trainer", *LAYERS[-1]}

@@ -121,7 +121,7 @@ def test_files_that_are_no_lora_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no LoRA file"):
         read_lora(tmp_path)
     save_file({"conv_in.weight": torch.ones(2)}, tmp_path / LORA_FILE)
-    with pytest.raises(ConfigError, match=r"0 of 1 tensors are LoRA tensors.*conv_in"):
+    with pytest.raises(ConfigError, match=r"0 of its 1 keys are .*, 1 are not, .*conv_in"):
         read_lora(tmp_path)
 
 
@@ -139,10 +139,10 @@ def test_an_adapter_of_another_model_is_not_loaded_silently(model):
     weights = get_lora(model.denoiser)
     set_lora(model.denoiser, None)
     renamed = {k.replace("down_blocks.0", "down_blocks.7"): v for k, v in weights.tensors.items()}
-    with pytest.raises(ConfigError, match=r"\d+ of \d+ adapted layers exist"):
+    with pytest.raises(ConfigError, match=r"LoRA: (\d+) of its (\d+) keys match .*, \d+ do not, .*down_blocks.7"):
         set_lora(model.denoiser, LoraWeights(renamed, 1.0))
     wider = {k: torch.cat([v, v], dim=1) if "lora_A" in k else v for k, v in weights.tensors.items()}
-    with pytest.raises(ConfigError, match="in this model and"):
+    with pytest.raises(ConfigError, match="in this model; the file"):
         set_lora(model.denoiser, LoraWeights(wider, 1.0))
 
 
@@ -169,3 +169,37 @@ def test_file_keys_are_those_of_the_pipeline(model, tmp_path):
     add_random(model)
     save_lora(model, get_lora(model.denoiser), tmp_path)
     assert all(name.startswith("unet.") for name in load_file(tmp_path / LORA_FILE))
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    (["x.lora_A.weight"], r"0 of its 1 keys are pairs of LoRA factors, 1 are not, for example 'x.lora_A.weight'"),
+    (["x.lora_A.weight", "x.lora_B.weight", "y.lora_B.weight"], r"2 of its 3 keys .*, 1 are not, .*'y.lora_B.weight'"),
+    ([], r"0 of its 0 keys"),
+])  # fmt: skip
+def test_a_factor_without_its_other_is_refused(tmp_path, keys, message):
+    save_file({key: torch.ones(2, 2) for key in keys}, tmp_path / LORA_FILE)
+    with pytest.raises(ConfigError, match=message):
+        read_lora(tmp_path)
+
+
+@pytest.mark.parametrize("header", ["{", "[]", '{"unet.r": 2}', '{"unet.r": 0, "unet.lora_alpha": 1}'])
+def test_a_damaged_header_is_refused(tmp_path, header):
+    pair = {f"x.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
+    save_file(pair, tmp_path / LORA_FILE, metadata={"lora_adapter_metadata": header})
+    with pytest.raises(ConfigError, match="lora_adapter_metadata in its header is damaged"):
+        read_lora(tmp_path)
+
+
+def test_factors_of_two_ranks_are_refused(model):
+    add_random(model)
+    weights = get_lora(model.denoiser)
+    set_lora(model.denoiser, None)
+    cut = {k: v[:, :1] if "lora_B" in k else v for k, v in weights.tensors.items()}
+    with pytest.raises(ConfigError, match="the file's factors are"):
+        set_lora(model.denoiser, LoraWeights(cut, 1.0))
+
+
+def test_a_block_is_no_layer_that_an_adapter_could_change(model):
+    weights = LoraWeights({f"down_blocks.0.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}, 1.0)
+    with pytest.raises(ConfigError, match="LoRA: 0 of its 2 keys match"):
+        set_lora(model.denoiser, weights)

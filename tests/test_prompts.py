@@ -84,6 +84,8 @@ def test_bad_text_files_are_one_plain_line_each(tmp_path):
     assert "holds no prompt" in message(str(empty))
     assert "not UTF-8" in message(str(latin))
     assert "directory" in message(str(tmp_path)).lower()
+    assert "No such file" in message("~no_such_person/prompts.txt")
+    assert "not a prompt set" in message("x" * 5000)  # longer than a file's name may be
     assert all(message(str(path)).startswith(f"prompt_fn = '{path}'") for path in (missing, empty, latin))
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -112,3 +114,18 @@ def test_a_model_of_another_family_is_refused(pipeline_folder, tmp_path):
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "p" / "unet")
     with pytest.raises(ConfigError, match=r"not a text-to-image model of Stable Diffusion 1.x or 2.x"):
         load_model(str(tmp_path / "p"))
+
+
+def test_long_prompts_are_told_of_once(model, capsys):
+    model.encode_prompts(["a cat", "a dog " * 99])
+    model.encode_prompts(["a bird " * 99])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"warning: prompts are truncated to \d+ tokens, and 'a dog a dog .* …' has \d+", line)
+
+
+def test_a_prompt_of_just_the_limit_is_not_told_of(model, capsys):
+    words = next(n for n in range(999) if len(model.tokenizer("a " * n).input_ids) == model.tokenizer.model_max_length)
+    model.encode_prompts(["a " * words])
+    assert not capsys.readouterr().err
+    model.encode_prompts(["a " * (words + 1)])
+    assert capsys.readouterr().err

@@ -1,9 +1,20 @@
+import ast
+import collections
+import inspect
 import json
+import math
+import re
 
 import pytest
+from ml_collections import ConfigDict
 
+from alignprop.fields import FIELDS
+from alignprop.losses import LOSSES
 from alignprop.settings import ConfigError, flatten, one_of, resolve, save_config, warnings_for
-from config.align_prop import PRESETS, get_config
+from config.align_prop import PRESETS, base, get_config
+from rewards import REWARDS
+from rewards.hps import BACKENDS, CHECKPOINTS
+from rewards.towers import DTYPES
 
 
 def preset(name="hps", **overrides):
@@ -38,20 +49,14 @@ def test_the_original_is_left_alone():
 @pytest.mark.parametrize(("overrides", "message"), [
     (dict(train__total_batch_size=130), r"total_batch_size = 130 .* 4 × 1 = 4; nearest: 128 or 132"),
     (dict(train__total_batch_size=2), r"nearest: 4"),
-    (dict(train__total_samples_per_epoch=200), r"total_samples_per_epoch = 200 is not a multiple"),
+    (dict(train__total_samples_per_epoch=200), r"total_samples_per_epoch = 200 is not .* = 128; nearest: 128 or 256"),
+    (dict(train__total_samples_per_epoch=100), r"total_samples_per_epoch = 100 is not .*; nearest: 128$"),
     (dict(trunc_backprop_timestep=50), r"trunc_backprop_timestep = 50 must be from 0 to .* 49"),
     (dict(truncated_backprop_minmax=(30, 10)), r"truncated_backprop_minmax = \(30, 10\)"),
     (dict(truncated_backprop_minmax=(0, 51)), r"truncated_backprop_minmax = \(0, 51\)"),
-    (dict(mixed_precision="fp8"), r"mixed_precision = 'fp8' is not one of 'no', 'fp16', 'bf16'"),
-    (dict(per_gpu_capacity=0), r"per_gpu_capacity = 0 must be greater than 0"),
-    (dict(eta=-0.5), r"eta = -0.5 must not be negative"),
-    (dict(eta=1.5), r"eta = 1.5 must be from 0"),
-    (dict(train__adam_beta2=1.0), r"train.adam_beta2 = 1.0 must be at least 0 and less than 1"),
-    (dict(lora_alpha=0.0), r"lora_alpha = 0.0 must be greater than 0"),
-    (dict(guidance_scale=0.5), r"guidance_scale = 0.5"),
-    (dict(train__ema_decay=1.0), r"train.ema_decay = 1.0 must be at least 0 and less than 1"),
     (dict(loss="target"), r"loss = 'target' needs loss_target"),
     (dict(loss="targt"), r"loss = 'targt' .*did you mean 'target'"),
+    (dict(learning_rate=1e-3), r"^learning_rate is not a field .*did you mean 'train.learning_rate'"),
 ])  # fmt: skip
 def test_mistakes_name_the_field_the_value_and_what_is_allowed(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
@@ -59,10 +64,98 @@ def test_mistakes_name_the_field_the_value_and_what_is_allowed(overrides, messag
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("coefficients", [(1.5,), (0.5, -0.1), ()])
-def test_mixing_coefficients_lie_between_0_and_1(coefficients):
-    with pytest.raises(ConfigError, match="mixing_coef_1"):
-        resolve(preset("evaluate_soup", resume_from="x", mixing_coef_1=coefficients), 1)
+# ---- every field by itself
+
+# At least one refused value for every field; what each would be without its row in FIELDS is a traceback, later.
+REFUSED = {
+    "task": ["trian"], "run_name": ["a/b", "..", "a\\b", "x" * 201, "é" * 101, "a\nb"], "log_dir": ["", " "],
+    "log_with": [None], "seed": [-1, 0.5, True], "resume_from": [None], "save_freq": [0], "num_checkpoint_limit": [-1],
+    "timeout_minutes": [0.0, math.nan, math.inf, 1e9], "mixed_precision": ["fp8"], "allow_tf32": ["yes", 1],
+    "pretrained.model": [""], "pretrained.revision": [""], "pretrained.config": [""], "use_lora": [None],
+    "lora_rank": [0, 2.0], "lora_alpha": [0.0, math.inf], "lora_target_modules": [(), ("to_q", ""), (3,)],
+    "grad_checkpoint": ["no"], "num_inference_steps": [0], "guidance_scale": [0.5, math.nan], "eta": [-0.5, 1.5],
+    "estimator": [""], "trunc_backprop_timestep": [-1], "truncated_backprop_minmax": [(1,), (0, 1.5), (0, 1, 2)],
+    "adjoint_clip": [-1.0], "reward_fn": [""], "eval_reward_fn": [None], "loss": ["l2"], "loss_target": [math.nan],
+    "grad_scale": [0.0], "aesthetic.clip": [""], "aesthetic.head_repo": [""], "aesthetic.head_file": [""],
+    "aesthetic.dtype": ["fp32"], "hps.version": ["v3"], "hps.checkpoint": [""], "hps.tokenizer": [""],
+    "hps.dtype": ["half"], "hps.backend": ["open_clip"], "clip.model": [""], "clip.dtype": ["int8"],
+    "prompt_fn": [""], "eval_prompt_fn": [None], "eval_freq": [-1], "resume_from_2": [""],
+    "mixing_coef_1": [(), ("0.5",), (math.nan,), (math.inf, 0.0)], "allow_extrapolation": [2],
+    "soup_mode": ["mean"], "num_eval_images": [0], "max_vis_images": [-3], "num_epochs": [0, True],
+    "per_gpu_capacity": [0], "train.total_batch_size": [0], "train.total_samples_per_epoch": [-1],
+    "train.optimizer": ["adam"], "train.learning_rate": [0.0, -1e-3, math.nan, math.inf],
+    "train.adam_beta1": [1.0, -0.1], "train.adam_beta2": [1.0], "train.adam_weight_decay": [-0.1],
+    "train.adam_epsilon": [0.0], "train.max_grad_norm": [0.0, math.inf], "train.loss_coeff": [0.0],
+    "train.ema_decay": [1.0, -0.5], "train.max_skipped_steps": [0],
+}  # fmt: skip
+
+
+def test_every_field_has_a_check_and_a_refused_value():
+    fields = flatten(base().to_dict()).keys()
+    assert fields == FIELDS.keys() == REFUSED.keys()
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in REFUSED.items() for v in values])
+def test_a_value_that_cannot_be_is_one_line_with_field_value_and_what_is_allowed(field, value):
+    content = get_config("hps").to_dict()  # unlike an override, a dict may have a value of any type
+    *group, name = field.split(".")
+    (content[group[0]] if group else content)[name] = value
+    config = ConfigDict(content)
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, 1)
+    message = str(caught.value)
+    assert message.startswith(f"{field} = {value!r} ") and "\n" not in message
+    assert "must be " in message or "is not one of " in message
+
+
+def test_presets_share_the_fields_of_base():
+    for name in PRESETS:
+        assert flatten(get_config(name).to_dict()).keys() == {*FIELDS, "preset"}
+
+
+def test_choices_are_those_of_the_code_that_has_them():
+    assert FIELDS["loss"].choices == tuple(LOSSES)
+    assert set(FIELDS["hps.version"].choices) == set(CHECKPOINTS)
+    assert set(FIELDS["hps.backend"].choices) == set(BACKENDS)
+    assert all(set(FIELDS[f"{reward}.dtype"].choices) == set(DTYPES) for reward in REWARDS)
+
+
+def test_a_field_that_is_missing_is_named():
+    flat = get_config("hps").to_dict()
+    del flat["eta"]
+    with pytest.raises(ConfigError, match=r"^eta is missing"):
+        resolve(ConfigDict(flat), 1)
+
+
+def test_a_resolved_configuration_resolves_again():
+    once = resolve(preset(), 2)
+    assert resolve(once, 2) == once
+
+
+def test_every_field_has_a_comment_of_its_own():
+    source = inspect.getsource(base)
+    lines = source.splitlines()
+    assigned = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign):
+            assigned[ast.unparse(node.targets[0]).removeprefix("c.")] = lines[node.lineno - 1]
+    comments = {field: assigned[field].partition("  # ")[2] for field in flatten(base().to_dict())}
+    assert all(len(re.findall(r"\w+", comment)) >= 2 for comment in comments.values()), comments
+    assert not [c for c, n in collections.Counter(comments.values()).items() if n > 1 and "as aesthetic" not in c]
+
+
+@pytest.mark.parametrize("coefficients", [(1.5,), (0.5, -0.1)])
+def test_mixing_coefficients_lie_between_0_and_1_unless_asked_for(coefficients):
+    config = preset("evaluate_soup", resume_from="x", mixing_coef_1=coefficients)
+    with pytest.raises(ConfigError, match=r"mixing_coef_1 = \(.*from 0 to 1, unless allow_extrapolation = True"):
+        resolve(config, 1)
+    config.allow_extrapolation = True
+    assert resolve(config, 1).mixing_coef_1 == coefficients
+
+
+def test_a_soup_needs_its_checkpoint():
+    with pytest.raises(ConfigError, match=r"^resume_from is empty"):
+        resolve(preset("evaluate_soup"), 1)
 
 
 def test_fields_without_effect_are_told():
@@ -73,6 +166,10 @@ def test_fields_without_effect_are_told():
     assert warnings_for(resolve(preset("hps_k1"), 1), ["trunc_backprop_timestep"]) == []
     (line,) = warnings_for(resolve(preset("evaluate"), 1), ["train.learning_rate", "num_eval_images"])
     assert line.startswith("train.learning_rate has no effect")
+    overridden = ["train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.adam_weight_decay"]
+    lines = warnings_for(preset(train__optimizer="sgd"), [*overridden, "allow_extrapolation"])
+    assert [line.split()[0] for line in lines] == [*overridden[:3], "allow_extrapolation"]
+    assert warnings_for(preset(), overridden) == []
 
 
 def test_every_preset_resolves():
@@ -92,8 +189,8 @@ def test_published_hyper_parameters():
 
 
 def test_a_variant_states_only_its_difference():
-    for variant, base in (("aesthetic_k1", "aesthetic"), ("hps_k1", "hps")):
-        a, b = (flatten(get_config(n).to_dict()) for n in (variant, base))
+    for variant, plain in (("aesthetic_k1", "aesthetic"), ("hps_k1", "hps")):
+        a, b = (flatten(get_config(n).to_dict()) for n in (variant, plain))
         assert {k for k in a if a[k] != b[k]} == {"estimator", "preset"}
 
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from alignprop.settings import ConfigError
 from alignprop.stopping import plain_endings, stop_requests
 
 
@@ -44,6 +45,7 @@ def test_another_thread_has_no_signals():
 
 @pytest.mark.parametrize(("error", "code"), [
     (KeyboardInterrupt(), 130),
+    (ConfigError("x = 1 must be 2"), "error: x = 1 must be 2"),
     (OSError(28, "No space left on device", "log"), "error: cannot write 'log': No space left on device; checkpoints"),
     (OSError(27, "File too large"), "error: cannot write: File too large; checkpoints"),
     (RuntimeError("[gloo/pair.cc] Connection closed by peer\nmore"), "error: process 0 lost contact .*by peer\\)"),

@@ -117,9 +117,10 @@ def test_a_reward_that_draws_global_random_numbers_resumes_too(toy_config):
     assert rows(parts) == rows(whole)
 
 
-# One evaluation is 2 calls and a step is 2; there are 6 steps, evaluations at 0, 3 and 6, checkpoints at 3 and 6.
+# Call 0 is the trial, an evaluation is 2 calls and a step is 2. There are 6 steps, evaluations at 0, 3 and 6,
+# checkpoints at 3 and 6.
 @pytest.mark.parametrize(("call", "saved"), [
-    (0, 0), (3, 1), (5, 2), (7, 3), (8, 3), (11, 4), (15, 6), (16, 6),
+    (1, 0), (4, 1), (6, 2), (8, 3), (9, 3), (12, 4), (16, 6), (17, 6),
 ])  # fmt: skip
 def test_asked_to_stop_anywhere_a_run_saves_and_goes_on_as_if_nothing_had_been(toy_config, call, saved):
     options = dict(eval_reward_fn="", num_epochs=2, eval_freq=1, train__total_samples_per_epoch=12, eta=1.0)
@@ -325,10 +326,16 @@ def test_a_non_finite_step_is_skipped_counted_and_ends_the_run_after_n(toy_confi
 @pytest.mark.parametrize(("reward", "message"), [
     ("wrong_shape", r"shape \[2, 1\], expected \[2\]"), ("not_a_number", "non-finite"), ("detached", "no gradient"),
 ])  # fmt: skip
-def test_a_broken_reward_is_refused_at_the_first_batch(toy_config, reward, message):
-    trainer = AlignPropTrainer(toy_config(reward_fn=f"tests.toy_rewards:{reward}", eval_reward_fn=""))
+def test_a_broken_reward_is_refused_before_anything_is_written(toy_config, tmp_path, reward, message):
     with pytest.raises(RewardError, match=f"{reward}.*{message}"):
-        trainer.step()
+        AlignPropTrainer(toy_config(reward_fn=f"tests.toy_rewards:{reward}", eval_reward_fn=""))
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("reward", ["wrong_shape", "not_a_number"])
+def test_a_broken_reward_of_the_evaluation_is_refused_too(toy_config, reward):
+    with pytest.raises(RewardError, match=reward):
+        AlignPropTrainer(toy_config(eval_reward_fn=f"tests.toy_rewards:{reward}"))
 
 
 def test_a_reward_without_gradient_is_refused_before_the_first_batch(toy_config):

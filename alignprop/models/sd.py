@@ -1,13 +1,19 @@
 """Stable Diffusion 1.x and 2.x: one UNet, one CLIP text encoder, epsilon- or v-prediction."""
 
 import os
+import sys
+import textwrap
 from pathlib import Path
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from tqdm.auto import tqdm
 
 from alignprop.models.base import Conditioning
 from alignprop.settings import ConfigError
 
+SINGLE_FILE = (".safetensors", ".ckpt")
 # Downloading what is never used would cost a user gigabytes.
 _UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 
@@ -27,6 +33,7 @@ class StableDiffusion:
         for module in (self.denoiser, self.vae, self.text_encoder):
             module.requires_grad_(False).eval()
         self._embeddings: dict[str, torch.Tensor] = {}
+        self._warned = False
 
     @classmethod
     def load(cls, name: str, *, revision=None, config=None, dtype=torch.float32, full=False) -> "StableDiffusion":
@@ -47,7 +54,8 @@ class StableDiffusion:
 
         stored = torch.float32 if full else dtype
         try:
-            if Path(name).suffix in (".safetensors", ".ckpt"):
+            _check_reachable(name, revision)
+            if Path(name).suffix in SINGLE_FILE:
                 pipeline = StableDiffusionPipeline.from_single_file(
                     name, config=config, dtype=stored, safety_checker=None, feature_extractor=None
                 )
@@ -55,12 +63,12 @@ class StableDiffusion:
                 pipeline = StableDiffusionPipeline.from_pretrained(
                     name, revision=revision, dtype=stored, requires_safety_checker=False, **_UNUSED
                 )
-        except (OSError, ValueError, KeyError) as error:
-            where = "this folder or file" if os.path.exists(name) else "a local path, the hub cache and the hub"
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        except Exception as error:  # damaged files and the hub's client fail in many ways
+            where = "this folder or file" if os.path.exists(name) else f"a local path, {HF_HUB_CACHE}, the hub"
+            reason = next((line for line in str(error).splitlines() if line.strip()), "")
             raise ConfigError(
-                f"pretrained.model = {name!r} could not be loaded (tried {where}): {reason} — give a local pipeline "
-                "folder or a single .safetensors file, or set HF_HOME to a cache that holds it"
+                f"pretrained.model = {name!r} could not be loaded (tried {where}): {type(error).__name__}: {reason} — "
+                "give a local pipeline folder or a single .safetensors file, or set HF_HOME to a cache that holds it"
             ) from error
         unet, vae = pipeline.unet.config, pipeline.vae.config
         if unet.addition_embed_type or unet.in_channels != vae.latent_channels:
@@ -91,11 +99,27 @@ class StableDiffusion:
         """{"prompt_embeds", "negative_prompt_embeds"}, each [B, L, D]; prompts past L tokens are truncated."""
         new = [p for p in dict.fromkeys([*prompts, ""]) if p not in self._embeddings]
         if new:
+            self._warn_of_truncation(new)
             embeds, _ = self.pipeline.encode_prompt(new, self.device, 1, do_classifier_free_guidance=False)
             # Kept on the host: thousands of prompts would not fit beside the model.
             self._embeddings.update(zip(new, embeds.cpu(), strict=True))
         gather = lambda names: torch.stack([self._embeddings[n] for n in names]).to(self.device)  # noqa: E731
         return {"prompt_embeds": gather(prompts), "negative_prompt_embeds": gather([""] * len(prompts))}
+
+    def _warn_of_truncation(self, prompts: list[str]) -> None:
+        """Once for all prompts, not for each."""
+        counts = [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids]
+        longest, limit = max(counts), self.tokenizer.model_max_length
+        if longest <= limit or self._warned or os.environ.get("RANK", "0") != "0":
+            return
+        self._warned = True
+        shown = textwrap.shorten(prompts[counts.index(longest)], 60, placeholder=" …")
+        # The tokens that mark beginning and end are nothing that a person wrote.
+        tqdm.write(
+            f"warning: prompts are truncated to {limit - 2} tokens, and {shown!r} has {longest - 2}; it loses its end, "
+            "and so do others as long",
+            file=sys.stderr,
+        )
 
     def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
         size = self.denoiser.config.sample_size
@@ -127,3 +151,13 @@ class StableDiffusion:
         self.pipeline_class.save_lora_weights(
             folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata, safe_serialization=True
         )
+
+
+def _check_reachable(name: str, revision: str | None) -> None:
+    """Raises at once what loading would raise after half a minute of retries."""
+    if os.path.exists(name):
+        return
+    if Path(name).suffix in SINGLE_FILE:
+        raise FileNotFoundError("there is no such file")
+    if not isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str):
+        get_hf_file_metadata(hf_hub_url(name, "model_index.json", revision=revision), timeout=10)
