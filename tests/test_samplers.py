@@ -60,4 +60,4 @@ def test_more_steps_than_the_model_was_trained_with():
 
 def test_so_many_steps_that_the_offset_leaves_the_schedule():
     with pytest.raises(ConfigError, match=r"num_inference_steps = 1000 is too many .* steps_offset = 1"):
-        ddim_sampler(scheduler("epsilon", steps_offset=1), 1000)
+        ddim_sampler(scheduler("epsilon"), 1000)
