@@ -21,12 +21,14 @@ import torch
 from alignprop.estimators import GradientPlan
 from alignprop.models.base import Conditioning, Model, select
 from alignprop.samplers import Sampler
+from alignprop.sharding import DTensor, is_sharded, on_any_process, release
 
 
 class Rollout(torch.nn.Module):
     """Noise and conditioning in, final latents out, differentiable in the denoiser's trainable parameters.
 
     Its only submodule is the denoiser, so accelerate and DistributedDataParallel prepare it like any other module.
+    Where FSDP2 has spread the denoiser's weights, all processes make the same network calls.
 
     Args:
         model: the model whose denoiser is called.
@@ -71,7 +73,13 @@ class Rollout(torch.nn.Module):
             latents = self._step(i, latents, cond, generators)
             if i + 1 >= keep_from:
                 kept.append(latents)
+        if is_sharded(self.denoiser):
+            release(self.denoiser)
         return kept
+
+    def set_requires_gradient_sync(self, _: bool) -> None:
+        """accelerate asks for it under FSDP2. Spread gradients are averaged after every network call regardless:
+        waiting for the last micro-batch would keep the whole gradient on every process."""
 
     def _step(self, i, latents, cond, generators):
         a, b, s = (float(c[i]) for c in (self.sampler.a, self.sampler.b, self.sampler.s))
@@ -88,42 +96,63 @@ class Rollout(torch.nn.Module):
         # The chain itself runs in the latents' precision: half precision would lose small steps of a long chain.
         return model_output.to(latents.dtype)
 
-    def sweep(self, adjoint, trajectory, cond, plan: GradientPlan, parameters) -> list[torch.Tensor]:
-        """Sweeps λ from x[N] down to the lowest active step.
+    def network_calls(self, plan: GradientPlan) -> torch.Tensor:
+        """bool [2, N]: at which steps the sweep calls the network, and at which of them it also needs ∂f/∂x."""
+        steps = range(self.sampler.num_steps)
+        # Below its lowest active step no sample needs λ, so the last call skips ∂f/∂x.
+        needs_input = [bool((plan.active[:i] & plan.active[i] & (plan.coupling[i] != 0)).any()) for i in steps]
+        calls = torch.stack([plan.active.any(dim=1), torch.tensor(needs_input)])
+        return on_any_process(calls, self.denoiser.device) if is_sharded(self.denoiser) else calls
+
+    def sweep(self, adjoint, trajectory, cond, plan: GradientPlan, calls, parameters) -> list[torch.Tensor | None]:
+        """Sweeps λ from x[N] down to the lowest step with a network call.
 
         Args:
             adjoint: λ = ∂R/∂x[N], [B, ...].
-            trajectory: the stored latents x[first_active] … x[N-1].
+            trajectory: the stored latents from that step on, … x[N-1].
             cond, plan: as in `forward`.
+            calls: `network_calls(plan)`.
             parameters: the trainable tensors.
 
         Returns:
-            ∂R/∂θ for each of `parameters`, summed over the samples; zeros where no step is active.
+            ∂R/∂θ for each of `parameters`, summed over the samples; zeros where no step is active. None for those
+            that FSDP2 has spread: it adds their gradients, averaged over the processes, to `.grad` by itself.
         """
-        gradients = [torch.zeros_like(p) for p in parameters]
+        whole = [p for p in parameters if not isinstance(p, DTensor)]
+        gradients = [torch.zeros_like(p) for p in whole]
         limit = self.adjoint_clip * _norms(adjoint)
-        first = plan.first_active
+        first = self.sampler.num_steps - len(trajectory)
         for i in reversed(range(first, self.sampler.num_steps)):
             self.adjoint_norms.add(i + 1, adjoint, plan.active[: i + 1].any(dim=0))
             a, b = float(self.sampler.a[i]), float(self.sampler.b[i])
-            rows = plan.active[i].nonzero().squeeze(1).to(adjoint.device)
+            active = plan.active[i].nonzero().squeeze(1).to(adjoint.device)
             carried = a * adjoint
-            if len(rows):
+            if calls[0, i]:
+                # Where only other processes need this call, a sample takes part in it with nothing to add.
+                rows = active if len(active) else active.new_zeros(1)
                 weight, coupling = (_per_sample(t[i], rows, adjoint) for t in (plan.weight, plan.coupling))
-                # Below its lowest active step no sample needs λ, so the last call skips ∂f/∂x.
-                needs_input = bool((plan.active[:i] & plan.active[i] & (plan.coupling[i] != 0)).any())
-                latents = trajectory[i - first][rows].requires_grad_(needs_input)
-                with torch.enable_grad():
-                    model_output = self._denoise(i, latents, select(cond, rows))
-                inputs = [*parameters, latents] if needs_input else list(parameters)
-                products = torch.autograd.grad(model_output, inputs, weight * b * adjoint[rows], allow_unused=True)
-                for gradient, product in zip(gradients, products, strict=False):
+                vector = weight * b * adjoint[rows] * bool(len(active))
+                latents = trajectory[i - first][rows].requires_grad_(bool(calls[1, i]))
+                *products, into_latents = self._products(i, latents, select(cond, rows), vector, whole)
+                for gradient, product in zip(gradients, products, strict=True):
                     if product is not None:
                         gradient += product
-                if needs_input:
-                    carried[rows] += coupling / weight * products[-1]
+                if len(active) and latents.requires_grad:
+                    carried[rows] += coupling / weight * into_latents
             adjoint = _limit_norms(carried, limit) if self.adjoint_clip else carried
-        return gradients
+        return gradients or [None] * len(parameters)
+
+    def _products(self, i, latents, cond, vector, parameters) -> list[torch.Tensor | None]:
+        """vectorᵀ ∂f/∂θ for each of `parameters`, and at last vectorᵀ ∂f/∂x if `latents` require it, else None."""
+        with torch.enable_grad():
+            model_output = self._denoise(i, latents, cond)
+        if not parameters:
+            # `torch.autograd.grad` would bypass the hooks with which FSDP2 averages and spreads gradients.
+            model_output.backward(vector)
+            return [latents.grad]
+        inputs = [*parameters, latents] if latents.requires_grad else parameters
+        products = torch.autograd.grad(model_output, inputs, vector, allow_unused=True)
+        return [*products, *[None] * (len(parameters) + 1 - len(products))]
 
 
 class _SampleWithSweep(torch.autograd.Function):
@@ -131,14 +160,16 @@ class _SampleWithSweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rollout, generators, cond, plan, *parameters):
-        *ctx.trajectory, latents = rollout.sample(generators, cond, keep_from=plan.first_active)
+        ctx.calls = rollout.network_calls(plan)
+        steps = ctx.calls[0].nonzero()
+        *ctx.trajectory, latents = rollout.sample(generators, cond, int(steps[0]) if len(steps) else len(plan.active))
         ctx.rollout, ctx.cond, ctx.plan, ctx.parameters = rollout, cond, plan, parameters
         return latents
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, adjoint):
-        gradients = ctx.rollout.sweep(adjoint, ctx.trajectory, ctx.cond, ctx.plan, ctx.parameters)
+        gradients = ctx.rollout.sweep(adjoint, ctx.trajectory, ctx.cond, ctx.plan, ctx.calls, ctx.parameters)
         return None, None, None, None, *gradients
 
 

@@ -24,6 +24,7 @@ from alignprop.rollout import Rollout
 from alignprop.samplers import ddim_sampler
 from alignprop.seeding import generators
 from alignprop.settings import ConfigError, resolve
+from alignprop.sharding import check_engine
 from alignprop.tracking import log_images, log_row, parse_log_with, start_trackers
 from rewards import WeightedReward, as_reward, build_reward, check_rewards, parse_spec, require_differentiable
 
@@ -64,6 +65,7 @@ class Run:
             log_with=log_with,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
         )
+        check_engine(self.accelerator, c.use_lora, c.train.optimizer)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.allow_tf32
 
         self.reward = as_reward(reward) if reward else self._build_reward(c.reward_fn)

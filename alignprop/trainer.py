@@ -5,6 +5,7 @@ Prabhudesai et al. 2023, arXiv 2310.03739. `AlignPropTrainer.step` is the method
 
 import json
 import time
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -42,7 +43,7 @@ class AlignPropTrainer:
         self.loss = LOSSES[c.loss]
 
         self.weights = TrainedWeights(self.run.model, c, self.run.accelerator)
-        self.rollout, self.weights.optimizer = self.run.accelerator.prepare(self.run.rollout, self.weights.optimizer)
+        self.rollout = self.weights.prepare(self.run.rollout)
         self.global_step = 0
         self.stop_requests: list[str] = []
         if self.run.checkpoint:
@@ -127,7 +128,8 @@ class AlignPropTrainer:
             **self.weights.state(),
         }
         if self.run.is_main and self.global_step not in map(step_of, checkpoints_of(self.run.folder)):
-            write_checkpoint(self.run.folder, self.global_step, state, self.weights.write, self.run.base)
+            write_weights = partial(self.weights.write, state=state)
+            write_checkpoint(self.run.folder, self.global_step, state, write_weights, self.run.base)
 
     def _save_and_evaluate(self) -> None:
         """What is due after this step and not done yet: a run may have been interrupted between any two of them."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 
 from alignprop.lora import add_lora, get_lora, read_lora, save_lora, trainable_parameters, update_lora
 from alignprop.models.base import Model
+from alignprop.rollout import Rollout
 from alignprop.settings import ConfigError
+from alignprop.sharding import average_gradients, gather, is_sharded, shard, spread, whole_copy
 
 # (parameters, config.train) -> optimizer
 OPTIMIZERS = {
@@ -34,7 +37,8 @@ class TrainedWeights:
 
     Attributes:
         parameters: the trained tensors.
-        optimizer: to be prepared by the accelerator.
+        optimizer: of them.
+        ema: their moving average, where one is kept.
         skipped: optimizer steps that were not made because something was not finite; `skipped_in_a_row`, lately.
     """
 
@@ -47,13 +51,26 @@ class TrainedWeights:
             denoiser.float().requires_grad_(True)
         self.parameters = list(trainable_parameters(denoiser).values())
         self.optimizer = OPTIMIZERS[c.train.optimizer](self.parameters, c.train)
-        self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
+        self.ema = None
         self.skipped = self.skipped_in_a_row = 0
+
+    def prepare(self, rollout: Rollout) -> torch.nn.Module:
+        """`rollout` for training on all processes: wrapped by DDP, or with its denoiser spread by FSDP2."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            self.optimizer = shard(self.accelerator, self.model.denoiser, self.optimizer)
+            self.parameters = list(trainable_parameters(self.model.denoiser).values())
+        else:
+            rollout, self.optimizer = self.accelerator.prepare(rollout, self.optimizer)
+        if self.config.train.ema_decay:
+            self.ema = EMAModel(self.parameters, decay=self.config.train.ema_decay)
+        return rollout
 
     def update(self, losses: torch.Tensor) -> float:
         """Clips and applies the accumulated gradient, unless it or one of the losses is not finite; its norm."""
         train, scaler = self.config.train, self.accelerator.scaler
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm))
+        if is_sharded(self.model.denoiser):
+            average_gradients(self.accelerator, self.parameters)
+        grad_norm = float(gather(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm)))
         finite_loss = bool(losses.isfinite().all())
         finite = finite_loss and grad_norm < float("inf")
         # The loss scaler skips a non-finite gradient by itself, and has to see it to lower its scale.
@@ -86,25 +103,31 @@ class TrainedWeights:
             if self.ema:
                 self.ema.restore(self.parameters)
 
-    def write(self, folder: Path) -> None:
-        """The (averaged) weights as diffusers reads them."""
-        with self.averaged():
-            if self.config.use_lora:
+    def write(self, folder: Path, state: dict) -> None:
+        """The (averaged) weights of `state` as diffusers reads them."""
+        if self.config.use_lora:
+            with self.averaged():
                 save_lora(self.model, get_lora(self.model.denoiser), folder)
-            else:
-                self.model.denoiser.save_pretrained(folder / "denoiser")
+        else:
+            usable = state["ema"]["shadow_params"] if self.ema else state["weights"].values()
+            weights = dict(zip(state["weights"], usable, strict=True))
+            whole_copy(self.model.denoiser, weights).save_pretrained(folder / "denoiser")
 
     def state(self) -> dict:
-        """All that the next update depends on: nested dicts of tensors and plain values."""
+        """All that the next update depends on: nested dicts of tensors and plain values.
+
+        The same whatever the number of processes, and whole on the main one. All of them have to call it.
+        """
         scaler = self.accelerator.scaler
-        return {
-            "weights": {name: p.detach().cpu() for name, p in trainable_parameters(self.model.denoiser).items()},
+        state = {
+            "weights": {name: p.detach() for name, p in trainable_parameters(self.model.denoiser).items()},
             "optimizer_name": self.config.train.optimizer,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "ema": self.ema.state_dict() if self.ema else None,
             "skipped": [self.skipped, self.skipped_in_a_row],
         }
+        return gather(state, keep=self.accelerator.is_main_process)
 
     def load(self, state: dict, checkpoint: Path) -> None:
         """Takes up what `state` returned, which lies in `checkpoint`.
@@ -126,9 +149,13 @@ class TrainedWeights:
             )
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(state["weights"][name])
+                parameter.copy_(spread(state["weights"][name], parameter))
         # What the user asks for now counts, not what the checkpoint's run was asked for.
         wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        for i, moments in state["optimizer"]["state"].items():
+            for name, moment in moments.items():
+                if moment is not None and moment.dim():  # scalars, such as the number of steps, are whole everywhere
+                    moments[name] = spread(moment, self.parameters[i])
         self.optimizer.load_state_dict(state["optimizer"])
         for group, options in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(options)
@@ -137,8 +164,10 @@ class TrainedWeights:
         if self.ema:
             self.ema = EMAModel(self.parameters, decay=self.config.train.ema_decay)
             if state["ema"]:
+                pairs = zip(state["ema"]["shadow_params"], self.parameters, strict=True)
+                shadow = [spread(average, p).to(p.device) for average, p in pairs]
                 self.ema.load_state_dict({**state["ema"], "decay": self.config.train.ema_decay})
-                self.ema.to(self.accelerator.device)
+                self.ema.shadow_params = shadow
         self.skipped, self.skipped_in_a_row = state["skipped"]
 
 

@@ -16,6 +16,7 @@ LAYERS = [
         "alignprop.pictures",
         "alignprop.prompts",
         "alignprop.samplers",
+        "alignprop.sharding",
         "alignprop.tracking",
     ],
     [

@@ -116,6 +116,22 @@ def test_an_inactive_step_is_not_called_again(pipelines):
     assert len(calls) == STEPS + 2
 
 
+def test_calls_that_only_other_processes_need_change_nothing(pipelines, monkeypatch):
+    """Spread over processes, the network is called by all of them where one needs it, and so is ∂f/∂x."""
+    model = make_model(pipelines["epsilon"], torch.float64)
+    active = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    active[2, 0] = active[4, 1] = active[5, 1] = True
+    plans = [GradientPlan.exact(active), GradientPlan(active, torch.ones(STEPS, BATCH), weight=active.double())]
+    expected = [sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1] for plan in plans]
+    everywhere = torch.ones(2, STEPS, dtype=torch.bool)
+    monkeypatch.setattr(Rollout, "network_calls", lambda self, plan: everywhere)
+    calls, predict = [], model.predict
+    model.predict = lambda x, t, c, g: calls.append(torch.is_grad_enabled()) or predict(x, t, c, g)
+    ours = [sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1] for plan in plans]
+    assert sum(calls) == 2 * STEPS and expected[0].norm() > 0
+    assert max(map(relative_difference, ours, expected)) <= 1e-13
+
+
 def test_weight_and_coupling_follow_their_definition(pipelines):
     """w scales a step's gradient and γ its share of λ; γ·f(x) + (1-γ)·f(x detached) is their autograd."""
     model = make_model(pipelines["epsilon"], torch.float64)

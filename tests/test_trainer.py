@@ -234,11 +234,6 @@ def test_resuming_an_earlier_checkpoint_drops_the_later_rows(toy_config):
     assert rows(again) == expected
 
 
-def test_micro_batches_do_not_change_the_update(toy_config):
-    results = [weights(train(toy_config(run_name=f"m{size}", per_gpu_capacity=size))) for size in (1, 4)]
-    assert ((results[0] - results[1]).norm() / results[0].norm()) < 1e-5
-
-
 def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
     """The whole step, micro-batches and all: gradient norm, loss and adjoint against plain autograd on its plan."""
     trainer = AlignPropTrainer(toy_config(per_gpu_capacity=2, train__loss_coeff=0.5, grad_scale=3.0))
@@ -295,15 +290,6 @@ def test_moving_average_is_what_is_saved_and_evaluated(toy_config):
     before = weights(trainer)
     trainer.evaluate()
     assert torch.equal(weights(trainer), before)
-
-
-def test_nothing_but_the_adapter_is_trained(toy_config, pipeline_folder):
-    trainer = train(toy_config(train__learning_rate=1e-2))
-    fresh = StableDiffusion.load(str(pipeline_folder))
-    for module in ("vae", "text_encoder"):
-        for name, tensor in getattr(fresh, module).state_dict().items():
-            assert torch.equal(getattr(trainer.run.model, module).state_dict()[name], tensor), name
-    assert trainer.weights.parameters and all(p.grad is None for p in trainer.run.model.vae.parameters())
 
 
 def test_held_out_evaluation_during_training_changes_no_step(toy_config):

@@ -1,5 +1,8 @@
 """Rewards that a user might write, for the tests: `tests.toy_rewards:redness`."""
 
+import os
+import signal
+
 import torch
 
 
@@ -39,3 +42,16 @@ class Explodes:
     def __call__(self, images, prompts, metadata):
         self.calls += torch.is_grad_enabled()
         return redness(images, prompts, metadata) * (float("inf") if self.calls > 1 else 1.0)
+
+
+class KilledInTheSecondProcess:
+    """Redness; but the process of rank 1 is gone, without a word, at its 9th batch with gradient."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def __call__(self, images, prompts, metadata):
+        self.batches += torch.is_grad_enabled()
+        if self.batches == 9 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return redness(images, prompts, metadata)
