@@ -20,6 +20,7 @@ from alignprop.pictures import save_grid
 from alignprop.prompts import PromptSet
 from alignprop.rollout import Rollout
 from alignprop.seeding import generator, generators, seed_global
+from alignprop.sharding import is_sharded
 from rewards import WeightedReward
 
 
@@ -110,9 +111,11 @@ class Evaluator:
                 return None
             start = first + accelerator.process_index * size
             batch = range(start, min(start + size, n))
-            if not batch:
+            # The weights that FSDP2 has spread are gathered by all processes together: one that has no picture left
+            # draws the first again, for nothing.
+            if not batch and not is_sharded(self.rollout.denoiser):
                 continue
-            images, scores = self._batch(batch)
+            images, scores = self._batch(batch or range(1))
             for row, j in enumerate(batch):
                 if on_image:
                     on_image(j, images[row])

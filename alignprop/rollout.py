@@ -27,7 +27,6 @@ from alignprop.sharding import DTensor, is_sharded, on_any_process, release
 class Rollout(torch.nn.Module):
     """Noise and conditioning in, final latents out, differentiable in the denoiser's trainable parameters.
 
-    Its only submodule is the denoiser, so accelerate and DistributedDataParallel prepare it like any other module.
     Where FSDP2 has spread the denoiser's weights, all processes make the same network calls.
 
     Args:
@@ -76,10 +75,6 @@ class Rollout(torch.nn.Module):
         if is_sharded(self.denoiser):
             release(self.denoiser)
         return kept
-
-    def set_requires_gradient_sync(self, _: bool) -> None:
-        """accelerate asks for it under FSDP2. Spread gradients are averaged after every network call regardless:
-        waiting for the last micro-batch would keep the whole gradient on every process."""
 
     def _step(self, i, latents, cond, generators):
         a, b, s = (float(c[i]) for c in (self.sampler.a, self.sampler.b, self.sampler.s))

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
@@ -61,7 +66,8 @@ class Run:
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=c.mixed_precision,
-            gradient_accumulation_steps=c.train.get("gradient_accumulation_steps", 1),
+            # The trainer sums micro-batches itself; without this, the environment could have accelerate divide losses.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=log_with,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
         )

@@ -102,14 +102,6 @@ def on_any_process(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def average_gradients(accelerator: Accelerator, parameters: list[torch.Tensor]) -> None:
-    """The mean over processes of the gradients of whole tensors; FSDP has averaged those of spread ones."""
-    for parameter in parameters:
-        if parameter.grad is not None and not isinstance(parameter, DTensor):
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-
-
-@torch.no_grad()
 def gather(nested, keep: bool = True):
     """`nested` dicts and lists with every tensor whole and on the CPU; None in its place without `keep`.
 

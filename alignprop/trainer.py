@@ -43,7 +43,6 @@ class AlignPropTrainer:
         self.loss = LOSSES[c.loss]
 
         self.weights = TrainedWeights(self.run.model, c, self.run.accelerator)
-        self.rollout = self.weights.prepare(self.run.rollout)
         self.global_step = 0
         self.stop_requests: list[str] = []
         if self.run.checkpoint:
@@ -82,15 +81,15 @@ class AlignPropTrainer:
         plan = self.estimator(c.num_inference_steps, c.train.total_batch_size, generator(*key, "plan"))
         samples, progress = [], {"desc": f"step {self.global_step + 1}", "leave": False, "disable": not run.is_main}
         for indices in tqdm(self._micro_batches(), **progress):
-            with run.accelerator.accumulate(self.rollout):
-                prompts, metadata = draw_prompts(self.prompts, *key, indices)
-                cond = run.model.encode_prompts(prompts)
-                latents = self.rollout(generators(indices, *key, "noise"), cond, plan.select(indices))
-                images = run.model.decode(latents)
-                terms = run.reward.score_terms(images, prompts, metadata)
-                rewards = run.reward.combine(terms)
-                losses = c.train.loss_coeff * c.grad_scale * self.loss(rewards, c.loss_target)
-                run.accelerator.backward(losses.mean())
+            prompts, metadata = draw_prompts(self.prompts, *key, indices)
+            cond = run.model.encode_prompts(prompts)
+            latents = run.rollout(generators(indices, *key, "noise"), cond, plan.select(indices))
+            images = run.model.decode(latents)
+            terms = run.reward.score_terms(images, prompts, metadata)
+            rewards = run.reward.combine(terms)
+            losses = c.train.loss_coeff * c.grad_scale * self.loss(rewards, c.loss_target)
+            run.accelerator.backward(losses.sum() / c.train.total_batch_size)
+            self.weights.collect_gradients()
             samples.append(torch.stack([losses, rewards, *terms.values()]).detach())
         losses, rewards, *terms = run.accelerator.gather(torch.cat(samples, dim=1).T.contiguous()).T
         adjoint_norms = self._adjoint_norms()
@@ -169,9 +168,8 @@ class AlignPropTrainer:
         """Mean over samples of ‖∂(sample's loss)/∂x[i]‖, i = 0 … N; None where no gradient needed it."""
         c, accelerator = self.config, self.run.accelerator
         totals = accelerator.reduce(self.run.rollout.adjoint_norms.take().float().to(accelerator.device), "sum").cpu()
-        # Undo the means over micro-batch and accumulation, and the loss scale.
-        factor = c.per_gpu_capacity * c.train.gradient_accumulation_steps
-        factor /= accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+        # Undo the mean over the global batch and the loss scale.
+        factor = c.train.total_batch_size / (accelerator.scaler.get_scale() if accelerator.scaler else 1.0)
         return [float(f"{s / n * factor:.4g}") if n else None for s, n in totals.T.tolist()]
 
     def _restore(self) -> None:

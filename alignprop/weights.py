@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 from alignprop.lora import add_lora, get_lora, read_lora, save_lora, trainable_parameters, update_lora
 from alignprop.models.base import Model
-from alignprop.rollout import Rollout
 from alignprop.settings import ConfigError
-from alignprop.sharding import average_gradients, gather, is_sharded, shard, spread, whole_copy
+from alignprop.sharding import DTensor, gather, shard, spread, whole_copy
 
 # (parameters, config.train) -> optimizer
 OPTIMIZERS = {
@@ -51,25 +50,47 @@ class TrainedWeights:
             denoiser.float().requires_grad_(True)
         self.parameters = list(trainable_parameters(denoiser).values())
         self.optimizer = OPTIMIZERS[c.train.optimizer](self.parameters, c.train)
-        self.ema = None
-        self.skipped = self.skipped_in_a_row = 0
-
-    def prepare(self, rollout: Rollout) -> torch.nn.Module:
-        """`rollout` for training on all processes: wrapped by DDP, or with its denoiser spread by FSDP2."""
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            self.optimizer = shard(self.accelerator, self.model.denoiser, self.optimizer)
-            self.parameters = list(trainable_parameters(self.model.denoiser).values())
+        if accelerator.distributed_type == DistributedType.FSDP:
+            self.optimizer = shard(accelerator, denoiser, self.optimizer)
+            self.parameters = list(trainable_parameters(denoiser).values())
         else:
-            rollout, self.optimizer = self.accelerator.prepare(rollout, self.optimizer)
-        if self.config.train.ema_decay:
-            self.ema = EMAModel(self.parameters, decay=self.config.train.ema_decay)
-        return rollout
+            self.optimizer = accelerator.prepare(self.optimizer)
+        self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
+        self.skipped = self.skipped_in_a_row = 0
+        # Float64 costs little for a LoRA, and a sum that is rounded once is the same however samples are shared out.
+        self._sum_dtype = torch.float64 if c.use_lora and denoiser.device.type != "mps" else torch.float32
+        self._sums: list[torch.Tensor | None] = [None] * len(self.parameters)
+
+    def collect_gradients(self) -> None:
+        """Adds what `backward` has left in `.grad` to the sum over micro-batches."""
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is not None and not isinstance(parameter, DTensor):
+                gradient = parameter.grad.to(self._sum_dtype)
+                self._sums[i] = gradient if self._sums[i] is None else self._sums[i].add_(gradient)
+                parameter.grad = None
+
+    def _sum_over_processes(self) -> None:
+        for i, parameter in enumerate(self.parameters):
+            if self._sums[i] is not None:
+                parameter.grad = self.accelerator.reduce(self._sums[i], "sum").to(parameter.dtype)
+                self._sums[i] = None
+            elif parameter.grad is not None:  # FSDP has averaged the gradients of what it has spread
+                parameter.grad *= self.accelerator.num_processes
 
     def update(self, losses: torch.Tensor) -> float:
-        """Clips and applies the accumulated gradient, unless it or one of the losses is not finite; its norm."""
+        """Clips and applies the gradient summed over all samples, unless it or one of the losses is not finite.
+
+        Args:
+            losses: of all samples, on every process.
+
+        Returns:
+            The norm of the gradient before clipping.
+
+        Raises:
+            ConfigError: the last `max_skipped_steps` updates in a row were not finite.
+        """
         train, scaler = self.config.train, self.accelerator.scaler
-        if is_sharded(self.model.denoiser):
-            average_gradients(self.accelerator, self.parameters)
+        self._sum_over_processes()
         grad_norm = float(gather(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm)))
         finite_loss = bool(losses.isfinite().all())
         finite = finite_loss and grad_norm < float("inf")

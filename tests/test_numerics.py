@@ -49,13 +49,13 @@ def gradient(config, dtype=torch.float32):
     for parameter in trainer.weights.parameters:
         if not parameter.any():
             parameter.data.normal_(0, 0.05, generator=generator("B", parameter.numel()))
-    found, update = [], trainer.weights.update
+    found, clip = [], trainer.run.accelerator.clip_grad_norm_
 
-    def capture(losses):
-        found.extend(p.grad.flatten().double() for p in trainer.weights.parameters)
-        return update(losses)
+    def capture(parameters, max_norm):
+        found.extend(p.grad.flatten().double() for p in parameters)
+        return clip(parameters, max_norm)
 
-    trainer.weights.update = capture
+    trainer.run.accelerator.clip_grad_norm_ = capture
     scaler = trainer.run.accelerator.scaler
     scale = scaler.get_scale() if scaler else 1.0
     trainer.step()

@@ -171,6 +171,7 @@ def test_main_trains_all_weights_in_half_precision(toy_config, tmp_path):
     """Gathered in bfloat16, trained and averaged in float32; the gradient is that of one process but for rounding."""
     options = {
         "use_lora": False, "mixed_precision": "bf16", "num_epochs": 1, "eval_reward_fn": "", "timeout_minutes": 1.0,
+        "num_eval_images": 5,  # the second process has none of the last two
     }  # fmt: skip
     two_processes("main.py", *flags(toy_config(run_name="sharded", **options)))
     train(toy_config(run_name="alone", **options))
