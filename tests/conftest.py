@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.single_file import make_pipeline
 
@@ -23,6 +24,20 @@ def pipelines(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pipeline_folder(pipelines):
     return pipelines["epsilon"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one precision for a whole process."""
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def no_plots(request, monkeypatch):
+    """Drawing curves costs more than the toy runs; the test of the run folder keeps it."""
+    if "complete" not in request.node.name:
+        monkeypatch.setattr("alignprop.records.plot_curves", lambda rows, path: None)
 
 
 @pytest.fixture

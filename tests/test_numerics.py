@@ -16,16 +16,9 @@ from alignprop.run import Run
 from alignprop.seeding import generator
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import TINY
-from tests.test_trainer import half_precision
+from tests.training import half_precision
 
 PIPELINE = str(TINY / "pipeline")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one precision for a whole process."""
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture

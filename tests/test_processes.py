@@ -1,7 +1,7 @@
 """The number of processes and the micro-batch size change no result; a process that dies takes the others along.
 
-In float32 the micro-batch size does change the kernel that a batch gets. AdamW's first steps divide each gradient by its
-own size, which turns differences of 6e-7 in the gradient into 2e-5 in B. In float64 nothing is left.
+In float32 the micro-batch size does change the kernel that a batch gets. AdamW's first steps divide each gradient by
+its own size, which turns differences of 6e-7 in the gradient into 2e-5 in B. In float64 nothing is left.
 """
 
 import csv

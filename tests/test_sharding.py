@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from ml_collections import ConfigDict
 from safetensors.torch import load_file
@@ -28,12 +27,7 @@ from tests.test_main import flags
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def one_precision_and_no_plots(monkeypatch):
-    """accelerate keeps one precision for a whole process; drawing curves costs more than these runs."""
-    monkeypatch.setattr("alignprop.records.plot_curves", lambda rows, path: None)
-    yield
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def two_processes(*script):

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import torch
+
+from alignprop.checkpoint import checkpoints_of
+from alignprop.evaluate import Evaluator
+from alignprop.lora import LORA_FILE
+from alignprop.settings import ConfigError
+from alignprop.trainer import AlignPropTrainer
+from tests.training import rows, train
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+def test_a_run_folder_is_complete(toy_config):
+    trainer = train(toy_config(run_name="r", eval_freq=1))
+    folder = trainer.run.folder
+    for name in ("config.json", "metrics.jsonl", "curves.png", "before_after.png", "samples/step_000000.png",
+                 "samples/step_000004.png", f"checkpoints/checkpoint_4/{LORA_FILE}"):  # fmt: skip
+        assert (folder / name).is_file(), name
+    assert [r["step"] for r in rows(trainer, "train")] == [1, 2, 3, 4]
+    assert [r["step"] for r in rows(trainer, "eval")] == [0, 2, 4]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["train"]["gradient_accumulation_steps"] == 2 and "torch" in config["versions"]
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_held_out_reward(toy_config, monkeypatch):
+    scores = iter([0.0, 0.1, 0.5, 0.3])  # evaluations at the steps 0, 2, 4, 6
+    evaluate = Evaluator.__call__
+
+    def with_score(self, **options):
+        evaluation = evaluate(self, **options)
+        evaluation.rewards[:] = next(scores)
+        return evaluation
+
+    monkeypatch.setattr(Evaluator, "__call__", with_score)
+    trainer = train(toy_config(num_epochs=3, eval_freq=1, num_checkpoint_limit=1))
+    names = [path.name for path in checkpoints_of(trainer.run.folder)]
+    assert names == ["checkpoint_4", "checkpoint_6"]
+    assert (trainer.run.folder / "checkpoints" / "best").resolve().name == "checkpoint_4"
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(toy_config, monkeypatch):
+    save = torch.save
+
+    def full(state, path):
+        if state.get("global_step", 0) > 2 if isinstance(state, dict) else False:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ConfigError, match=r"checkpoint of step 4 could not be written.*No space left on device"):
+        train(toy_config(run_name="r"))
+    monkeypatch.undo()
+    again = AlignPropTrainer(toy_config(run_name="r", resume_from="latest"))
+    assert again.global_step == 2
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(toy_config):
+    first = AlignPropTrainer(toy_config(run_name="r"))
+    first.run.open_folder(0)
+    first.evaluate()
+    before = rows(first)
+    with pytest.raises(ConfigError, match=r"run_name = 'r': another process is training in "):
+        train(toy_config(run_name="r"))
+    assert rows(first) == before
+
+
+def test_resuming_with_another_evaluation_goes_on(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    picture = first.run.folder / "before_after.png"
+    drawn = picture.read_bytes()
+    again = train(toy_config(resume_from=str(first.run.folder), num_eval_images=1, max_vis_images=1, eval_reward_fn=""))
+    assert rows(again, "eval")[-1]["step"] == 4
+    assert picture.read_bytes() == drawn  # one picture is not set beside two
+
+
+def test_a_finished_run_says_where_it_is(toy_config, capsys):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    train(toy_config(resume_from=str(first.run.folder), run_name="copy", num_epochs=1))
+    assert "copy: checkpoints, config.json, metrics.jsonl" in capsys.readouterr().out
+
+
+def test_an_abandoned_future_is_set_aside(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=3, num_checkpoint_limit=0))
+    assert [p.name for p in checkpoints_of(first.run.folder)] == ["checkpoint_2", "checkpoint_4", "checkpoint_6"]
+    start = str(checkpoints_of(first.run.folder)[0])
+    train(toy_config(resume_from=start, num_epochs=2, num_checkpoint_limit=1))
+    names = sorted(p.name for p in (first.run.folder / "checkpoints").iterdir())
+    assert names == ["abandoned_4", "abandoned_6", "best", "checkpoint_2", "checkpoint_4"]
+
+
+def test_a_run_without_checkpoint_starts_over_under_its_name(toy_config):
+    config = toy_config(run_name="r", num_epochs=1)
+    broken = AlignPropTrainer(config)
+    broken.run.open_folder(0)
+    broken.evaluate()
+    broken.run.records.close()
+    assert [r["step"] for r in rows(train(config))] == [0, 1, 2, 2]

@@ -1,0 +1,56 @@
+import pytest
+
+from alignprop.checkpoint import checkpoints_of
+from alignprop.models.sd import StableDiffusion
+from alignprop.settings import ConfigError
+from alignprop.trainer import AlignPropTrainer
+from rewards import RewardError
+from tests.training import train
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+@pytest.mark.parametrize(("reward", "message"), [
+    ("wrong_shape", r"shape \[2, 1\], expected \[2\]"), ("not_a_number", "non-finite"), ("detached", "no gradient"),
+])  # fmt: skip
+def test_a_broken_reward_is_refused_before_anything_is_written(toy_config, tmp_path, reward, message):
+    with pytest.raises(RewardError, match=f"{reward}.*{message}"):
+        AlignPropTrainer(toy_config(reward_fn=f"tests.toy_rewards:{reward}", eval_reward_fn=""))
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("reward", ["wrong_shape", "not_a_number"])
+def test_a_broken_reward_of_the_evaluation_is_refused_too(toy_config, reward):
+    with pytest.raises(RewardError, match=reward):
+        AlignPropTrainer(toy_config(eval_reward_fn=f"tests.toy_rewards:{reward}"))
+
+
+def test_a_reward_without_gradient_is_refused_before_the_first_batch(toy_config):
+    with pytest.raises(RewardError, match="differentiable"):
+        AlignPropTrainer(toy_config(reward_fn="tests.toy_rewards:hidden_rating"))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(toy_config):
+    train(toy_config(run_name="r", num_epochs=1))
+    with pytest.raises(ConfigError, match=r"run_name = 'r'.*already holds a run"):
+        AlignPropTrainer(toy_config(run_name="r"))
+
+
+def test_another_base_model_is_refused_at_resume(toy_config, pipeline_folder):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    other = StableDiffusion.load(str(pipeline_folder))
+    for parameter in other.denoiser.parameters():
+        parameter.mul_(1.1)
+    with pytest.raises(ConfigError, match=r"was trained on pretrained\.model"):
+        AlignPropTrainer(toy_config(resume_from=str(first.run.folder)), model=other)
+
+
+def test_a_copied_checkpoint_of_any_name_resumes(toy_config, tmp_path):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    best = checkpoints_of(first.run.folder)[-1].rename(tmp_path / "best")
+    assert AlignPropTrainer(toy_config(resume_from=str(best), run_name="s")).global_step == 2
+
+
+def test_trackers_get_the_run(toy_config):
+    trainer = train(toy_config(log_with="tensorboard", num_epochs=1))
+    assert list(trainer.run.folder.rglob("events.out.tfevents*"))
