@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,11 +119,14 @@ def main() -> None:
             differences += live(run, options.kills, lifetime, rng, counts, progress)
             found = contents(run, whole)
             differences += [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
-    for name, count in sorted(counts.items()):
-        print(f"{name:40s} {count:4d}")
+    first = ("kills", "kills inside a save", "resumes", "checkpoints found damaged")
+    for name in dict.fromkeys([*first, *sorted(counts)]):
+        print(f"{name:40s} {counts[name]:4d}")
     print(f"{'differences':40s} {len(differences):4d}  (of {len(expected)} values and files)")
     print(f"{'minutes':40s} {(time.monotonic() - began) / 60:6.1f}")
-    sys.exit("\n".join(sorted(differences)[:20]) if differences else 0)
+    if differences:
+        sys.exit("\n".join(sorted(differences)[:20]))
+    shutil.rmtree(logs)
 
 
 def live(run: Path, kills: int, lifetime: float, rng: random.Random, counts: Counter, progress: tqdm) -> list[str]:

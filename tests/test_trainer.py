@@ -17,6 +17,12 @@ from tests.training import asks_to_stop, rows, shaken, train, weights
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 
+def test_the_last_epoch_is_always_saved_and_evaluated(toy_config):
+    trainer = train(toy_config(num_epochs=3, save_freq=2, eval_freq=2))
+    assert [path.name for path in checkpoints_of(trainer.run.folder)] == ["checkpoint_4", "checkpoint_6"]
+    assert [r["step"] for r in rows(trainer, "eval")] == [0, 4, 6]
+
+
 def test_training_raises_the_reward(toy_config):
     config = toy_config(num_epochs=8, train__learning_rate=2e-2, num_eval_images=8, estimator="full")
     held_out = [r["reward"] for r in rows(train(config), "eval")]
