@@ -1,3 +1,4 @@
+import os
 import signal
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_asked_to_stop_anywhere_a_run_saves_and_goes_on_as_if_nothing_had_been(t
     assert (newest[0] / LORA_FILE).read_bytes() == (newest[1] / LORA_FILE).read_bytes()
     pictures = [sorted((p.name, p.read_bytes()) for p in t.run.folder.rglob("*.png")) for t in (whole, parts)]
     assert pictures[0] == pictures[1]
+
+
+def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(toy_config):
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) == 2:  # the first batch of the first evaluation, after the trial
+            os.kill(os.getpid(), signal.SIGTERM)
+        return redness(images, prompts, metadata)
+
+    with pytest.raises(SystemExit):
+        AlignPropTrainer(toy_config(eval_reward_fn="", num_eval_images=16), reward=reward).train()
+    assert len(calls) == 2
 
 
 def test_the_same_command_starts_and_continues(toy_config):
