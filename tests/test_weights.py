@@ -121,3 +121,15 @@ def test_full_fine_tuning_in_half_precision_starts_from_the_exact_weights(toy_co
     assert trainer.run.model.vae.dtype == torch.bfloat16
     before = weights(trainer)
     assert trainer.step()["grad_norm"] > 0 and not torch.equal(weights(trainer), before)
+
+
+def test_skipped_steps_are_counted_on(toy_config):
+    first = AlignPropTrainer(toy_config(run_name="r", train__max_skipped_steps=3))
+    first.run.open_folder(0)
+    first.weights.update(torch.tensor([float("nan")]))
+    first.save()
+    first.run.records.close()
+    again = AlignPropTrainer(toy_config(run_name="r", resume_from="latest", train__max_skipped_steps=3))
+    assert again.step()["skipped_steps"] == 1
+    again.weights.update(torch.tensor([float("nan")]))
+    assert (again.weights.skipped, again.weights.skipped_in_a_row) == (2, 1)
