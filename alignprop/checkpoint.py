@@ -7,11 +7,13 @@
 <run>/checkpoints/best                 a link to the checkpoint with the highest held-out reward
 """
 
+import errno
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -47,7 +49,7 @@ def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from", 
     """
     if resume_from == "latest":
         return _newest_whole(Path(log_dir), field, run_name)
-    path = Path(resume_from)
+    path = Path(os.path.expanduser(resume_from))
     path = path.resolve() if os.path.islink(path) else path  # `best` is one
     if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise ConfigError(f"{field} = {resume_from!r} does not exist; give a checkpoint, a run folder or 'latest'")
@@ -58,8 +60,9 @@ def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from", 
         raise ConfigError(f"{field} = {resume_from!r} holds no checkpoint; give a checkpoint, a run folder or 'latest'")
     if damage := damage_of(path):
         own_run = run_folder_of(path)
-        others = [p for p in checkpoints_of(own_run) if p != path and not damage_of(p)] if own_run else []
-        earlier = f"the newest whole one is {str(others[-1])!r}" if others else "no other of its run is whole"
+        others = reversed(checkpoints_of(own_run) if own_run else [])
+        whole = next((p for p in others if p != path and not damage_of(p)), None)
+        earlier = f"the newest whole one is {str(whole)!r}" if whole else "no other of its run is whole"
         raise ConfigError(f"{field} = {resume_from!r}: {str(path)!r} is damaged ({damage}); {earlier}")
     return path
 
@@ -81,7 +84,9 @@ def _newest_whole(log_dir: Path, field: str, run_name: str) -> Path | None:
 
 def run_folder_of(checkpoint: Path) -> Path | None:
     """The run that a checkpoint belongs to; None for a folder or file that lies elsewhere."""
-    return checkpoint.resolve().parents[1] if checkpoint.resolve().parent.name == "checkpoints" else None
+    path = checkpoint.resolve()
+    is_a_runs = path.parent.name == "checkpoints" and re.fullmatch(r"(checkpoint|abandoned)_\d+", path.name)
+    return path.parents[1] if is_a_runs else None
 
 
 def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable[[Path], None], base: dict) -> Path:
@@ -130,14 +135,15 @@ def prune(run_folder, limit: int, keep: Collection[Path], held_out: dict[int, fl
     best = max(measured, key=lambda p: held_out[step_of(p)], default=None)
     if best:
         link, temporary = best.with_name("best"), best.with_name("best.new")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(best.name)
-        os.replace(temporary, link)
+        with suppress(OSError):  # some file systems have no links; the checkpoint is kept all the same
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(best.name)
+            os.replace(temporary, link)
     kept = {path.resolve() for path in keep} | {best and best.resolve()}
     for old in checkpoints[:-limit] if limit else ():
         if old.resolve() not in kept:
-            # Half-deleted, it must not look like a checkpoint.
-            shutil.rmtree(old.rename(old.with_name(f"deleting_{step_of(old)}")))
+            # Half-deleted, it must not look like a checkpoint; on a network somebody may be reading it.
+            shutil.rmtree(old.rename(old.with_name(f"deleting_{step_of(old)}")), ignore_errors=True)
 
 
 def clean_up(run_folder, step: int) -> None:
@@ -148,9 +154,9 @@ def clean_up(run_folder, step: int) -> None:
     """
     for pattern in ("writing_*", "deleting_*"):
         for folder in Path(run_folder).glob(f"checkpoints/{pattern}"):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     (Path(run_folder) / "checkpoints" / "best").unlink(missing_ok=True)  # `prune` links it again
-    for checkpoint in checkpoints_of(run_folder):
+    for checkpoint in reversed(checkpoints_of(run_folder)):  # so that what is left is always an earlier run
         if step_of(checkpoint) > step:
             abandoned = checkpoint.with_name(f"abandoned_{step_of(checkpoint)}")
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -177,5 +183,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot flush folders
+            raise
     finally:
         os.close(descriptor)

@@ -71,7 +71,7 @@ class Evaluator:
     """Samples pictures for a prompt set and scores them, sharded over the processes.
 
     Args:
-        rollout: not wrapped for distributed training.
+        rollout: samples the pictures.
         reward: the reward of interest.
         extra: further rewards to measure, or None; terms that `reward` has too are not computed twice.
         num_images: n; the prompts repeat, each time with other noise.

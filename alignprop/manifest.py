@@ -32,17 +32,22 @@ def damage_of(checkpoint: Path) -> str:
     if not manifest.is_file():
         return f"{MANIFEST} is missing" if (checkpoint / STATE_FILE).exists() else ""
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError):
+        content = json.loads(manifest.read_text())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+        assert isinstance(content["base_model"]["weights"], list)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError):
         return f"{MANIFEST} cannot be read"
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         path = checkpoint / name
-        if not path.is_file():
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if _sha256(path) != digest:
+                return f"{name} does not have the SHA-256 that it was written with"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"{name} does not have the SHA-256 that it was written with"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return ""
 
 

@@ -9,13 +9,15 @@
     checkpoints/         see checkpoint.py
 """
 
+import fcntl
+import io
 import os
 from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
 
-from alignprop.checkpoint import clean_up, prune
+from alignprop.checkpoint import checkpoints_of, clean_up, prune
 from alignprop.evaluate import Evaluation
 from alignprop.pictures import plot_curves, save_before_after, save_grid
 from alignprop.settings import ConfigError, save_config
@@ -33,21 +35,32 @@ class Records:
 
     def __init__(self, folder: Path, config: ConfigDict, started_from: Path | None):
         self.folder, self.config, self.started_from = folder, config, started_from
+        self._seen = checkpoints_of(folder)
         self._lock: int | None = None
 
     def open(self, step: int) -> None:
         """Makes the folder that of a run at optimizer step `step`, whatever it was interrupted in.
 
         Raises:
-            ConfigError: another process is training in it.
+            ConfigError: another process is training in it, or has since this one started; metrics.jsonl is damaged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._hold()
+        if checkpoints_of(self.folder) != self._seen:
+            self.close()
+            raise ConfigError(
+                f"run_name = {self.folder.name!r}: while this process was loading, another one trained in "
+                f"{str(self.folder)!r}; start again"
+            )
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
-        save_config(self.config, self.folder / "config.json")
+        self.metrics.rows()  # may be damaged, and nothing has been changed yet
+        clean_up(self.folder, step)
+        for grid in (self.folder / "samples").glob("step_*.png"):
+            if int(grid.stem.removeprefix("step_")) > step:
+                grid.unlink()
         # A run that starts over drops also the evaluation of step 0.
         self.metrics.truncate_after(step or -1)
-        clean_up(self.folder, step)
+        save_config(self.config, self.folder / "config.json")
 
     def close(self) -> None:
         """Lets another process have the folder; the end of this one does too, however it comes."""
@@ -56,11 +69,7 @@ class Records:
             self._lock = None
 
     def _hold(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -75,10 +84,17 @@ class Records:
     def is_evaluated(self, step: int) -> bool:
         return any(row["kind"] == "eval" and row["step"] == step for row in self.metrics.rows())
 
-    def prune_checkpoints(self) -> None:
-        """Keeps the newest, the best by held-out reward, and the one that this run continued from."""
-        rows = self.metrics.rows()
-        held_out = {r["step"]: r["reward"] for r in rows if r["kind"] == "eval" and r["reward"] is not None}
+    def prune_checkpoints(self, reward_weights: dict[str, float]) -> None:
+        """Keeps the newest, the best by held-out reward, and the one that this run continued from.
+
+        Args:
+            reward_weights: of the single rewards, for the weighted sum that decides.
+        """
+        held_out = {}
+        for row in (row for row in self.metrics.rows() if row["kind"] == "eval"):
+            terms = [row["rewards"].get(name) for name in reward_weights]  # a resumed run may have another reward
+            if None not in terms:
+                held_out[row["step"]] = sum(w * r for w, r in zip(reward_weights.values(), terms, strict=True))
         keep = [self.started_from] if self.started_from else []
         prune(self.folder, self.config.num_checkpoint_limit, keep, held_out)
 
@@ -87,7 +103,9 @@ class Records:
         samples, labels = self.folder / "samples", evaluation.labels()
         save_grid(evaluation.images, labels, samples / f"step_{row['step']:06d}.png")
         if row["step"] == 0:
-            torch.save([evaluation.images, labels], samples / "before.pt")
+            buffer = io.BytesIO()  # torch would not say that the disk is full
+            torch.save([evaluation.images, labels], buffer)
+            (samples / "before.pt").write_bytes(buffer.getvalue())
             return
         if (samples / "before.pt").exists():
             self._draw_before_after(evaluation.images, labels, samples / "before.pt")
@@ -110,7 +128,7 @@ class Records:
             for name in (name for name in first["rewards"] if name in last["rewards"]):
                 before, after = first["rewards"][name], last["rewards"][name]
                 lines.append(f"  {name:32s} {_shown(before)} → {_shown(after)}")
-        lines.append(f"in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
+        lines.append(f"in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.glob("[!.]*"))))
         return "\n".join(lines)
 
 

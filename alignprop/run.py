@@ -62,7 +62,10 @@ class Run:
         self.checkpoint = None
         if c.resume_from:
             self.checkpoint = on_main(lambda: find_checkpoint(c.resume_from, c.log_dir, run_name=c.run_name))
+        if c.resume_from and not self.checkpoint and c.task != "train":
+            raise ConfigError(f"resume_from = {c.resume_from!r}, but run_name = {c.run_name!r} has no checkpoint")
         self.folder = on_main(self._choose_folder)
+        self.records = Records(self.folder, c, self.checkpoint)
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=c.mixed_precision,
@@ -91,7 +94,6 @@ class Run:
             self.rollout, self.reward, self.extra_reward, self.eval_prompts, self.accelerator,
             num_images=c.num_eval_images, batch_size=c.per_gpu_capacity, seed=c.seed, keep=c.max_vis_images,
         )  # fmt: skip
-        self.records = Records(self.folder, c, self.checkpoint)
 
     @property
     def is_main(self) -> bool:
@@ -113,7 +115,7 @@ class Run:
 
     def prune_checkpoints(self) -> None:
         if self.is_main:
-            self.records.prune_checkpoints()
+            self.records.prune_checkpoints(self.reward.weights)
 
     def log(self, row: dict) -> None:
         """Appends a row to metrics.jsonl and sends its numbers to the trackers."""
@@ -184,19 +186,20 @@ class Run:
     def _choose_folder(self) -> Path:
         """log_dir/run_name; the checkpoint's own run where that has one and no other name is given."""
         c = self.config
-        if self.checkpoint and not c.run_name and (own := run_folder_of(self.checkpoint)):
-            return own
+        own = run_folder_of(self.checkpoint) if self.checkpoint else None
         name = c.run_name or f"{c.get('preset', c.task)}_{time.strftime('%Y%m%d_%H%M%S')}"
-        folder = Path(c.log_dir) / name
-        continued = self.checkpoint and run_folder_of(self.checkpoint) == folder.resolve()
-        if c.task == "train" and not continued and checkpoints_of(folder):
+        folder = own if own and not c.run_name else Path(c.log_dir) / name
+        if c.task == "train" and own != folder.resolve() and checkpoints_of(folder):
             raise ConfigError(
                 f"run_name = {c.run_name!r}: {str(folder)!r} already holds a run; choose another name, or continue it "
                 f"with resume_from={str(folder)!r}"
             )
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ConfigError(f"log_dir = {c.log_dir!r}: {str(existing)!r} is not a folder that can be written to")
+            raise ConfigError(
+                f"log_dir = {c.log_dir!r}, run_name = {c.run_name!r}: {str(existing)!r} is not a folder that can be "
+                "written to; name others"
+            )
         return folder
 
 

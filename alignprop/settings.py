@@ -45,6 +45,8 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     _check_fields(c)
     _check_combinations(c)
     steps, train = c.num_inference_steps, c.train
+    c.log_dir = os.path.expanduser(c.log_dir)
+    c.pretrained.model = os.path.expanduser(c.pretrained.model)
     if c.lora_alpha is None:
         c.lora_alpha = float(c.lora_rank)
     # A command line gives "to_q,to_v" as one word.

@@ -28,7 +28,7 @@ def check_engine(accelerator: Accelerator, use_lora: bool, optimizer: str) -> No
         use_lora, optimizer: the run's `use_lora` and `train.optimizer`.
 
     Raises:
-        ConfigError: another engine than DDP and FSDP2, or an option of FSDP2 that does not work with the sweep.
+        ConfigError: an engine other than FSDP2, or an option of FSDP2 that does not work with the sweep.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", accelerator.mixed_precision) and accelerator.is_main_process:

@@ -61,10 +61,14 @@ def plain_endings():
     """Within it a person's mistake, Ctrl-C, a full disk and the death of another process end this one with one line
     instead of a traceback."""
     rank = os.environ.get("RANK", "0")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))  # there is nothing to save yet
     try:
         yield
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        # A mistake in the configuration is every process's; told once a machine. What has a cause may be one's own.
+        is_told = os.environ.get("LOCAL_RANK", "0") == "0" or error.__cause__
+        sys.exit(f"error: {error}" if is_told else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from alignprop.checkpoint import find_checkpoint
@@ -10,7 +11,7 @@ from alignprop.evaluate import Evaluation, statistics, write_report
 from alignprop.lora import read_lora, set_lora
 from alignprop.manifest import check_base
 from alignprop.pictures import plot_soup, save_image
-from alignprop.run import Run
+from alignprop.run import Run, on_main
 from alignprop.settings import save_config
 from alignprop.soups import mix
 from alignprop.weights import load_denoiser
@@ -84,15 +85,16 @@ def evaluate_soup(config, model=None, reward=None) -> Path:
 
 def _new_folder(run: Run, name: str) -> Path:
     """<run folder>/eval/<name>, or the first of <name>_2, <name>_3, … that does not exist yet."""
-    parent = run.folder / "eval"
-    candidates = (parent / (name if n == 1 else f"{name}_{n}") for n in itertools.count(1))
-    folder = next(path for path in candidates if not path.exists())
-    run.accelerator.wait_for_everyone()
-    if run.is_main:
-        folder.mkdir(parents=True)
-        save_config(run.config, folder / "config.json")
-    run.accelerator.wait_for_everyone()
-    return folder
+
+    def make() -> Path:
+        for n in itertools.count(1):
+            folder = run.folder / "eval" / (name if n == 1 else f"{name}_{n}")
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                save_config(run.config, folder / "config.json")
+                return folder
+
+    return on_main(make)
 
 
 def _slug(text: str) -> str:

@@ -43,7 +43,7 @@ class MetricsLog:
         """All rows, oldest first. A last line that a killed run left half-written is passed over.
 
         Raises:
-            ValueError: any other line is not JSON.
+            ConfigError: any other line is not JSON.
         """
         if not self.path.exists():
             return []
@@ -54,7 +54,7 @@ class MetricsLog:
                 rows += [json.loads(line)] if line else []
             except json.JSONDecodeError:
                 if number < len(lines):
-                    raise ValueError(f"{self.path}, line {number} is not JSON") from None
+                    raise ConfigError(f"{self.path}: line {number} is damaged; delete that line to go on") from None
         return rows
 
     def truncate_after(self, step: int) -> None:

@@ -15,7 +15,7 @@ from alignprop.estimators import ESTIMATORS, build_estimator
 from alignprop.evaluate import Evaluation
 from alignprop.losses import LOSSES
 from alignprop.prompts import draw_prompts, load_prompts
-from alignprop.run import Run
+from alignprop.run import Run, on_main
 from alignprop.seeding import generator, generators, seed_global
 from alignprop.settings import changes, one_of
 from alignprop.stopping import STOPPED, stop_requests
@@ -121,14 +121,17 @@ class AlignPropTrainer:
 
     def save(self) -> None:
         """Writes checkpoints/checkpoint_<step>, unless it is there: the one that this run continues from."""
+        run = self.run
+        if on_main(lambda: self.global_step in map(step_of, checkpoints_of(run.folder))):
+            return
         state = {
             "global_step": self.global_step,
             "config": json.dumps(self.config.to_dict()),
             **self.weights.state(),
         }
-        if self.run.is_main and self.global_step not in map(step_of, checkpoints_of(self.run.folder)):
+        if run.is_main:
             write_weights = partial(self.weights.write, state=state)
-            write_checkpoint(self.run.folder, self.global_step, state, write_weights, self.run.base)
+            write_checkpoint(run.folder, self.global_step, state, write_weights, run.base)
 
     def _save_and_evaluate(self) -> None:
         """What is due after this step and not done yet: a run may have been interrupted between any two of them."""

@@ -57,14 +57,17 @@ class TrainedWeights:
             self.optimizer = accelerator.prepare(self.optimizer)
         self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
         self.skipped = self.skipped_in_a_row = 0
-        # Float64 costs little for a LoRA, and a sum that is rounded once is the same however samples are shared out.
-        self._sum_dtype = torch.float64 if c.use_lora and denoiser.device.type != "mps" else torch.float32
+        self._sum_dtype = torch.float32 if denoiser.device.type == "mps" else torch.float64
         self._sums: list[torch.Tensor | None] = [None] * len(self.parameters)
 
     def collect_gradients(self) -> None:
-        """Adds what `backward` has left in `.grad` to the sum over micro-batches."""
+        """Adds what `backward` has left in `.grad` to the sum over micro-batches.
+
+        A LoRA's in float64, which costs little: a sum that is rounded once is the same however samples are shared out.
+        A whole denoiser's stays in `.grad`.
+        """
         for i, parameter in enumerate(self.parameters):
-            if parameter.grad is not None and not isinstance(parameter, DTensor):
+            if self.config.use_lora and parameter.grad is not None:
                 gradient = parameter.grad.to(self._sum_dtype)
                 self._sums[i] = gradient if self._sums[i] is None else self._sums[i].add_(gradient)
                 parameter.grad = None
@@ -74,8 +77,10 @@ class TrainedWeights:
             if self._sums[i] is not None:
                 parameter.grad = self.accelerator.reduce(self._sums[i], "sum").to(parameter.dtype)
                 self._sums[i] = None
-            elif parameter.grad is not None:  # FSDP has averaged the gradients of what it has spread
+            elif isinstance(parameter.grad, DTensor):  # FSDP has averaged it
                 parameter.grad *= self.accelerator.num_processes
+            elif parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
 
     def update(self, losses: torch.Tensor) -> float:
         """Clips and applies the gradient summed over all samples, unless it or one of the losses is not finite.

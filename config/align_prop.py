@@ -27,7 +27,7 @@ def base() -> ConfigDict:
     c.seed = 0  # of everything random: noise, prompts, truncation, LoRA initialisation
     c.resume_from = ""  # a checkpoint, a run folder (its newest checkpoint) or "latest"; empty: a new run
     c.save_freq = 1  # epochs between checkpoints; the last epoch is always saved
-    c.num_checkpoint_limit = 5  # newest checkpoints kept; older ones are deleted; 0 keeps all
+    c.num_checkpoint_limit = 5  # newest checkpoints kept, besides the best and the one resumed from; 0 keeps all
     c.timeout_minutes = 10.0  # longest wait for another process; a run that waited that long ends with an error
     c.mixed_precision = "fp16"  # "no", "fp16" (with loss scaling) or "bf16"; of frozen weights and network calls
     c.allow_tf32 = True  # TF32 matrix products on NVIDIA GPUs: faster float32, 10-bit mantissa
@@ -89,7 +89,7 @@ def base() -> ConfigDict:
 
     # -- training --------------------------------------------------------------------------------------------------
     c.num_epochs = 100  # passes of total_samples_per_epoch samples
-    c.per_gpu_capacity = 4  # samples in one forward/backward pass on one GPU; costs memory, changes no result
+    c.per_gpu_capacity = 4  # samples in one forward/backward pass on one GPU; costs memory, changes rounding only
     c.train = ConfigDict()
     c.train.total_batch_size = 128  # samples per optimizer step, over all processes
     c.train.total_samples_per_epoch = 256  # samples per epoch, over all processes

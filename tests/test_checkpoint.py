@@ -39,10 +39,9 @@ def test_written_whole_and_read_back(tmp_path):
 
 
 def test_everything_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
-    flushed, descriptors, fsync, rename = [], {}, os.fsync, os.rename
-    open_ = os.open
-    monkeypatch.setattr(os, "open", lambda path, *a: descriptors.setdefault(open_(path, *a), path) and max(descriptors))
-    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), flushed.append(str(descriptors.pop(fd))))[0])
+    flushed, fsync, rename = [], os.fsync, os.rename
+    path_of = lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.append(path_of(descriptor)), fsync(descriptor)))
     monkeypatch.setattr(os, "rename", lambda a, b, **k: (flushed.append("renamed"), rename(a, b, **k))[1])
     write(tmp_path, 1)
     before = {name.rpartition("/")[2] for name in flushed[: flushed.index("renamed")]}
@@ -90,6 +89,33 @@ def test_cleaning_up_after_any_interruption(tmp_path):
     assert names(tmp_path) == ["abandoned_6", "checkpoint_2", "checkpoint_4"]
 
 
+def test_interrupted_cleaning_up_leaves_an_earlier_run(tmp_path, monkeypatch):
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    rename = os.rename
+
+    def interrupted(a, b, **options):
+        if str(a).endswith("checkpoint_4"):
+            raise KeyboardInterrupt
+        rename(a, b, **options)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clean_up(tmp_path, 2)
+    assert names(tmp_path) == ["abandoned_6", "checkpoint_2", "checkpoint_4"]
+
+
+def test_file_systems_without_links_or_flushed_folders_serve_too(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    write(tmp_path, 1)
+    prune(tmp_path, 1, [], {1: 0.5})
+    assert names(tmp_path) == ["checkpoint_1"]
+
+
 def test_find(tmp_path):
     older, newer = tmp_path / "zebra", tmp_path / "ape"
     first, second = write(older, 2), write(older, 10)
@@ -102,6 +128,11 @@ def test_find(tmp_path):
     assert find_checkpoint("latest", str(tmp_path), run_name="new") is None
     assert run_folder_of(latest) == newer
     assert run_folder_of(tmp_path) is None
+
+
+def test_a_folder_that_is_called_checkpoints_is_not_yet_a_run_s(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert run_folder_of(tmp_path / "checkpoints" / "mine.safetensors") is None
 
 
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_offered(tmp_path):

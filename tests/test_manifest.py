@@ -30,6 +30,13 @@ def test_a_whole_checkpoint(checkpoint):
     (lambda c: (c / MANIFEST).unlink(), "manifest.json is missing"),
     (lambda c: (c / MANIFEST).write_text("{"), "manifest.json cannot be read"),
     (lambda c: (c / MANIFEST).write_text("{}"), "manifest.json cannot be read"),
+    (lambda c: (c / MANIFEST).write_text("[]"), "manifest.json cannot be read"),
+    *(
+        (lambda c, word=word: (c / MANIFEST).write_text((c / MANIFEST).read_text().replace(word, "odd")),
+         "manifest.json cannot be read")
+        for word in ("bytes", "sha256", "base_model", "weights\":")
+    ),
+    (lambda c: (c / STATE_FILE).unlink() or (c / STATE_FILE).mkdir(), "training_state.pt has"),
 ])  # fmt: skip
 def test_damage_is_named(checkpoint, harm, message):
     harm(checkpoint)

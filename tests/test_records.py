@@ -31,7 +31,7 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_held_out_reward(toy_con
 
     def with_score(self, **options):
         evaluation = evaluate(self, **options)
-        evaluation.rewards[:] = next(scores)
+        evaluation.terms["tests.toy_rewards:redness"][:] = next(scores)
         return evaluation
 
     monkeypatch.setattr(Evaluator, "__call__", with_score)
@@ -101,3 +101,49 @@ def test_a_run_without_checkpoint_starts_over_under_its_name(toy_config):
     again = train(config)
     assert [r["step"] for r in rows(again)] == [0, 1, 2, 2]
     assert rows(again) == rows(train(toy_config(run_name="fresh", num_epochs=1)))
+
+
+def test_the_best_is_told_by_the_reward_of_now(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1, eval_freq=1, reward_fn="tests.toy_rewards:redness:-1"))
+    best = first.run.folder / "checkpoints" / "best"
+    assert best.resolve().name == "checkpoint_2"
+    options = dict(num_epochs=2, eval_freq=1, reward_fn="tests.toy_rewards:spread")
+    train(toy_config(run_name="r", resume_from="latest", **options))
+    assert best.resolve().name == "checkpoint_4"
+
+
+def test_a_run_that_another_process_made_meanwhile_is_left_alone(toy_config):
+    slow = AlignPropTrainer(toy_config(run_name="r", resume_from="latest", num_epochs=1))
+    done = train(toy_config(run_name="r", resume_from="latest", num_epochs=1))
+    before = rows(done)
+    with pytest.raises(ConfigError, match=r"run_name = 'r': while this process was loading, another one trained"):
+        slow.train()
+    assert rows(done) == before and [p.name for p in checkpoints_of(done.run.folder)] == ["checkpoint_2"]
+
+
+def test_an_interruption_while_a_later_part_is_dropped_loses_no_row(toy_config, monkeypatch):
+    config = toy_config(run_name="r", num_epochs=2, eval_freq=1)
+    expected = rows(train(config))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("alignprop.checkpoint.Path.rename", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(toy_config(resume_from=f"{config.log_dir}/r/checkpoints/checkpoint_2", num_epochs=2, eval_freq=1))
+    again = AlignPropTrainer(toy_config(run_name="r", resume_from="latest", num_epochs=2, eval_freq=1))
+    assert rows(again) == expected and again.global_step == 4
+
+
+def test_damaged_metrics_are_told_before_anything_is_changed(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=1))
+    metrics, config = first.run.folder / "metrics.jsonl", first.run.folder / "config.json"
+    metrics.write_text("\0" + metrics.read_text())
+    before = config.read_bytes(), metrics.read_bytes()
+    with pytest.raises(ConfigError, match="line 1 is damaged"):
+        train(toy_config(run_name="r", resume_from="latest", num_epochs=2))
+    assert (config.read_bytes(), metrics.read_bytes()) == before
+
+
+def test_pictures_of_a_dropped_future_go(toy_config):
+    first = train(toy_config(run_name="r", num_epochs=3, eval_freq=1))
+    checkpoint = checkpoints_of(first.run.folder)[0]
+    train(toy_config(resume_from=str(checkpoint), num_epochs=2, eval_freq=2))
+    grids = sorted(path.stem for path in (first.run.folder / "samples").glob("*.png"))
+    assert grids == ["step_000000", "step_000002", "step_000004"]

@@ -61,3 +61,21 @@ def test_endings_that_are_nobody_s_fault_are_one_line(error, code):
 def test_faults_of_the_program_keep_their_traceback(error):
     with pytest.raises(type(error)), plain_endings():
         raise error
+
+
+def test_a_mistake_is_told_once_a_machine_and_a_fault_by_every_process(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    ends = []
+    for cause in (None, ValueError("mine")):
+        with pytest.raises(SystemExit) as ended, plain_endings():
+            raise ConfigError("x = 1 must be 2") from cause
+        ends.append(ended.value.code)
+    assert ends == [1, "error: x = 1 must be 2"]
+
+
+def test_asked_to_stop_where_there_is_nothing_to_save(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, plain_endings():
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 75

@@ -81,7 +81,7 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path):
     with log.path.open("a") as file:
         file.write("{broken\n")
     log.append(row(1))
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ConfigError, match="line 2 is damaged"):
         log.rows()
 
 

@@ -14,6 +14,10 @@ def contrast(images, prompts, metadata):
     return images.flatten(1).std(dim=1)
 
 
+def spread(images, prompts, metadata):
+    return images.flatten(1).amax(dim=1) - images.flatten(1).amin(dim=1)
+
+
 def wrong_shape(images, prompts, metadata):
     return redness(images, prompts, metadata)[:, None]
 
