@@ -1,6 +1,7 @@
 """Imports run downwards: what a module may import is read off its layer, so that each part can be read by itself."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,9 @@ def test_a_package_resolves_relative_imports_from_itself():
 @pytest.mark.parametrize("module", ["alignprop.unheard_of", "alignprop.models.unheard_of", "unheard_of"])
 def test_a_module_without_a_layer_is_to_be_placed(module):
     assert "place it" in violations(module, "")[0]
+
+
+@pytest.mark.parametrize("file", source_files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_from_a_file_is_executed(file):
+    forbidden = r"trust_remote_code|shell=True|os\.system|weights_only=False|pickle\.load|(?<![.\w])(?:eval|exec)\("
+    assert not re.findall(forbidden, file.read_text(encoding="utf-8"))

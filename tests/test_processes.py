@@ -128,6 +128,15 @@ def test_two_processes_train_like_one_until_one_dies_and_ends_the_other(toy_conf
     folder = by_one.with_name("two")
     assert [path.name for path in checkpoints_of(folder)] == ["checkpoint_3"]
     assert_trained_alike(folder, by_one)
+    # One process goes on where two were, and ends where it would have ended alone.
+    ends = []
+    for name in ("two", "alone"):
+        options = {**SMALL, "run_name": name, "num_epochs": 2, "per_gpu_capacity": 2, "resume_from": "latest"}
+        trainer = AlignPropTrainer(toy_config(**options))
+        assert trainer.global_step == (3 if name == "two" else 0)
+        trainer.train()
+        ends.append(load_file(trainer.run.folder / "checkpoints" / "checkpoint_6" / LORA_FILE))
+    assert difference(*ends) == 0
 
 
 def test_two_processes_evaluate_like_one(toy_config):
