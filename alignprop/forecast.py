@@ -22,6 +22,7 @@ from alignprop.policies import MemoryPolicy, chunks
 from alignprop.rollout import Rollout
 from alignprop.samplers import Sampler
 from alignprop.seeding import generator, generators
+from alignprop.settings import estimator_options
 from alignprop.weights import TrainedWeights
 from rewards import WeightedReward
 
@@ -78,10 +79,8 @@ def forecast(
             differs in its estimator only; this one adds its own.
     """
     train, done = config.train, {} if done is None else done
-    estimator = build_estimator(
-        config.estimator, config.trunc_backprop_timestep or 0, config.truncated_backprop_minmax or (0, 1)
-    )
-    plan = estimator(train.num_inference_steps, train.total_batch_size, generator(config.seed, 0, "plan"))
+    estimator = build_estimator(config.estimator, **estimator_options(config))
+    plan = estimator(_chain(train.num_inference_steps), train.total_batch_size, generator(config.seed, 0, "plan"))
     most_active = int(plan.active.any(dim=1).sum())
     # Chunks follow each other and cost the same, so one is enough, unless their graphs are kept.
     largest = max(memory.sweep_chunk or capacity, memory.decode_chunk or capacity)
@@ -145,8 +144,7 @@ def _simulate(parts: Parts, config: ConfigDict, memory: MemoryPolicy, samples: i
         for parameter in weights.parameters:
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         _update(weights)  # from the second step on there are the optimizer's moments
-        zeros, ones = torch.zeros(steps), torch.ones(steps)
-        sampler = Sampler(torch.arange(steps), ones, ones, zeros)
+        sampler = _chain(steps)
         rollout = Rollout(model, sampler, config.guidance_scale, guidance_grad=config.guidance_grad, memory=memory)
         with account.phase("encode"):
             residency.enter("encode")
@@ -156,7 +154,7 @@ def _simulate(parts: Parts, config: ConfigDict, memory: MemoryPolicy, samples: i
                 cond = {name: tensor.float() for name, tensor in cond.items()}
         with account.phase("denoise"):
             residency.enter("denoise")
-            latents = rollout(generators(range(samples), "forecast"), cond, estimators.full(steps, samples))
+            latents = rollout(generators(range(samples), "forecast"), cond, estimators.full(sampler, samples))
         with account.phase("decode"):
             residency.enter("decode")
             adjoint = torch.empty_like(latents)
@@ -176,6 +174,12 @@ def _simulate(parts: Parts, config: ConfigDict, memory: MemoryPolicy, samples: i
     return SimpleNamespace(
         peaks=account.peaks, flops=account.flops, latents=latent_bytes, per_sample=cond_bytes + 3 * latent_bytes
     )
+
+
+def _chain(steps: int) -> Sampler:
+    """Of no model in particular: what a step costs does not depend on its coefficients."""
+    zeros, ones, falling = torch.zeros(steps), torch.ones(steps), torch.linspace(1, 0, steps + 1)
+    return Sampler(torch.arange(steps), ones, ones, zeros, p=ones, q=ones, alpha=1 - falling, sigma=falling)
 
 
 def _update(weights: TrainedWeights) -> None:

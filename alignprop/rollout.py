@@ -10,9 +10,10 @@ network is called once more, with gradient, at the stored latents:
     ∂R/∂θ += w[i] · (b[i]·λ)ᵀ ∂f/∂θ
     λ     ←  a[i]·λ + γ[i] · (b[i]·λ)ᵀ ∂f/∂x[i]
 
-and at any other step λ ← a[i]·λ. With w = γ = 1 this is exact back-propagation, and it never holds the activations
-of more than one network call, however many steps are active. Where there is memory to spare, calls of the rollout may
-keep their graph for the sweep instead.
+and at any other step λ ← a[i]·λ. A sample that leaves the chain at step i has x̂0 = p[i]·x[i] + q[i]·f(x[i]) instead of
+x[N], so p and q take the place of a and b there. With w = γ = 1 this is exact back-propagation, and it never holds the
+activations of more than one network call, however many steps are active. Where there is memory to spare, calls of the
+rollout may keep their graph for the sweep instead.
 """
 
 from contextlib import nullcontext
@@ -20,9 +21,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from alignprop.estimators import GradientPlan
+from alignprop.adjoint import AdjointNorms, limit_norms, norms
 from alignprop.guidance import Graph, GuidedDenoiser
 from alignprop.models.base import Conditioning, Model, select
+from alignprop.plans import GradientPlan
 from alignprop.policies import MemoryPolicy, chunks
 from alignprop.samplers import Sampler
 from alignprop.sharding import DTensor, is_sharded, on_any_process, release
@@ -58,12 +60,14 @@ class Rollout(torch.nn.Module):
         self.adjoint_norms = AdjointNorms(sampler.num_steps)
 
     def forward(self, generators: list[torch.Generator], cond: Conditioning, plan: GradientPlan | None) -> torch.Tensor:
-        """Final latents x[N], float32 [B, ...].
+        """Final latents, float32 [B, ...]: x[N], or x̂0 of samples that leave the chain early.
 
         Args:
-            generators: one per sample; initial noise first, then a stochastic sampler's noise step by step.
+            generators: one per sample; initial noise first, then a stochastic sampler's noise step by step, then that
+                of copies.
             cond: conditioning of the B samples.
-            plan: which steps carry gradient; its B columns are these samples. None: no gradient.
+            plan: which steps carry gradient; its B columns are these samples. None: no gradient. With copies, each
+                sample's are next to it: [B·(1 + copies), ...].
         """
         parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         with_sweep = plan is not None and parameters and torch.is_grad_enabled()
@@ -78,30 +82,68 @@ class Rollout(torch.nn.Module):
 
     @torch.no_grad()
     def sample(self, generators, cond, plan=None, calls=None) -> "tuple[torch.Tensor, Trajectory]":
-        """x[N], and what the sweep of `plan`, whose `network_calls` are `calls`, needs of the way there."""
+        """The final latents, and what the sweep of `plan`, with its `network_calls`, needs of the way there."""
         active = [] if plan is None else calls[0].nonzero().squeeze(1).tolist()
-        to_keep = active[max(len(active) - self.memory.keep_steps, 0) :]
+        to_keep = active[max(len(active) - self.memory.keep_steps, 0) :] if plan and not plan.copies else []
         trajectory = Trajectory(first=active[0] if active else self.sampler.num_steps)
         latents = self.model.init_latents(generators)
         for i in range(self.sampler.num_steps):
             if i >= trajectory.first:
                 trajectory.stored[i] = latents
+            rows = None if plan is None or not plan.leaves_early else self._still_in(i, plan)
+            if rows is not None and not len(rows):
+                break
             if i in to_keep:
                 model_output, trajectory.kept[i] = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]))
-            else:
+            elif rows is None:
                 model_output = self.f(latents, self._timestep(i, latents), cond)
-            latents = self._next(i, latents, model_output, generators)
+            else:
+                model_output = torch.zeros_like(latents)
+                at = rows.to(latents.device)
+                model_output[at] = self.f(latents[at], self._timestep(i, latents), select(cond, at))
+            latents = self._next(i, latents, model_output, generators, plan)
         if is_sharded(self.denoiser):
             release(self.denoiser)
         return latents, trajectory
 
-    def _next(self, i, latents, model_output, generators):
-        a, b, s = (float(c[i]) for c in (self.sampler.a, self.sampler.b, self.sampler.s))
+    def _still_in(self, i: int, plan: GradientPlan) -> torch.Tensor:
+        """The samples that need step i, int [b]; where FSDP2 has spread the weights, all: others may need the call."""
+        rows = (plan.exit_step >= i).nonzero().squeeze(1)
+        return torch.arange(len(plan.exit_step)) if is_sharded(self.denoiser) else rows
+
+    def _next(self, i, latents, model_output, generators, plan):
+        a, b, s = self._coefficients(i, plan, latents)
         next_latents = a * latents + b * model_output
         if self.sampler.is_stochastic:
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
             next_latents = next_latents + s * noise.to(latents)
         return next_latents
+
+    def _coefficients(self, i: int, plan: GradientPlan | None, like: torch.Tensor):
+        """a, b and s of step i; p, q and 0 of samples that leave the chain there; 1, 0 and 0 of those that have."""
+        chain = [float(c[i]) for c in (self.sampler.a, self.sampler.b, self.sampler.s)]
+        if plan is None or not plan.leaves_early:
+            return chain
+        leaving = (float(self.sampler.p[i]), float(self.sampler.q[i]), 0.0)
+        exits, all_samples = plan.exit_step, torch.arange(len(plan.exit_step))
+        table = torch.tensor([(1.0, 0.0, 0.0), leaving, chain], dtype=torch.float64)
+        return [_per_sample(column, all_samples, like) for column in table[1 + (exits - i).sign()].T]
+
+    def add_copies(self, latents, trajectory, generators, cond, plan) -> torch.Tensor:
+        """x̂0 of the samples, each followed by those of its copies: x = α·x̂0 + σ·z at the level of the exit step.
+
+        `trajectory` becomes that of them all.
+        """
+        i, sampler = int(plan.exit_step[0]), self.sampler
+        noise = torch.stack([torch.randn((plan.copies, *latents.shape[1:]), generator=g) for g in generators])
+        renoised = float(sampler.alpha[i]) * latents[:, None] + float(sampler.sigma[i]) * noise.to(latents)
+        at = torch.cat([trajectory.stored[i][:, None], renoised], dim=1).flatten(0, 1)
+        samples = torch.arange(len(latents)).repeat_interleave(plan.copies)
+        copies = renoised.flatten(0, 1)
+        model_output = self.f(copies, self._timestep(i, copies), select(cond, samples.to(latents.device)))
+        predicted = float(sampler.p[i]) * copies + float(sampler.q[i]) * model_output
+        trajectory.stored = {i: at}
+        return torch.cat([latents[:, None], predicted.view_as(renoised)], dim=1).flatten(0, 1)
 
     def _timestep(self, i, latents):
         return self.sampler.timesteps[i].to(latents.device)
@@ -127,7 +169,7 @@ class Rollout(torch.nn.Module):
         """Sweeps λ from x[N] down to the lowest step with a network call.
 
         Args:
-            adjoint: λ = ∂R/∂x[N], [B, ...].
+            adjoint: λ = ∂R/∂(final latents), [B, ...].
             trajectory: of the rollout; its kept graphs are used up.
             cond, plan: as in `forward`.
             calls: `network_calls(plan)`.
@@ -139,10 +181,10 @@ class Rollout(torch.nn.Module):
         """
         whole = [p for p in parameters if not isinstance(p, DTensor)]
         gradients = [torch.zeros_like(p, dtype=p.grad_dtype) for p in whole]
-        limit = self.adjoint_clip * _norms(adjoint)
-        for i in reversed(range(trajectory.first, self.sampler.num_steps)):
+        limit = self.adjoint_clip * norms(adjoint)
+        for i in sorted(trajectory.stored, reverse=True):
             self.adjoint_norms.add(i + 1, adjoint, plan.active[: i + 1].any(dim=0))
-            a, b = float(self.sampler.a[i]), float(self.sampler.b[i])
+            a, b, _ = self._coefficients(i, plan, adjoint)
             active = plan.active[i].nonzero().squeeze(1).to(adjoint.device)
             carried = a * adjoint
             latents = trajectory.stored.pop(i)
@@ -150,7 +192,7 @@ class Rollout(torch.nn.Module):
                 # Where only other processes need this call, a sample takes part in it with nothing to add.
                 rows = active if len(active) else active.new_zeros(1)
                 weight, coupling = (_per_sample(t[i], rows, adjoint) for t in (plan.weight, plan.coupling))
-                vector = weight * b * adjoint[rows] * bool(len(active))
+                vector = weight * (b * adjoint)[rows] * bool(len(active))
                 at = trajectory.kept.pop(i, None) or latents[rows].requires_grad_(bool(calls[1, i]))
                 t = self._timestep(i, latents)
                 *products, into_latents = self.f.products(at, t, select(cond, rows), vector, whole)
@@ -159,7 +201,7 @@ class Rollout(torch.nn.Module):
                         gradient += product
                 if len(active) and calls[1, i]:
                     carried[rows] += coupling / weight * into_latents
-            adjoint = _limit_norms(carried, limit) if self.adjoint_clip else carried
+            adjoint = limit_norms(carried, limit) if self.adjoint_clip else carried
         return gradients or [None] * len(parameters)
 
 
@@ -186,6 +228,10 @@ class _SampleWithSweep(torch.autograd.Function):
         ctx.rollout, ctx.cond, ctx.plan, ctx.parameters = rollout, cond, plan, parameters
         ctx.calls = rollout.network_calls(plan)
         latents, ctx.trajectory = rollout.sample(generators, cond, plan, ctx.calls)
+        if plan.copies:
+            latents = rollout.add_copies(latents, ctx.trajectory, generators, cond, plan)
+            samples = torch.arange(len(generators), device=latents.device).repeat_interleave(1 + plan.copies)
+            ctx.cond, ctx.plan = select(cond, samples), plan.with_copies()
         return latents
 
     @staticmethod
@@ -195,37 +241,6 @@ class _SampleWithSweep(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-class AdjointNorms:
-    """Running mean of ‖λ‖ at each of x[0] … x[N], over the samples whose gradient still needs it there."""
-
-    def __init__(self, num_steps: int):
-        self.num_steps = num_steps
-        self.sums, self.counts = None, torch.zeros(num_steps + 1)
-
-    def add(self, i: int, adjoint: torch.Tensor, samples: torch.Tensor) -> None:
-        """‖λ‖ of some of the samples (bool [B]) at x[i]; summed where it is, so that the host need not wait for it."""
-        if self.sums is None:
-            self.sums = torch.zeros(self.num_steps + 1, device=adjoint.device)
-        self.sums[i] += torch.where(samples.to(adjoint.device), _norms(adjoint), 0).sum()
-        self.counts[i] += samples.sum()
-
-    def take(self) -> torch.Tensor:
-        """Sums and counts, float64 [2, N+1], since the last call."""
-        sums = torch.zeros_like(self.counts) if self.sums is None else self.sums.cpu()
-        totals = torch.stack([sums, self.counts]).double()
-        self.sums, self.counts = None, torch.zeros_like(self.counts)
-        return totals
-
-
-def _norms(adjoint: torch.Tensor) -> torch.Tensor:
-    return adjoint.flatten(1).float().norm(dim=1)
-
-
 def _per_sample(values: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """values[rows], shaped to multiply latents [b, ...]."""
     return values.to(like)[rows].view(-1, *[1] * (like.dim() - 1))
-
-
-def _limit_norms(adjoint: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    scale = (limit / _norms(adjoint).clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-    return adjoint * scale.to(adjoint).view(-1, *[1] * (adjoint.dim() - 1))

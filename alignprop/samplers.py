@@ -1,6 +1,7 @@
 """The sampling chain as numbers: every step is one affine map around one network call.
 
     x[i+1] = a[i]·x[i] + b[i]·f(x[i], t[i], c) + s[i]·z[i]          i = 0 … N-1
+    x̂0[i]  = p[i]·x[i] + q[i]·f(x[i], t[i], c)                       the clean latents that step i predicts
 
 `f` is the denoiser's output after guidance and `z` is standard normal noise. DDIM with epsilon- or v-prediction
 and any eta has this form (Song et al. 2021, arXiv 2010.02502, eq. 12), and so has Euler's method for flow matching
@@ -18,18 +19,24 @@ from alignprop.settings import ConfigError
 
 @dataclass(frozen=True)
 class Sampler:
-    """The coefficients of one sampling chain of N steps; all fields have shape [N].
+    """The coefficients of one sampling chain of N steps; fields have shape [N] unless they say otherwise.
 
     Attributes:
         timesteps: the network's time input, noisiest first: int64, or float32 of flow matching, which half precision
             would round.
         a, b, s: float64; the weights of the latents, of the network's output and of fresh noise.
+        p, q: float64; those of the latents and of the network's output in x̂0.
+        alpha, sigma: float64 [N+1]; what x[i] has of clean latents and of noise: x[i] ~ alpha[i]·x0 + sigma[i]·z.
     """
 
     timesteps: torch.Tensor
     a: torch.Tensor
     b: torch.Tensor
     s: torch.Tensor
+    p: torch.Tensor | None = None
+    q: torch.Tensor | None = None
+    alpha: torch.Tensor | None = None
+    sigma: torch.Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -86,7 +93,11 @@ def flow_sampler(scheduler, num_inference_steps: int, **schedule) -> Sampler:
         return torch.cat([euler.step(model_output, t, sample).prev_sample for t in euler.timesteps])
 
     a, b = responses(_ONE, _ZERO), responses(_ZERO, _ONE)
-    return Sampler(timesteps=euler.timesteps, a=a, b=b, s=torch.zeros_like(a))
+    sigma = euler.sigmas.double()
+    return Sampler(
+        timesteps=euler.timesteps, a=a, b=b, s=torch.zeros_like(a),
+        p=torch.ones_like(a), q=-sigma[:-1], alpha=1 - sigma, sigma=sigma,
+    )  # fmt: skip
 
 
 def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0, field: str = "num_inference_steps") -> Sampler:
@@ -121,11 +132,17 @@ def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0, field: s
         )
 
     def response(t, sample, model_output, noise):
-        return ddim.step(model_output, t, sample, eta=eta, variance_noise=noise).prev_sample
+        step = ddim.step(model_output, t, sample, eta=eta, variance_noise=noise)
+        return torch.stack([step.prev_sample, step.pred_original_sample])
 
-    return Sampler(
-        timesteps=ddim.timesteps.long(),
-        a=torch.cat([response(t, _ONE, _ZERO, _ZERO) for t in ddim.timesteps]),
-        b=torch.cat([response(t, _ZERO, _ONE, _ZERO) for t in ddim.timesteps]),
-        s=torch.cat([response(t, _ZERO, _ZERO, _ONE) for t in ddim.timesteps]),
-    )
+    def responses(*inputs):
+        return torch.cat([response(t, *inputs) for t in ddim.timesteps], dim=1)
+
+    (a, p), (b, q), (s, _) = (responses(*unit.split(1)) for unit in torch.eye(3, dtype=torch.float64))
+    squares = torch.cat([ddim.alphas_cumprod[ddim.timesteps], ddim.final_alpha_cumprod.reshape(1)]).double()
+    alpha, sigma = squares.sqrt(), (1 - squares).sqrt()
+    # From pure noise (zero terminal SNR), eta = 1 keeps none of x[0]; diffusers takes the root of -1e-8 there.
+    rounded = a.isnan()
+    a, b = (torch.where(rounded, alpha[1:] * x, y) for x, y in ((p, a), (q, b)))
+    s = torch.where(rounded, sigma[1:], s)
+    return Sampler(timesteps=ddim.timesteps.long(), a=a, b=b, s=s, p=p, q=q, alpha=alpha, sigma=sigma)

@@ -75,7 +75,9 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
             f"train.total_batch_size = {train.total_batch_size}",
         )  # fmt: skip
         train.gradient_accumulation_steps = train.total_batch_size // at_once
-        train.steps_per_epoch = train.total_samples_per_epoch // train.total_batch_size
+        # A step of DDPO is a whole epoch: it samples, and then makes several updates with these samples.
+        updates = train.total_samples_per_epoch // train.total_batch_size
+        train.steps_per_epoch = updates if c.algorithm == "align_prop" else 1
     return c.lock()
 
 
@@ -89,6 +91,12 @@ def settle(config: ConfigDict, num_processes: int, policy: str, capacity: int) -
         _fill_memory(c, POLICIES[policy])
         _check_memory(c)
     return resolve(c, num_processes)
+
+
+def estimator_options(config: ConfigDict) -> dict:
+    """What `estimators.build_estimator` takes, by its names; None where the method's own value is to be used."""
+    first, minmax = config.trunc_backprop_timestep, config.truncated_backprop_minmax
+    return {"first": first, "minmax": minmax, **config.plan.to_dict()}
 
 
 def memory_policy(config: ConfigDict) -> MemoryPolicy:
@@ -125,6 +133,12 @@ def _check_fields(c: ConfigDict) -> None:
 
 
 def _check_combinations(c: ConfigDict) -> None:
+    if c.kl_coeff and not c.use_lora:
+        raise ConfigError(f"kl_coeff = {c.kl_coeff} needs use_lora = True: without its adapter the model is the base")
+    if c.guide.window[0] >= c.guide.window[1]:
+        raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
+    if c.task == "train" and c.algorithm == "ddpo" and not c.eta:
+        raise ConfigError("eta = 0 must be greater than 0 where algorithm = 'ddpo': a policy needs chance; it has 1.0")
     if c.loss != "maximise" and c.loss_target is None:
         raise ConfigError(f"loss = {c.loss!r} needs loss_target, in units of the reward")
     if c.task == "evaluate_soup":
@@ -169,11 +183,28 @@ def _check_truncation(c: ConfigDict) -> None:
         )
 
 
+# estimators that have each field of `plan`
+PLAN_FIELDS = {
+    "num_active": ("drtune", "sparse", "bridge", "lagrange"),
+    "exit_window": ("refl", "drtune"),
+    "copies": ("draft_lv",),
+    "late_bias": ("sparse", "bridge"),
+    "rescale": ("sparse", "bridge"),
+    "coupling": ("bridge", "lagrange", "leapalign"),
+    "order": ("lagrange",),
+    "support_scale": ("lagrange",),
+}
+
+
+def _needs_estimator(*names: str):
+    return lambda c: c.estimator in names, "estimator = " + " or ".join(map(repr, names))
+
+
 # field: does it do anything in this configuration, and what it needs
 _HAS_EFFECT = {
-    "trunc_backprop_timestep": (lambda c: c.estimator == "truncated", "estimator = 'truncated'"),
-    "truncated_backprop_minmax": (
-        lambda c: c.estimator in ("randomized", "per_step"), "estimator = 'randomized' or 'per_step'"),
+    "trunc_backprop_timestep": _needs_estimator("truncated"),
+    "truncated_backprop_minmax": _needs_estimator("randomized", "per_step"),
+    **{f"plan.{field}": _needs_estimator(*names) for field, names in PLAN_FIELDS.items()},
     "loss_target": (lambda c: c.loss != "maximise", "loss = 'target' or 'ceiling'"),
     "lora_rank": (lambda c: c.use_lora, "use_lora = True"),
     "lora_alpha": (lambda c: c.use_lora, "use_lora = True"),
@@ -187,6 +218,10 @@ _HAS_EFFECT = {
     "mixing_coef_1": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
     "soup_mode": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
     "allow_extrapolation": (lambda c: c.task == "evaluate_soup", "task = 'evaluate_soup'"),
+    "reward_combine": (lambda c: "," in c.reward_fn, "several rewards in reward_fn"),
+    "eval_base_distance": (lambda c: c.use_lora, "use_lora = True"),
+    "lora_scale": (lambda c: bool(c.resume_from), "resume_from"),
+    "lora_schedule": (lambda c: bool(c.resume_from), "resume_from"),
     "train.adam_beta1": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),
     "train.adam_beta2": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),
     "train.adam_epsilon": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),
@@ -195,8 +230,15 @@ _TRAINING_ONLY = (
     "num_epochs", "save_freq", "num_checkpoint_limit", "eval_freq", "prompt_fn", "estimator", "adjoint_clip", "loss",
     "loss_target", "grad_scale", "log_with", "use_lora", "lora_rank", "lora_alpha", "lora_target_modules",
     "trunc_backprop_timestep", "truncated_backprop_minmax", "guidance_grad", "memory.keep_steps",
-    "memory.block_checkpointing", "memory.decoder_checkpointing",
+    "memory.block_checkpointing", "memory.decoder_checkpointing", "algorithm", "reward_noise", "kl_coeff", "stop_when",
+    "best_by", *(f"plan.{field}" for field in PLAN_FIELDS),
 )  # fmt: skip
+_ALIGN_PROP_ONLY = (
+    "estimator", "adjoint_clip", "loss", "loss_target", "grad_scale", "trunc_backprop_timestep",
+    "truncated_backprop_minmax", "reward_noise", "kl_coeff", "memory.keep_steps", "memory.decoder_checkpointing",
+    "train.loss_coeff", *(f"plan.{field}" for field in PLAN_FIELDS),
+)  # fmt: skip
+_AFTER_TRAINING = ("lora_scale", "lora_schedule")
 
 
 def warnings_for(config: ConfigDict, overridden: Iterable[str]) -> list[str]:
@@ -206,6 +248,14 @@ def warnings_for(config: ConfigDict, overridden: Iterable[str]) -> list[str]:
         works, needs = _HAS_EFFECT.get(field, (lambda c: True, ""))
         if config.task != "train" and (field in _TRAINING_ONLY or field.startswith("train.")):
             lines.append(f"{field} has no effect: task = {config.task!r} does not train")
+        elif config.task == "train" and field in _AFTER_TRAINING:
+            lines.append(f"{field} has no effect: it needs task = 'evaluate' or 'guide'")
+        elif field.startswith("guide.") and config.task != "guide":
+            lines.append(f"{field} has no effect: it needs task = 'guide'")
+        elif field.startswith("ddpo.") and config.algorithm != "ddpo":
+            lines.append(f"{field} has no effect: it needs algorithm = 'ddpo'")
+        elif config.task == "train" and config.algorithm == "ddpo" and field in _ALIGN_PROP_ONLY:
+            lines.append(f"{field} has no effect: algorithm = 'ddpo' does not use it")
         elif not works(config):
             lines.append(f"{field} has no effect: it needs {needs}")
     return lines

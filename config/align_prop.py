@@ -18,7 +18,8 @@ TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 def base() -> ConfigDict:
     """AlignProp's published hyper-parameters (arXiv 2310.03739, appendix), on Stable Diffusion 1.5."""
     c = ConfigDict()
-    c.task = "train"  # "train", "evaluate" or "evaluate_soup"
+    c.task = "train"  # "train", "evaluate", "evaluate_soup" or "guide"
+    c.algorithm = "align_prop"  # of training: "align_prop" back-propagates the reward; "ddpo" (config/ddpo.py) does not
 
     # -- the run ---------------------------------------------------------------------------------------------------
     c.run_name = ""  # folder under log_dir; empty: the preset's name and the time
@@ -51,10 +52,23 @@ def base() -> ConfigDict:
     c.eta = 0.0  # noise of the DDIM sampler: 0 deterministic … 1 ancestral
 
     # -- the estimator ---------------------------------------------------------------------------------------------
-    c.estimator = "randomized"  # "full", "truncated", "randomized" or "per_step": which steps carry gradient
+    c.estimator = "randomized"  # which steps carry gradient: "full", "truncated", "randomized", "per_step", "draft_lv",
+    # "refl", "drtune", "sparse", "bridge", "lagrange" or "leapalign"; docs/estimators.md compares them
     c.trunc_backprop_timestep = config_dict.placeholder(int)  # truncated: first sampler step with gradient; None: last
     c.truncated_backprop_minmax = config_dict.placeholder(tuple)  # randomized, per_step: range of that step, e.g.
     # (0, 50) for K = 1 … 50 of 50 steps; None: the whole chain
+    c.plan = ConfigDict()  # of the newer estimators; None: the method's own value, given here
+    c.plan.num_active = config_dict.placeholder(int)  # drtune (3), sparse (4), bridge (5), lagrange (2 a leap): steps
+    # that carry gradient
+    c.plan.exit_window = config_dict.placeholder(float)  # refl (0.25), drtune (0.4): the chain is left in that share of
+    # its steps, at the end; 0 … 1
+    c.plan.copies = config_dict.placeholder(int)  # draft_lv (2): further noises for the last step
+    c.plan.late_bias = config_dict.placeholder(float)  # sparse (1), bridge (4): step i is drawn with weight (i+1)^bias
+    c.plan.rescale = config_dict.placeholder(float)  # sparse (0.5), bridge (0): 1 lets the active steps stand for all
+    c.plan.coupling = config_dict.placeholder(float)  # bridge (0.5), lagrange (0.1), leapalign (0.3): share of ∂f/∂x
+    # that passes the split; 0 … 1
+    c.plan.order = config_dict.placeholder(int)  # lagrange (3): supports of a leap
+    c.plan.support_scale = config_dict.placeholder(float)  # lagrange (0.25): gradient of supports other than the first
     c.guidance_grad = "both"  # "both" branches of guidance carry gradient; "cond": approximate, half the sweep's cost
     c.adjoint_clip = 0.0  # largest growth of a sample's ∂R/∂x on its way down the chain, as a ratio; 0: off
 
@@ -63,6 +77,11 @@ def base() -> ConfigDict:
     c.eval_reward_fn = ""  # further rewards measured at evaluation only, comma-separated
     c.loss = "maximise"  # "maximise", "target" (|r - target|) or "ceiling" (max(0, target - r))
     c.loss_target = config_dict.placeholder(float)  # target and ceiling: in units of the reward
+    c.reward_combine = "sum"  # of several rewards, each times its weight: their "sum", "mean" or "min"
+    c.reward_noise = 0.0  # training: Gaussian noise on the pictures that the reward sees, as a standard deviation in
+    # units of [0, 1]; a reward that collapses under it is being fooled
+    c.kl_coeff = 0.0  # times the mean squared difference of the denoiser's output to the base model's, added to the
+    # loss of a sample; one more network call with gradient and one without
     c.grad_scale = 1.0  # multiplies the loss of a sample; with loss_coeff, sets gradients against max_grad_norm
     c.aesthetic = ConfigDict()
     c.aesthetic.clip = "openai/clip-vit-large-patch14"  # hub name or folder of the CLIP model under the head
@@ -88,7 +107,34 @@ def base() -> ConfigDict:
     c.allow_extrapolation = False  # evaluate_soup: c below 0 and above 1 too, which subtracts a checkpoint
     c.soup_mode = "delta"  # "delta" mixes weight changes exactly; "factors" mixes A and B, as the released code does
     c.num_eval_images = 32  # pictures per evaluation; the prompts repeat, each time with other noise
+    c.num_eval_prompts = 16  # distinct prompts of an evaluation, so that some repeat; None: all there are
+    c.eval_diversity = True  # measure how much pictures of a prompt differ: 1 - cosine in the space of clip.model
+    c.eval_base_distance = True  # measure the mean squared difference of the denoiser's output to the base model's
+    c.stop_when = ""  # ends training after an evaluation, e.g. "clip<0.25" or "clip<0.9x" (x: its value at step 0);
+    # several, separated by commas; names as in the evaluation's row: rewards, "reward", "diversity", "base_distance"
+    c.best_by = ""  # the measure whose highest value makes checkpoints/best; empty: the trained reward
+    c.lora_scale = 1.0  # evaluate, guide: multiplies the trained weight change
+    c.lora_schedule = "constant"  # evaluate, guide: "linear": the weight change grows from 0 at the first sampler step
+    # to lora_scale at the last, which keeps the base model's layout
     c.max_vis_images = 16  # pictures in a sample grid and sent to trackers
+
+    # -- guidance without training (task "guide") ----------------------------------------------------------------------
+    c.guide = ConfigDict()
+    c.guide.strength = 0.1  # length of a step along the reward's gradient, as a share of the latents' own length
+    c.guide.through = "denoiser"  # gradient through the "denoiser", or through "x0" alone, which takes f for a constant
+    c.guide.schedule = "constant"  # of the strength over the steps: "constant", "noise" (falls with the noise level) or
+    # "late" (grows as it falls)
+    c.guide.window = (0.0, 1.0)  # from, to: the share of the chain's steps in which latents are moved
+
+    # -- policy gradient (algorithm "ddpo") ----------------------------------------------------------------------------
+    c.ddpo = ConfigDict()
+    c.ddpo.inner_epochs = 1  # passes over the samples of an epoch
+    c.ddpo.clip_range = 1e-4  # the importance ratio counts within 1 ± clip_range
+    c.ddpo.adv_clip_max = 5.0  # advantages are clipped to ± this many standard deviations
+    c.ddpo.timestep_fraction = 1.0  # share of the sampler steps that are trained on, drawn anew for each sample
+    c.ddpo.train_cfg = True  # training calls have classifier-free guidance, as sampling has
+    c.ddpo.per_prompt_buffer = 16  # newest rewards of a prompt, for its mean and deviation; 0: those of the epoch
+    c.ddpo.per_prompt_min_count = 16  # prompts with fewer rewards so far use the epoch's mean and deviation
 
     # -- memory: what to trade for it; `--plan` says what it comes to. Rounding apart, no result changes -------------
     # [prices: SD 1.5 at 512², bf16, 4 samples, CLIP ViT-L; "lean" peaks at 6.4 GiB in the sweep, 6.5 in the decode]
@@ -171,11 +217,61 @@ def hps_k1() -> ConfigDict:
     return c
 
 
+def draft_lv() -> ConfigDict:
+    """`hps` with DRaFT-LV's estimator."""
+    c = hps()
+    c.estimator = "draft_lv"
+    return c
+
+
+def refl() -> ConfigDict:
+    """`hps` with ReFL's estimator: the reward of a late step's x̂0."""
+    c = hps()
+    c.estimator = "refl"
+    return c
+
+
+def drtune() -> ConfigDict:
+    """`hps` with DRTune's estimator: spaced steps, detached inputs, early exit."""
+    c = hps()
+    c.estimator = "drtune"
+    return c
+
+
+def sparse() -> ConfigDict:
+    """`hps` with FlowBP-Sparse's estimator."""
+    c = hps()
+    c.estimator = "sparse"
+    return c
+
+
+def bridge() -> ConfigDict:
+    """`hps` with FlowBP-Bridge's estimator."""
+    c = hps()
+    c.estimator = "bridge"
+    return c
+
+
+def lagrange() -> ConfigDict:
+    """`hps` with FlowBP-Lagrange's estimator."""
+    c = hps()
+    c.estimator = "lagrange"
+    return c
+
+
+def leapalign() -> ConfigDict:
+    """`hps` with LeapAlign's estimator: two leaps."""
+    c = hps()
+    c.estimator = "leapalign"
+    return c
+
+
 def evaluate() -> ConfigDict:
     """Rewards and pictures of a checkpoint (`--config.resume_from=…`) or, without one, of the base model."""
     c = hps()
     c.task = "evaluate"
     c.num_eval_images = 200
+    c.num_eval_prompts = None
     return c
 
 
@@ -183,6 +279,14 @@ def evaluate_soup() -> ConfigDict:
     """LoRAs c·resume_from + (1-c)·resume_from_2 for each c of mixing_coef_1, under all the named rewards."""
     c = evaluate()
     c.task = "evaluate_soup"
+    return c
+
+
+def guide() -> ConfigDict:
+    """Reward guidance while sampling, beside the plain model and, with `resume_from`, beside the fine-tuned one."""
+    c = evaluate()
+    c.task = "guide"
+    c.num_eval_images = 32
     return c
 
 
@@ -206,6 +310,7 @@ def quickstart() -> ConfigDict:
     c.num_epochs = 3
     c.per_gpu_capacity = 8
     c.num_eval_images = 48
+    c.num_eval_prompts = 24
     c.max_vis_images = 12
     c.train.total_batch_size = 8
     c.train.total_samples_per_epoch = 64
@@ -223,6 +328,13 @@ def tiny_evaluate() -> ConfigDict:
     return c
 
 
+def tiny_guide() -> ConfigDict:
+    """`guide` on the bundled model."""
+    c = use_tiny(guide())
+    c.reward_fn = "aesthetic:1,clip:40"
+    return c
+
+
 def tiny_soup() -> ConfigDict:
     """`evaluate_soup` on the bundled model."""
     c = use_tiny(evaluate_soup())
@@ -233,7 +345,8 @@ def tiny_soup() -> ConfigDict:
 PRESETS = {
     preset.__name__: preset
     for preset in (
-        aesthetic, aesthetic_k1, hps, hps_k1, evaluate, evaluate_soup, quickstart, tiny_evaluate, tiny_soup
+        aesthetic, aesthetic_k1, hps, hps_k1, draft_lv, refl, drtune, sparse, bridge, lagrange, leapalign,
+        evaluate, evaluate_soup, guide, quickstart, tiny_evaluate, tiny_soup, tiny_guide,
     )
 }  # fmt: skip
 

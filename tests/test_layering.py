@@ -19,6 +19,7 @@ LAYERS = [
     ],
     [
         "alignprop.accounting",
+        "alignprop.adjoint",
         "alignprop.background",
         "alignprop.estimators",
         "alignprop.lean",
@@ -27,8 +28,10 @@ LAYERS = [
         "alignprop.models.base",
         "alignprop.models.latent",
         "alignprop.pictures",
+        "alignprop.plans",
         "alignprop.processes",
         "alignprop.prompts",
+        "alignprop.quadrature",
         "alignprop.samplers",
         "alignprop.sharding",
         "alignprop.speed",
@@ -50,14 +53,13 @@ LAYERS = [
     ],
     [
         "alignprop.checkpoint",
-        "alignprop.ddpo",
         "alignprop.evaluate",
         "alignprop.forecast",
         "alignprop.planner",
         "alignprop.weights",
     ],
     ["alignprop.records", "alignprop.run"],
-    ["alignprop.tasks", "alignprop.trainer"],
+    ["alignprop.ddpo", "alignprop.loop", "alignprop.tasks", "alignprop.trainer"],
     ["main", "scripts", "tests"],  # with everything inside them, which may import each other
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -65,10 +67,13 @@ SIDEWAYS = {
     "alignprop.models": {f"alignprop.models.{family}" for family in ("flux", "sd", "sd3", "sdxl")},
     "alignprop.models.latent": {"alignprop.models.base"},
     "alignprop.models.skeleton": {f"alignprop.models.{family}" for family in ("flux", "sd", "sd3", "sdxl")},
+    "alignprop.ddpo": {"alignprop.loop"},
+    "alignprop.estimators": {"alignprop.plans", "alignprop.quadrature", "alignprop.samplers"},
     "alignprop.fields": {"alignprop.policies"},
     "alignprop.memory": {"alignprop.lean", "alignprop.models.base"},
     "alignprop.forecast": {"alignprop.weights"},
     "alignprop.planner": {"alignprop.forecast"},
+    "alignprop.quadrature": {"alignprop.samplers"},
     "alignprop.rollout": {"alignprop.guidance"},
     "alignprop.run": {"alignprop.records"},
     "alignprop.settings": {"alignprop.fields", "alignprop.policies"},
@@ -76,8 +81,12 @@ SIDEWAYS = {
     "alignprop.speed": {"alignprop.models.base"},
     "alignprop.stopping": {"alignprop.settings"},
     "alignprop.tracking": {"alignprop.pictures"},
+    "alignprop.trainer": {"alignprop.loop"},
 }
-REWARD_USERS = {f"alignprop.{name}" for name in ("evaluate", "forecast", "planner", "run", "trainer")} | {*LAYERS[-1]}
+REWARD_USERS = {
+    f"alignprop.{name}"
+    for name in ("ddpo", "evaluate", "forecast", "guards", "guide", "loop", "planner", "run", "tasks", "trainer")
+} | {*LAYERS[-1]}
 OPTIONAL = {"hpsv2", "matplotlib", "tensorboard", "wandb"}  # to be imported where they are used
 
 

@@ -28,7 +28,7 @@ def real_cost(trainer):
     """(bytes at most, FLOPs) of one micro-batch with every step active, and of the update, on the CPU."""
     run, account = trainer.run, Account("cpu")
     trainer.step()  # prompts are remembered and the optimizer has its moments
-    plan = build_estimator("full", 0, (0, 1))(trainer.config.train.num_inference_steps, CAPACITY)
+    plan = build_estimator("full")(run.rollout.sampler, CAPACITY)
     account.track(run.model.denoiser, run.model.decoder, run.reward)
     account.track([list(moments.values()) for moments in trainer.weights.optimizer.state.values()])
     with account:

@@ -5,21 +5,22 @@ import torch
 from diffusers import DDIMScheduler
 
 from alignprop import estimators
-from alignprop.estimators import GradientPlan
 from alignprop.lora import add_lora, trainable_parameters
 from alignprop.models.sd import StableDiffusion
+from alignprop.plans import GradientPlan
 from alignprop.policies import MemoryPolicy
 from alignprop.rollout import Rollout
 from alignprop.samplers import Sampler, ddim_sampler
 from alignprop.seeding import generator, generators
 
 STEPS, BATCH = 6, 3
+CHAIN = ddim_sampler(DDIMScheduler(), STEPS)
 PLANS = {
-    "full": estimators.full(STEPS, BATCH),
-    "truncated K=1": estimators.truncated(STEPS, BATCH, first=STEPS - 1),
-    "truncated K=5": estimators.truncated(STEPS, BATCH, first=STEPS - 5),
-    "randomized": estimators.randomized(STEPS, BATCH, generator("r"), minmax=(0, STEPS)),
-    "per_step": estimators.per_step(STEPS, BATCH, generator("p"), minmax=(0, STEPS)),
+    "full": estimators.full(CHAIN, BATCH),
+    "truncated K=1": estimators.truncated(CHAIN, BATCH, first=STEPS - 1),
+    "truncated K=5": estimators.truncated(CHAIN, BATCH, first=STEPS - 5),
+    "randomized": estimators.randomized(CHAIN, BATCH, generator("r"), minmax=(0, STEPS)),
+    "per_step": estimators.per_step(CHAIN, BATCH, generator("p"), minmax=(0, STEPS)),
 }
 
 
@@ -109,7 +110,7 @@ def test_sweep_in_float32(pipelines, plan):
 
 def test_inactive_steps_give_exactly_no_gradient(pipelines):
     model = make_model(pipelines["epsilon"], torch.float32)
-    latents, gradients = sweep_gradients(model, estimators.none(STEPS, BATCH), 5.0, 0.0, torch.float32)
+    latents, gradients = sweep_gradients(model, estimators.none(CHAIN, BATCH), 5.0, 0.0, torch.float32)
     assert latents.requires_grad and not gradients.any()
 
 
@@ -131,7 +132,7 @@ def test_calls_that_only_other_processes_need_change_nothing(pipelines, monkeypa
     model = make_model(pipelines["epsilon"], torch.float64)
     active = torch.zeros(STEPS, BATCH, dtype=torch.bool)
     active[2, 0] = active[4, 1] = active[5, 1] = True
-    plans = [GradientPlan.exact(active), GradientPlan(active, torch.ones(STEPS, BATCH), weight=active.double())]
+    plans = [GradientPlan.exact(active), GradientPlan.exact(active, weight=active.double())]
     expected = [sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1] for plan in plans]
     everywhere = torch.ones(2, STEPS, dtype=torch.bool)
     monkeypatch.setattr(Rollout, "network_calls", lambda self, plan: everywhere)
@@ -146,7 +147,7 @@ def test_weight_and_coupling_follow_their_definition(pipelines):
     """w scales a step's gradient and γ its share of λ; γ·f(x) + (1-γ)·f(x detached) is their autograd."""
     model = make_model(pipelines["epsilon"], torch.float64)
     draw = lambda name: 0.5 + torch.rand(STEPS, BATCH, generator=generator(name), dtype=torch.float64)  # noqa: E731
-    plan = GradientPlan(PLANS["per_step"].active, coupling=draw("coupling"), weight=draw("weight"))
+    plan = GradientPlan.exact(PLANS["per_step"].active, coupling=draw("coupling"), weight=draw("weight"))
     sampler = ddim_sampler(model.scheduler, STEPS)
     cond = model.encode_prompts(["a cat", "two dogs", "a red circle"])
     latents = model.init_latents(generators(range(BATCH), "x")).double()
@@ -243,7 +244,7 @@ def test_adjoint_clip_bounds_growth_and_is_off_by_default():
     def norms(**options):
         model = LinearModel(0.1)
         rollout = Rollout(model, Sampler(torch.arange(5), a, b, torch.zeros(5)), 1.0, **options)
-        rollout(generators(range(2), "x"), {}, estimators.full(5, 2)).sum().backward()
+        rollout(generators(range(2), "x"), {}, estimators.full(rollout.sampler, 2)).sum().backward()
         sums, counts = rollout.adjoint_norms.take()
         return sums / counts
     start = 2**0.5

@@ -1,0 +1,172 @@
+"""The loop that every way of training shares: steps, and after each what is due then; stopping, saving, continuing."""
+
+import json
+from functools import partial
+
+import torch
+from tqdm.auto import tqdm
+
+from alignprop.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
+from alignprop.evaluate import Evaluation
+from alignprop.memory import apply_policy
+from alignprop.processes import on_main
+from alignprop.prompts import load_prompts
+from alignprop.run import Run
+from alignprop.settings import changes
+from alignprop.sharding import is_fsdp
+from alignprop.speed import compile_blocks
+from alignprop.stopping import STOPPED, stop_requests
+from alignprop.weights import TrainedWeights
+
+
+class TrainingLoop:
+    """Trains a LoRA (or the whole denoiser) for a reward; a subclass has the method, `step` and `try_memory`.
+
+    Args:
+        config: see config/align_prop.py.
+        model: used instead of loading `config.pretrained.model`.
+        reward: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
+        needs_gradient: the reward must be differentiable.
+
+    Raises:
+        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+    """
+
+    def __init__(self, config, model=None, reward=None, needs_gradient=False):
+        self.prompts = load_prompts(config.prompt_fn, "prompt_fn")
+        self.run = Run(config, model, reward, needs_gradient)
+        self.config = c = self.run.config
+
+        self.run.residency.enter("denoise")  # the adapter is made where its layers are, and stays there
+        self.weights = TrainedWeights(self.run.model, c, self.run.accelerator)
+        apply_policy(self.run.model, self.run.memory)
+        if c.compile:
+            compile_blocks(self.run.model.denoiser)
+        self.global_step = 0
+        self.stop_requests: list[str] = []
+        if self.run.checkpoint:
+            self._restore()
+        chosen = "auto" in (config.memory_policy, config.per_gpu_capacity)
+        if chosen and self.run.accelerator.device.type == "cuda" and not is_fsdp(self.run.accelerator):
+            self._try_policy()
+
+    @property
+    def last_step(self) -> int:
+        """The number of optimizer steps of the whole run."""
+        return self.config.num_epochs * self.config.train.steps_per_epoch
+
+    def train(self) -> None:
+        """The whole run, from where it is: steps, and after each what is due then; a summary.
+
+        Raises:
+            SystemExit: the process was asked to stop (SIGTERM, SIGINT) and has saved; its code is `STOPPED`.
+        """
+        run, progress = self.run, {"total": self.last_step, "initial": self.global_step, "unit": "step"}
+        run.open_folder(self.global_step)
+        with stop_requests() as self.stop_requests, tqdm(desc="training", disable=not run.is_main, **progress) as bar:
+            self._save_and_evaluate()
+            while self.global_step < self.last_step and not self._stopping():
+                row = self.step()
+                run.log(row)
+                bar.set_postfix(epoch=row["epoch"], reward=f"{row['reward']:.4g}")
+                bar.update()
+                self._save_and_evaluate()
+            if self._stopping():
+                self._stop()
+        run.finish()
+
+    def step(self) -> dict:
+        """The next step, `global_step` + 1, which it counts; returns its metrics row."""
+        raise NotImplementedError
+
+    def try_memory(self) -> None:
+        """One micro-batch of what needs the most memory; adds to the trained weights' `.grad`."""
+        raise NotImplementedError
+
+    def evaluate(self) -> Evaluation | None:
+        """Held-out rewards and pictures with the (averaged) weights of now; None where asked to stop meanwhile."""
+        run = self.run
+        with self.weights.averaged():
+            evaluation = run.evaluator(should_stop=self._stopping)
+        if evaluation:
+            run.report(evaluation, self.global_step, epoch=self.global_step // self.config.train.steps_per_epoch)
+        return evaluation
+
+    def save(self) -> None:
+        """Writes checkpoints/checkpoint_<step>, unless it is there: the one that this run continues from."""
+        run = self.run
+        run.records.wait()  # a checkpoint says that all rows before it are written
+        if on_main(lambda: self.global_step in map(step_of, checkpoints_of(run.folder))):
+            return
+        state = {
+            "global_step": self.global_step,
+            "config": json.dumps(self.config.to_dict()),
+            **self.weights.state(),
+        }
+        if run.is_main:
+            write_weights = partial(self.weights.write, state=state)
+            write_checkpoint(run.folder, self.global_step, state, write_weights, run.base)
+
+    def _save_and_evaluate(self) -> None:
+        """What is due after this step and not done yet: a run may have been interrupted between any two of them."""
+        c, run, step = self.config, self.run, self.global_step
+        epoch, within_epoch = divmod(step, c.train.steps_per_epoch)
+        last = step >= self.last_step
+        if within_epoch and not last:
+            return
+        # Saved first, because evaluating takes long enough to be interrupted.
+        if step and (last or epoch % c.save_freq == 0):
+            self.save()
+        due = not step or last or (c.eval_freq and epoch % c.eval_freq == 0)
+        if due and not run.is_evaluated(step):
+            self.evaluate()
+        run.prune_checkpoints()
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop; every process has to ask."""
+        return self.run.any_process(bool(self.stop_requests))
+
+    def _stop(self) -> None:
+        self.save()
+        self.run.finish(
+            f"stopped after optimizer step {self.global_step} of {self.last_step} and saved; go on with the same "
+            f"command and --config.resume_from={self.run.folder}"
+        )
+        raise SystemExit(STOPPED)
+
+    def _micro_batches(self) -> list[torch.Tensor]:
+        """The indices in the global batch of each micro-batch of this process."""
+        size, accelerator = self.config.per_gpu_capacity, self.run.accelerator
+        at_once = size * accelerator.num_processes
+        firsts = range(accelerator.process_index * size, self.config.train.total_batch_size, at_once)
+        return [torch.arange(first, first + size) for first in firsts]
+
+    def _try_policy(self) -> None:
+        """`try_memory`; as long as it does not fit, the next more frugal policy."""
+        run = self.run
+        while True:
+            no_room, moments = "", []
+            try:
+                moments += [torch.empty_like(p) for p in self.weights.parameters for _ in range(2)]  # the optimizer's
+                run.residency.enter("measure")  # what an evaluation needs besides
+                self.try_memory()
+            except torch.OutOfMemoryError as error:
+                no_room = str(error).partition(". ")[0]
+            moments.clear()
+            self.weights.zero_grad()
+            run.rollout.adjoint_norms.take()
+            torch.cuda.empty_cache()  # what a policy left must not look like what the next one needs
+            if not run.any_process(bool(no_room)):
+                return
+            run.economise(no_room or "another process ran out of memory")
+            self.config = run.config
+            apply_policy(run.model, run.memory)
+
+    def _restore(self) -> None:
+        checkpoint, c = self.run.checkpoint, self.config
+        state = read_state(checkpoint)
+        self.weights.load(state, checkpoint)
+        self.global_step = state["global_step"]
+        self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {self.global_step}")
+        for line in changes(json.loads(state["config"]), json.loads(json.dumps(c.to_dict()))):
+            self.run.say(f"  with another {line}")
