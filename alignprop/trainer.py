@@ -39,7 +39,7 @@ class AlignPropTrainer(TrainingLoop):
 
     def step(self) -> dict:
         """One optimizer step over `total_batch_size` samples (Algorithm 1 of the paper); returns its metrics row."""
-        c, run, started = self.config, self.run, time.perf_counter()
+        c, run, started, processor_started = self.config, self.run, time.perf_counter(), time.process_time()
         key = (c.seed, self.global_step)
         seed_global(*key, "global", run.accelerator.process_index)
         plan = self.estimator(run.rollout.sampler, c.train.total_batch_size, generator(*key, "plan"))
@@ -64,6 +64,7 @@ class AlignPropTrainer(TrainingLoop):
             "active_steps": plan.active.sum(0).double().mean().item(),
             "skipped_steps": self.weights.skipped,
             "seconds": round(time.perf_counter() - started, 3),
+            "cpu_seconds": round(time.process_time() - processor_started, 3),
         }
 
     def add_gradients(self, key: tuple, indices: torch.Tensor, plan: GradientPlan) -> torch.Tensor:

@@ -89,7 +89,7 @@ def contents(run: Path, like: Path) -> dict:
         name = str(path.relative_to(run))
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found |= flat([{k: v for k, v in row.items() if k != "seconds"} for row in rows], name)
+            found |= flat([{k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds")} for row in rows], name)
         elif path.name == "training_state.pt":
             state = read_state(path.parent)
             found |= flat({k: v for k, v in state.items() if k != "config"}, name)

@@ -39,7 +39,7 @@ def make_trainer(toy_config, pipeline_folder):
 
 def gradient(trainer):
     (indices,) = trainer._micro_batches()
-    plan = trainer.estimator(STEPS, BATCH, generator("plan"))
+    plan = trainer.estimator(trainer.run.rollout.sampler, BATCH, generator("plan"))
     rewards = trainer.add_gradients((0, 0), indices, plan)[1]
     found = torch.cat([p.grad.flatten() for p in trainer.weights.parameters])
     trainer.weights.zero_grad()
