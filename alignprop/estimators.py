@@ -177,6 +177,7 @@ def leapalign(sampler, num_samples, generator, *, coupling=0.3) -> GradientPlan:
     in gradient only: the values are the rollout's. k < j uniform; `coupling` is the discount α. For flow matching the
     sums are σ[j] - σ[k] and σ[N] - σ[j]. Its weighting of samples by the similarity of leap and rollout is left out.
     """
+    _at_least_two(sampler, "leapalign")
     return lagrange(sampler, num_samples, generator, order=1, num_active=1, coupling=coupling)
 
 

@@ -41,8 +41,8 @@ def difference(ours, theirs, part=""):
 
 def assert_rows_agree(ours, theirs):
     assert ours.keys() == theirs.keys() and ours["kind"] == theirs["kind"]
-    told = [{name: value for name, value in flatten(row).items() if name not in ("kind", "seconds", "cpu_seconds", "adjoint_norm")}
-            for row in (ours, theirs)]  # fmt: skip
+    aside = ("kind", "seconds", "cpu_seconds", "adjoint_norm")
+    told = [{name: value for name, value in flatten(row).items() if name not in aside} for row in (ours, theirs)]
     assert told[0] == pytest.approx(told[1], rel=1e-5, abs=1e-7)
     norms = [[-1.0 if n is None else n for n in row.get("adjoint_norm", [])] for row in (ours, theirs)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # they are written with 4 digits

@@ -138,3 +138,56 @@ def test_the_schedulers_class_chooses_the_chain(kind):
     assert torch.equal(ours.b, expected.b) and torch.equal(ours.s, expected.s)
     with pytest.raises(ConfigError, match=r"^eta = 0\.5 must be 0"):
         build_sampler(flow, 10, 0.5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_predicted_clean_latents_are_the_schedulers(prediction_type, eta):
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    sampler = ddim_sampler(scheduler, 7, eta)
+    scheduler.set_timesteps(7)
+    x, f = torch.randn(2, 2, 3, dtype=torch.float64)
+    for i, t in enumerate(scheduler.timesteps):
+        expected = scheduler.step(f, t, x, eta=eta).pred_original_sample
+        torch.testing.assert_close(float(sampler.p[i]) * x + float(sampler.q[i]) * f, expected)
+
+
+def test_noise_levels_are_those_that_the_scheduler_adds():
+    scheduler = DDIMScheduler(set_alpha_to_one=False)
+    sampler = ddim_sampler(scheduler, 7)
+    clean, noise = torch.randn(2, 7, 3, dtype=torch.float64)
+    expected = scheduler.add_noise(clean, noise, sampler.timesteps)
+    ours = sampler.alpha[:-1, None] * clean + sampler.sigma[:-1, None] * noise
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    # The end of the chain has the level of the model's first timestep, or of clean latents.
+    torch.testing.assert_close(sampler.alpha[-1] ** 2, scheduler.alphas_cumprod[0].double())
+    assert ddim_sampler(DDIMScheduler(set_alpha_to_one=True), 7).sigma[-1] == 0
+
+
+def test_flow_levels_mix_latents_and_noise():
+    sampler = flow_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), 5)
+    assert torch.equal(sampler.alpha + sampler.sigma, torch.ones(6).double())
+    # Along a straight path x = (1 - σ)·x0 + σ·z the velocity is z - x0, so x̂0 is x0 and the chain stays on it.
+    clean, noise = torch.randn(2, 4, dtype=torch.float64)
+    path = sampler.alpha[:, None] * clean + sampler.sigma[:, None] * noise
+    for i in range(5):
+        torch.testing.assert_close(sampler.p[i] * path[i] + sampler.q[i] * (noise - clean), clean)
+        following = sampler.a[i] * path[i] + sampler.b[i] * (noise - clean)
+        torch.testing.assert_close(following, path[i + 1], rtol=1e-6, atol=1e-6)
+
+
+def test_eta_one_from_pure_noise_is_the_limit_of_little_noise_less():
+    """Zero terminal SNR: the scheduler's own coefficients are not numbers at the first step."""
+    options = dict(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    scheduler = DDIMScheduler(**options)
+    exact, near = ddim_sampler(scheduler, 5, 1.0), ddim_sampler(scheduler, 5, 1 - 1e-5)
+    for name in "abs":
+        torch.testing.assert_close(getattr(exact, name), getattr(near, name), rtol=0, atol=0.01)
+    # What a step leaves of a clean picture and of noise is the next level.
+    mean = exact.a[0] * noise_of(exact) + exact.b[0] * -1.0  # v = -x0 at pure noise, for x0 = 1
+    torch.testing.assert_close(mean, exact.alpha[1])
+    torch.testing.assert_close(exact.s[0], exact.sigma[1])
+
+
+def noise_of(sampler):
+    return sampler.sigma[0] * 0.3

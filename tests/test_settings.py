@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 from ml_collections import ConfigDict
 
+from alignprop.estimators import ESTIMATORS
 from alignprop.fields import FIELDS
 from alignprop.losses import LOSSES
 from alignprop.policies import NAMES, POLICIES
 from alignprop.settings import (
+    PLAN_FIELDS,
     ConfigError,
     flatten,
     memory_policy,
@@ -87,6 +89,15 @@ REFUSED = {
     "channels_last": ["NHWC"], "compile": ["reduce-overhead"], "num_inference_steps": [0],
     "guidance_scale": [0.5, math.nan], "eta": [-0.5, 1.5],
     "estimator": [""], "trunc_backprop_timestep": [-1], "truncated_backprop_minmax": [(1,), (0, 1.5), (0, 1, 2)],
+    "algorithm": ["ppo"], "plan.num_active": [0], "plan.exit_window": [0.0, 1.5], "plan.copies": [0, 1.5],
+    "plan.late_bias": [-1.0], "plan.rescale": [2.0], "plan.coupling": [-0.1, 1.1], "plan.order": [0],
+    "plan.support_scale": [0.0], "reward_combine": ["max"], "reward_noise": [-0.1], "kl_coeff": [-1.0],
+    "num_eval_prompts": [0], "eval_diversity": ["yes"], "eval_base_distance": [1], "stop_when": [None],
+    "best_by": [None], "lora_scale": [math.nan], "lora_schedule": ["cosine"],
+    "guide.strength": [0.0], "guide.through": ["vae"], "guide.schedule": ["linear"],
+    "guide.window": [(0.5,), (0.0, 1.5)], "ddpo.inner_epochs": [0], "ddpo.clip_range": [0.0],
+    "ddpo.adv_clip_max": [-1.0], "ddpo.timestep_fraction": [0.0, 1.1], "ddpo.train_cfg": [None],
+    "ddpo.per_prompt_buffer": [-1], "ddpo.per_prompt_min_count": [0],
     "guidance_grad": ["uncond"], "adjoint_clip": [-1.0], "reward_fn": [""], "eval_reward_fn": [None], "loss": ["l2"],
     "loss_target": [math.nan],
     "grad_scale": [0.0], "aesthetic.clip": [""], "aesthetic.head_repo": [""], "aesthetic.head_file": [""],
@@ -228,6 +239,41 @@ def test_fields_without_effect_are_told():
     assert warnings_for(preset(), overridden) == []
 
 
+def test_a_plan_field_of_another_estimator_is_told():
+    c = preset("refl", plan__exit_window=0.5, plan__copies=3)
+    assert warnings_for(c, ["plan.exit_window", "plan.copies"]) == [
+        "plan.copies has no effect: it needs estimator = 'draft_lv'"
+    ]
+
+
+def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
+    for field, names in PLAN_FIELDS.items():
+        assert {n for n, f in ESTIMATORS.items() if field in inspect.signature(f).parameters} == set(names)
+    assert {name for name in FIELDS if name.startswith("plan.")} == {f"plan.{field}" for field in PLAN_FIELDS}
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(kl_coeff=0.1, use_lora=False), r"kl_coeff = 0.1 needs use_lora = True"),
+    (dict(guide__window=(0.5, 0.5)), r"guide.window = \(0.5, 0.5\) must be \(from, to\)"),
+    (dict(algorithm="ddpo"), r"eta = 0 must be greater than 0 where algorithm = 'ddpo'"),
+])  # fmt: skip
+def test_combinations_of_newer_fields_that_cannot_run(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(preset(**fields), 1)
+
+
+@pytest.mark.parametrize(("config", "field", "told"), [
+    (dict(), "lora_scale", "task = 'evaluate' or 'guide'"),
+    (dict(), "guide.strength", "task = 'guide'"),
+    (dict(), "ddpo.clip_range", "algorithm = 'ddpo'"),
+    (dict(algorithm="ddpo", eta=1.0), "estimator", "algorithm = 'ddpo' does not use it"),
+    (dict(reward_fn="hps"), "reward_combine", "several rewards"),
+])  # fmt: skip
+def test_newer_fields_without_effect_are_told(config, field, told):
+    (line,) = warnings_for(preset(**config), [field])
+    assert line.startswith(f"{field} has no effect") and told in line
+
+
 def test_every_preset_resolves():
     for name in PRESETS:
         resolve(preset(name, **({"resume_from": "x"} if "soup" in name else {})), 1)
@@ -245,7 +291,8 @@ def test_published_hyper_parameters():
 
 
 def test_a_variant_states_only_its_difference():
-    for variant, plain in (("aesthetic_k1", "aesthetic"), ("hps_k1", "hps")):
+    estimators = ("draft_lv", "refl", "drtune", "sparse", "bridge", "lagrange", "leapalign")
+    for variant, plain in (("aesthetic_k1", "aesthetic"), ("hps_k1", "hps"), *((name, "hps") for name in estimators)):
         a, b = (flatten(get_config(n).to_dict()) for n in (variant, plain))
         assert {k for k in a if a[k] != b[k]} == {"estimator", "preset"}
 

@@ -19,7 +19,8 @@ def train(config):
 
 def rows(trainer, kind=None):
     found = [json.loads(line) for line in (trainer.run.folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "cpu_seconds")} for r in found if kind in (None, r["kind"])]
+    kept = [r for r in found if kind in (None, r["kind"])]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "cpu_seconds")} for r in kept]
 
 
 def weights(trainer):
