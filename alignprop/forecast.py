@@ -18,6 +18,7 @@ from alignprop.accounting import Account
 from alignprop.estimators import build_estimator
 from alignprop.memory import Residency, apply_policy
 from alignprop.models.base import Model
+from alignprop.plans import GradientPlan
 from alignprop.policies import MemoryPolicy, chunks
 from alignprop.rollout import Rollout
 from alignprop.samplers import Sampler
@@ -81,39 +82,44 @@ def forecast(
     train, done = config.train, {} if done is None else done
     estimator = build_estimator(config.estimator, **estimator_options(config))
     plan = estimator(_chain(train.num_inference_steps), train.total_batch_size, generator(config.seed, 0, "plan"))
+    if plan.copies:  # their last step is called again with them
+        memory = replace(memory, keep_steps=0)
     most_active = int(plan.active.any(dim=1).sum())
     # Chunks follow each other and cost the same, so one is enough, unless their graphs are kept.
     largest = max(memory.sweep_chunk or capacity, memory.decode_chunk or capacity)
     samples = capacity if memory.keep_steps else min(largest, capacity)
 
     def simulate(keep_steps: int, *counts: int) -> list[SimpleNamespace]:
-        keys = [(replace(memory, keep_steps=keep_steps), samples, k) for k in counts]
+        keys = [(replace(memory, keep_steps=keep_steps), samples, k, plan.copies) for k in counts]
         for key in keys:
             done[key] = done.get(key) or _simulate(parts, config, *key)
         return [done[key] for key in keys]
 
     kept = simulate(3, 1, 2, 3) if memory.keep_steps else simulate(0, 1, 2)
     recomputed = simulate(0, 1, 2) if 0 < memory.keep_steps < most_active else kept
-    flops = _flops(kept, recomputed, plan.active.sum(dim=0), memory.keep_steps, train.num_inference_steps)
+    flops = _flops(kept, recomputed, plan, memory.keep_steps)
     peaks = _peaks(kept, memory, capacity, samples, most_active)
     if recomputed is not kept:
         peaks["sweep"] = max(peaks["sweep"], recomputed[-1].peaks["sweep"])
     return Forecast(policy, capacity, peaks, flops / samples)
 
 
-def _flops(kept, recomputed, active_steps: torch.Tensor, keep: int, num_steps: int) -> float:
-    """Of the simulated samples, on average over the K that are drawn."""
+def _flops(kept, recomputed, plan: GradientPlan, keep: int) -> float:
+    """Of the simulated samples, on average over what the plan draws."""
     lowest, call = (r.flops["sweep"] for r in recomputed[:2])
     kept_lowest, kept_call = (r.flops["sweep"] for r in kept[:2])
     call, kept_call = call - lowest, kept_call - kept_lowest
+    below = plan.active.int().cumsum(dim=0) - plan.active.int()  # active steps that still need λ
+    into_latents = plan.active & (plan.coupling != 0) & (below > 0)
     found = []
-    for k in active_steps.tolist():
+    for k, n in zip(plan.active.sum(dim=0).tolist(), into_latents.sum(dim=0).tolist(), strict=True):
         from_rollout = min(k, keep)
-        if k > from_rollout:
-            found.append(lowest + (k - from_rollout - 1) * call + from_rollout * kept_call)
-        else:
-            found.append(kept_lowest + (k - 1) * kept_call if k else 0)
-    return num_steps * kept[0].flops["denoise"] + kept[0].flops["decode"] + sum(found) / len(found)
+        kept_n = min(n, from_rollout)
+        found.append((from_rollout - kept_n) * kept_lowest + kept_n * kept_call)
+        found.append((k - from_rollout - (n - kept_n)) * lowest + (n - kept_n) * call)
+    rollout_calls = (plan.exit_step.clamp(max=len(plan.active) - 1) + 1).double().mean().item() + plan.copies
+    one_call = kept[0].flops["denoise"] / (1 + plan.copies)
+    return rollout_calls * one_call + kept[0].flops["decode"] + sum(found) / plan.active.shape[1]
 
 
 def _peaks(steps, memory: MemoryPolicy, capacity: int, samples: int, most_active: int) -> dict[str, int]:
@@ -130,8 +136,10 @@ def _peaks(steps, memory: MemoryPolicy, capacity: int, samples: int, most_active
     return peaks
 
 
-def _simulate(parts: Parts, config: ConfigDict, memory: MemoryPolicy, samples: int, steps: int) -> SimpleNamespace:
-    """`AlignPropTrainer.step` for one micro-batch with so many sampler steps, all of them active."""
+def _simulate(
+    parts: Parts, config: ConfigDict, memory: MemoryPolicy, samples: int, steps: int, copies: int
+) -> SimpleNamespace:
+    """`AlignPropTrainer.step` for one micro-batch with so many sampler steps: all active, or the last with copies."""
     model, reward = parts()
     device = model.device = torch.device("meta")
     phases = {"encode": model.text_encoders, "denoise": [model.denoiser], "decode": [model.decoder, reward]}
@@ -154,11 +162,14 @@ def _simulate(parts: Parts, config: ConfigDict, memory: MemoryPolicy, samples: i
                 cond = {name: tensor.float() for name, tensor in cond.items()}
         with account.phase("denoise"):
             residency.enter("denoise")
-            latents = rollout(generators(range(samples), "forecast"), cond, estimators.full(sampler, samples))
+            plan = estimators.full(sampler, samples)
+            if copies:
+                plan = estimators.draft_lv(sampler, samples, copies=copies)
+            latents = rollout(generators(range(samples), "forecast"), cond, plan)
         with account.phase("decode"):
             residency.enter("decode")
             adjoint = torch.empty_like(latents)
-            for rows in chunks(samples, memory.decode_chunk):
+            for rows in chunks(len(latents), memory.decode_chunk):
                 chunk = latents.detach()[rows].requires_grad_()
                 scores = reward.score_terms(model.decode(chunk), [""] * len(chunk), [{}] * len(chunk))
                 reward.combine(scores).sum().backward()

@@ -9,10 +9,10 @@ from accelerate.utils import DistributedType
 
 from alignprop import planner
 from alignprop.accounting import Account, on_meta
-from alignprop.estimators import build_estimator
 from alignprop.models.sd import StableDiffusion
 from alignprop.planner import GIB, Forecast, candidates, choose_policy, forecast, skeletons, table
 from alignprop.policies import POLICIES, MemoryPolicy
+from alignprop.seeding import generator
 from alignprop.settings import resolve
 from alignprop.trainer import AlignPropTrainer
 from rewards import as_reward, build_reward
@@ -25,10 +25,10 @@ STAYING["blocks"] = MemoryPolicy(sweep_chunk=2, block_checkpointing=True)
 
 
 def real_cost(trainer):
-    """(bytes at most, FLOPs) of one micro-batch with every step active, and of the update, on the CPU."""
+    """(bytes at most, FLOPs) of one micro-batch and of the update, on the CPU."""
     run, account = trainer.run, Account("cpu")
     trainer.step()  # prompts are remembered and the optimizer has its moments
-    plan = build_estimator("full")(run.rollout.sampler, CAPACITY)
+    plan = trainer.estimator(run.rollout.sampler, CAPACITY, generator(trainer.config.seed, 0, "plan"))
     account.track(run.model.denoiser, run.model.decoder, run.reward)
     account.track([list(moments.values()) for moments in trainer.weights.optimizer.state.values()])
     with account:
@@ -68,6 +68,18 @@ def test_a_forecast_is_what_a_real_step_needs(toy_config, options, name):
     (ours, our_flops), (real, real_flops) = compare(config, str(TINY / "pipeline"), STAYING[name])
     assert ours == pytest.approx(real, rel=0.05)
     assert our_flops == pytest.approx(real_flops, rel=0.01)
+
+
+@pytest.mark.parametrize(("estimator", "exact_bytes"), [("draft_lv", True), ("drtune", False), ("refl", False)])
+def test_a_forecast_knows_of_copies_and_early_exits(toy_config, options, estimator, exact_bytes):
+    """Samples that leave the chain make a step's calls smaller, never larger, than those that memory is planned for."""
+    from config.align_prop import TINY
+
+    options |= dict(estimator=estimator, plan__copies=3) if estimator == "draft_lv" else dict(estimator=estimator)
+    config = toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn="aesthetic", **options)
+    (ours, our_flops), (real, real_flops) = compare(config, str(TINY / "pipeline"), MemoryPolicy())
+    assert our_flops == pytest.approx(real_flops, rel=0.01)
+    assert ours == pytest.approx(real, rel=0.05) if exact_bytes else ours >= 0.95 * real
 
 
 def test_a_forecast_for_a_hundred_million_parameters(toy_config, options, tmp_path):
