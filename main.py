@@ -109,6 +109,10 @@ def run_task(config, plan_only=False, gpu_memory=None):
             from alignprop.tasks import evaluate_soup
 
             evaluate_soup(config)
+        elif config.algorithm == "ddpo":
+            from alignprop.ddpo import DDPOTrainer
+
+            DDPOTrainer(config).train()
         else:
             from alignprop.trainer import AlignPropTrainer
 

@@ -1,0 +1,250 @@
+"""DDPO: fine-tuning by policy gradient, for rewards that have no gradient (Black et al. 2023, arXiv 2305.13301).
+
+A step of a stochastic sampler is a draw from a policy,
+
+    x[i+1] ~ N(a[i]·x[i] + b[i]·f(x[i], t[i], c), s[i]²),
+
+so the gradient of its log-probability needs f alone, and the reward's value is enough. It is the baseline that reward
+back-propagation is measured against. `DDPOTrainer.step` is an epoch: pictures, advantages, and updates with them.
+"""
+
+import math
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from alignprop.loop import TrainingLoop
+from alignprop.models.base import select
+from alignprop.policies import chunks
+from alignprop.prompts import draw_prompts
+from alignprop.seeding import generator, generators, seed_global
+from alignprop.settings import ConfigError
+from alignprop.sharding import is_fsdp
+
+
+def log_probability(sampler, i: int, latents, model_output, next_latents) -> torch.Tensor:
+    """log N(x[i+1]; a·x[i] + b·f, s²), on average over the entries of x; float32 [B]. s[i] must not be 0.
+
+    The average, as in the authors' code, keeps the importance ratio near 1 whatever the size of the latents.
+    """
+    a, b, s = (float(c[i]) for c in (sampler.a, sampler.b, sampler.s))
+    squares = ((next_latents - a * latents - b * model_output) / s).square()
+    return (-squares / 2 - math.log(s) - math.log(2 * math.pi) / 2).flatten(1).mean(dim=1)
+
+
+def clipped_loss(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """-min(A·ratio, A·clip(ratio, 1 - clip_range, 1 + clip_range)), [B] (PPO, arXiv 1707.06347, eq. 7)."""
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+class PromptStatistics:
+    """Advantages from the newest rewards of each prompt, so that easy prompts do not drown hard ones (sec. 5).
+
+    Args:
+        size: rewards of a prompt that are kept; 0: none, all prompts share the epoch's statistics.
+        min_count: a prompt with fewer uses the epoch's mean and deviation.
+    """
+
+    def __init__(self, size: int, min_count: int):
+        self.size, self.min_count = size, min_count
+        self.rewards: dict[str, deque[float]] = {}
+
+    def advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
+        """(r - mean) / deviation of rewards [n], which are remembered first; float64 [n]."""
+        rewards = rewards.double().cpu()
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            self.rewards.setdefault(prompt, deque(maxlen=self.size)).append(reward)
+        found = torch.empty_like(rewards)
+        for j, prompt in enumerate(prompts):
+            own = self.rewards[prompt]
+            of = torch.tensor(own, dtype=torch.float64) if self.size and len(own) >= self.min_count else rewards
+            found[j] = (rewards[j] - of.mean()) / (of.std(correction=0) + 1e-6)
+        return found
+
+
+@dataclass
+class Samples:
+    """Some trajectories, on the host: those of an epoch are many.
+
+    Attributes:
+        indices: their places in the epoch, int [b].
+        prompts: theirs.
+        latents: x[0] … x[N], N+1 tensors [b, ...].
+        log_probabilities: of each step when it was drawn, float32 [N, b]; nan where it is no draw.
+    """
+
+    indices: torch.Tensor
+    prompts: list[str]
+    latents: list[torch.Tensor]
+    log_probabilities: torch.Tensor
+
+
+class DDPOTrainer(TrainingLoop):
+    """Trains a LoRA (or the whole denoiser) for any reward, by policy gradient.
+
+    Args:
+        config: see config/ddpo.py.
+        model: used instead of loading `config.pretrained.model`.
+        reward: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
+
+    Raises:
+        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+    """
+
+    def __init__(self, config, model=None, reward=None):
+        self.statistics = PromptStatistics(config.ddpo.per_prompt_buffer, config.ddpo.per_prompt_min_count)
+        super().__init__(config, model, reward)
+        if is_fsdp(self.run.accelerator):
+            raise ConfigError("algorithm = 'ddpo' does not run under FSDP; use one of the other configurations")
+        if not self.run.rollout.sampler.is_stochastic:
+            raise ConfigError("algorithm = 'ddpo': this sampler has no step with noise; use more sampler steps")
+
+    def step(self) -> dict:
+        """An epoch: `total_samples_per_epoch` pictures, and the updates with them; returns its metrics row."""
+        c, run, started, processor_started = self.config, self.run, time.perf_counter(), time.process_time()
+        key = (c.seed, self.global_step)
+        seed_global(*key, "global", run.accelerator.process_index)
+        size, total = c.train.total_batch_size, c.train.total_samples_per_epoch
+        prompts, _ = draw_prompts(self.prompts, *key, torch.arange(total))
+        blocks, scores = [], []
+        for first in tqdm(range(0, total, size), "sampling", leave=False, disable=not run.is_main):
+            found = [self.sample(key, first + indices) for indices in self._micro_batches()]
+            blocks.append([samples for several, _ in found for samples in several])
+            scores.append(run.accelerator.gather(torch.cat([s for _, s in found], dim=1).T.contiguous()))
+            # Gathered by process; back to the order of the epoch.
+            scores[-1] = scores[-1][self._gathered_order()]
+        rewards, *terms = torch.cat(scores).T
+        limit = c.ddpo.adv_clip_max
+        advantages = self.statistics.advantages(prompts, rewards).clamp(-limit, limit)
+        told = []
+        for inner in range(c.ddpo.inner_epochs):
+            order = torch.randperm(len(blocks), generator=generator(*key, "updates", inner)).tolist()
+            for block in tqdm(order, "updating", leave=False, disable=not run.is_main):
+                told.append(self.update(blocks[block], advantages, generator(*key, "steps", inner, block)))
+        self.global_step += 1
+        losses, grad_norms, ratios, clipped, divergences = (sum(t) / len(told) for t in zip(*told, strict=True))
+        return {
+            "kind": "train",
+            "step": self.global_step,
+            "epoch": self.global_step - 1,
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "rewards": {name: term.mean().item() for name, term in zip(run.reward.terms, terms, strict=True)},
+            "loss": losses,
+            "grad_norm": grad_norms,
+            "ratio": ratios,
+            "clip_fraction": clipped,
+            "approx_kl": divergences,
+            "samples": self.global_step * total,
+            "updates": self.global_step * len(told),
+            "skipped_steps": self.weights.skipped,
+            "seconds": round(time.perf_counter() - started, 3),
+            "cpu_seconds": round(time.process_time() - processor_started, 3),
+        }
+
+    @torch.no_grad()
+    def sample(self, key: tuple, indices: torch.Tensor) -> tuple[list[Samples], torch.Tensor]:
+        """Trajectories of some samples of the epoch, as they are called by the network together; their scores.
+
+        Returns:
+            The trajectories, and the reward and its terms, [1 + terms, B].
+        """
+        run, sampler = self.run, self.run.rollout.sampler
+        prompts, metadata = draw_prompts(self.prompts, *key, indices)
+        if not run.model.knows(prompts):
+            run.residency.enter("encode")
+        cond, found = run.model.encode_prompts(prompts), []
+        run.residency.enter("denoise")
+        for rows in chunks(len(indices), self.config.memory.sweep_chunk):
+            chain, told = [], torch.full((sampler.num_steps, len(indices[rows])), torch.nan)
+
+            def keep(i, latents, model_output, next_latents, chain=chain, told=told):
+                chain.append(latents.cpu())
+                if sampler.s[i]:
+                    told[i] = log_probability(sampler, i, latents, model_output, next_latents).cpu()
+
+            streams = generators(indices[rows], *key, "noise")
+            last, _ = run.rollout.sample(streams, select(cond, rows), on_step=keep)
+            found.append(Samples(indices[rows], prompts[rows], [*chain, last.cpu()], told))
+        run.residency.enter("decode")
+        final = torch.cat([samples.latents[-1] for samples in found]).to(run.accelerator.device)
+        scores = []
+        for rows in chunks(len(final), self.config.memory.decode_chunk):
+            terms = run.reward.score_terms(run.model.decode(final[rows]), prompts[rows], metadata[rows])
+            scores.append(torch.stack([run.reward.combine(terms), *terms.values()]))
+        return found, torch.cat(scores, dim=1)
+
+    def update(self, block: list[Samples], advantages, draw: torch.Generator) -> list[float]:
+        """One optimizer update with `total_batch_size` samples.
+
+        Args:
+            block: those of this process.
+            advantages: of the whole epoch, [n].
+            draw: of the sampler steps that are trained on.
+
+        Returns:
+            Means of loss, gradient norm, ratio, share of clipped ratios, and squared change of the log-probability / 2.
+        """
+        drawn_steps = self.run.rollout.sampler.s.nonzero().squeeze(1)
+        count = max(1, round(self.config.ddpo.timestep_fraction * len(drawn_steps)))
+        steps = drawn_steps[torch.randperm(len(drawn_steps), generator=draw)[:count]]
+        self.run.residency.enter("denoise")
+        steps = steps.sort().values.tolist()
+        told = [self.add_gradients(samples, i, advantages, count) for samples in block for i in steps]
+        losses, ratios, clipped, divergences = self.run.accelerator.gather(torch.cat(told, dim=1).T.contiguous()).T
+        grad_norm = self.weights.update(losses)
+        means = [t.double().mean().item() for t in (losses, ratios, clipped, divergences)]
+        return [means[0], grad_norm, *means[1:]]
+
+    def add_gradients(self, samples: Samples, i: int, advantages, count: int) -> torch.Tensor:
+        """Adds ∂(mean loss of the update)/∂θ of step i of some samples to θ's `.grad`.
+
+        Args:
+            count: of the steps whose mean it is.
+
+        Returns:
+            Of each sample its loss, ratio, whether that is clipped, and half the squared change of the log-probability.
+        """
+        c, rollout, device = self.config, self.run.rollout, self.run.accelerator.device
+        x, x_next, before = (t.to(device) for t in (*samples.latents[i : i + 2], samples.log_probabilities[i]))
+        t, cond = rollout.sampler.timesteps[i].to(device), self.run.model.encode_prompts(samples.prompts)
+        value, graph = rollout.f.with_graph(x, t, cond, needs_input=False)
+        model_output = value.requires_grad_()
+        log_ratio = log_probability(rollout.sampler, i, x, model_output, x_next) - before
+        losses = clipped_loss(log_ratio.exp(), advantages[samples.indices].to(log_ratio), c.ddpo.clip_range)
+        scaler = self.run.accelerator.scaler
+        total = losses.sum() / (c.train.total_batch_size * count)
+        (vector,) = torch.autograd.grad(scaler.scale(total) if scaler else total, model_output)
+        parameters = self.weights.parameters
+        products = rollout.f.products(graph, t, cond, vector, parameters)[:-1]
+        for parameter, product in zip(parameters, products, strict=True):
+            if product is not None:
+                product = product.to(parameter.grad_dtype)
+                parameter.grad = product if parameter.grad is None else parameter.grad + product
+        ratio = log_ratio.detach().exp()
+        clipped = (ratio - 1).abs() > c.ddpo.clip_range
+        return torch.stack([losses.detach(), ratio, clipped.to(ratio), log_ratio.detach().square() / 2])
+
+    def try_memory(self) -> None:
+        size = self.config.per_gpu_capacity
+        several, _ = self.sample((self.config.seed, "trial"), torch.arange(size))
+        (first, *_) = self.run.rollout.sampler.s.nonzero().squeeze(1).tolist()
+        self.add_gradients(several[0], first, torch.zeros(size), 1)
+
+    def extra_state(self) -> dict:
+        return {"prompt_rewards": {prompt: list(rewards) for prompt, rewards in self.statistics.rewards.items()}}
+
+    def load_extra_state(self, state: dict) -> None:
+        for prompt, rewards in state.get("prompt_rewards", {}).items():
+            self.statistics.rewards[prompt] = deque(rewards, maxlen=self.statistics.size)
+
+    def _gathered_order(self) -> torch.Tensor:
+        """Where each sample of a block is among what was gathered from the processes one after the other."""
+        c, n = self.config, self.run.accelerator.num_processes
+        size = c.per_gpu_capacity
+        places = torch.arange(c.train.total_batch_size).view(n, -1, size)  # process, its micro-batch, sample
+        return places.transpose(0, 1).flatten()
