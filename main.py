@@ -19,7 +19,8 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 from absl import app, flags
 from ml_collections import config_flags
 
-from alignprop.settings import FIELDS, ConfigError, check_name, resolve, warnings_for
+from alignprop.effects import warnings_for
+from alignprop.settings import FIELDS, ConfigError, check_name, resolve
 from alignprop.stopping import plain_endings
 
 PRESET = "config/align_prop.py:quickstart"
@@ -83,6 +84,8 @@ def main(argv):
         raise ConfigError(f"--gpu_memory = {gpu_memory} must be a finite number of GiB")
     if flags.FLAGS.plan and config.task != "train":
         raise ConfigError(f"--plan is about training, and task = {config.task!r} does not train")
+    if flags.FLAGS.plan and config.algorithm == "ddpo":
+        raise ConfigError("--plan is about back-propagation, and algorithm = 'ddpo' has none")
     run_task(config, flags.FLAGS.plan, flags.FLAGS.gpu_memory)
 
 
@@ -105,6 +108,10 @@ def run_task(config, plan_only=False, gpu_memory=None):
             from alignprop.tasks import evaluate
 
             evaluate(config)
+        elif config.task == "guide":
+            from alignprop.tasks import guide
+
+            guide(config)
         elif config.task == "evaluate_soup":
             from alignprop.tasks import evaluate_soup
 

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from alignprop.loop import TrainingLoop
-from alignprop.models.base import select
+from alignprop.models.base import Conditioning, select
 from alignprop.policies import chunks
 from alignprop.prompts import draw_prompts
 from alignprop.seeding import generator, generators, seed_global
@@ -74,13 +74,13 @@ class Samples:
         indices: their places in the epoch, int [b].
         prompts: theirs.
         latents: x[0] … x[N], N+1 tensors [b, ...].
-        log_probabilities: of each step when it was drawn, float32 [N, b]; nan where it is no draw.
+        log_probabilities: of each step i that has noise, when it was drawn; float32 [b].
     """
 
     indices: torch.Tensor
     prompts: list[str]
     latents: list[torch.Tensor]
-    log_probabilities: torch.Tensor
+    log_probabilities: dict[int, torch.Tensor]
 
 
 class DDPOTrainer(TrainingLoop):
@@ -100,8 +100,16 @@ class DDPOTrainer(TrainingLoop):
         super().__init__(config, model, reward)
         if is_fsdp(self.run.accelerator):
             raise ConfigError("algorithm = 'ddpo' does not run under FSDP; use one of the other configurations")
-        if not self.run.rollout.sampler.is_stochastic:
-            raise ConfigError("algorithm = 'ddpo': this sampler has no step with noise; use more sampler steps")
+        if not self.noisy_steps:
+            raise ConfigError(
+                f"ddpo.min_noise = {config.ddpo.min_noise} must be less than the noise of the sampler's noisiest step, "
+                f"{float(self.run.rollout.sampler.s.max()):.4g}"
+            )
+
+    @property
+    def noisy_steps(self) -> list[int]:
+        """The sampler steps that are trained on."""
+        return (self.run.rollout.sampler.s > self.config.ddpo.min_noise).nonzero().squeeze(1).tolist()
 
     def step(self) -> dict:
         """An epoch: `total_samples_per_epoch` pictures, and the updates with them; returns its metrics row."""
@@ -136,7 +144,7 @@ class DDPOTrainer(TrainingLoop):
             "rewards": {name: term.mean().item() for name, term in zip(run.reward.terms, terms, strict=True)},
             "loss": losses,
             "grad_norm": grad_norms,
-            "ratio": ratios,
+            "ratio_mean": ratios,
             "clip_fraction": clipped,
             "approx_kl": divergences,
             "samples": self.global_step * total,
@@ -153,23 +161,14 @@ class DDPOTrainer(TrainingLoop):
         Returns:
             The trajectories, and the reward and its terms, [1 + terms, B].
         """
-        run, sampler = self.run, self.run.rollout.sampler
+        run = self.run
         prompts, metadata = draw_prompts(self.prompts, *key, indices)
         if not run.model.knows(prompts):
             run.residency.enter("encode")
-        cond, found = run.model.encode_prompts(prompts), []
+        cond = run.model.encode_prompts(prompts)
         run.residency.enter("denoise")
-        for rows in chunks(len(indices), self.config.memory.sweep_chunk):
-            chain, told = [], torch.full((sampler.num_steps, len(indices[rows])), torch.nan)
-
-            def keep(i, latents, model_output, next_latents, chain=chain, told=told):
-                chain.append(latents.cpu())
-                if sampler.s[i]:
-                    told[i] = log_probability(sampler, i, latents, model_output, next_latents).cpu()
-
-            streams = generators(indices[rows], *key, "noise")
-            last, _ = run.rollout.sample(streams, select(cond, rows), on_step=keep)
-            found.append(Samples(indices[rows], prompts[rows], [*chain, last.cpu()], told))
+        parts = chunks(len(indices), self.config.memory.sweep_chunk)
+        found = [self.draw(key, indices[rows], prompts[rows], select(cond, rows)) for rows in parts]
         run.residency.enter("decode")
         final = torch.cat([samples.latents[-1] for samples in found]).to(run.accelerator.device)
         scores = []
@@ -177,6 +176,14 @@ class DDPOTrainer(TrainingLoop):
             terms = run.reward.score_terms(run.model.decode(final[rows]), prompts[rows], metadata[rows])
             scores.append(torch.stack([run.reward.combine(terms), *terms.values()]))
         return found, torch.cat(scores, dim=1)
+
+    def draw(self, key: tuple, indices: torch.Tensor, prompts: list[str], cond: Conditioning) -> Samples:
+        """Trajectories of samples that the network is called with together."""
+        rollout, steps = self.run.rollout, []
+        rollout.sample(generators(indices, *key, "noise"), cond, on_step=lambda *step: steps.append(step))
+        latents = [steps[0][1], *(x_next for *_, x_next in steps)]
+        told = {i: log_probability(rollout.sampler, i, *step) for i, *step in steps if rollout.sampler.s[i]}
+        return Samples(indices, prompts, [x.cpu() for x in latents], {i: t.cpu() for i, t in told.items()})
 
     def update(self, block: list[Samples], advantages, draw: torch.Generator) -> list[float]:
         """One optimizer update with `total_batch_size` samples.
@@ -189,11 +196,10 @@ class DDPOTrainer(TrainingLoop):
         Returns:
             Means of loss, gradient norm, ratio, share of clipped ratios, and squared change of the log-probability / 2.
         """
-        drawn_steps = self.run.rollout.sampler.s.nonzero().squeeze(1)
-        count = max(1, round(self.config.ddpo.timestep_fraction * len(drawn_steps)))
-        steps = drawn_steps[torch.randperm(len(drawn_steps), generator=draw)[:count]]
+        count = max(1, round(self.config.ddpo.timestep_fraction * len(self.noisy_steps)))
+        drawn = torch.randperm(len(self.noisy_steps), generator=draw)[:count].sort().values
+        steps = [self.noisy_steps[j] for j in drawn]
         self.run.residency.enter("denoise")
-        steps = steps.sort().values.tolist()
         told = [self.add_gradients(samples, i, advantages, count) for samples in block for i in steps]
         losses, ratios, clipped, divergences = self.run.accelerator.gather(torch.cat(told, dim=1).T.contiguous()).T
         grad_norm = self.weights.update(losses)
@@ -212,8 +218,9 @@ class DDPOTrainer(TrainingLoop):
         c, rollout, device = self.config, self.run.rollout, self.run.accelerator.device
         x, x_next, before = (t.to(device) for t in (*samples.latents[i : i + 2], samples.log_probabilities[i]))
         t, cond = rollout.sampler.timesteps[i].to(device), self.run.model.encode_prompts(samples.prompts)
-        value, graph = rollout.f.with_graph(x, t, cond, needs_input=False)
-        model_output = value.requires_grad_()
+        with torch.no_grad():  # but for the graph that is asked for
+            model_output, graph = rollout.f.with_graph(x, t, cond, needs_input=False)
+        model_output.requires_grad_()
         log_ratio = log_probability(rollout.sampler, i, x, model_output, x_next) - before
         losses = clipped_loss(log_ratio.exp(), advantages[samples.indices].to(log_ratio), c.ddpo.clip_range)
         scaler = self.run.accelerator.scaler
@@ -232,8 +239,7 @@ class DDPOTrainer(TrainingLoop):
     def try_memory(self) -> None:
         size = self.config.per_gpu_capacity
         several, _ = self.sample((self.config.seed, "trial"), torch.arange(size))
-        (first, *_) = self.run.rollout.sampler.s.nonzero().squeeze(1).tolist()
-        self.add_gradients(several[0], first, torch.zeros(size), 1)
+        self.add_gradients(several[0], self.noisy_steps[0], torch.zeros(size), 1)
 
     def extra_state(self) -> dict:
         return {"prompt_rewards": {prompt: list(rewards) for prompt, rewards in self.statistics.rewards.items()}}

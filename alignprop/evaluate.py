@@ -8,21 +8,28 @@ import csv
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from alignprop.divergence import chain_distance
+from alignprop.judges import Judges, diversity
+from alignprop.lora import has_lora
+from alignprop.models.base import select
 from alignprop.pictures import save_grid
 from alignprop.policies import chunks
 from alignprop.prompts import PromptSet
 from alignprop.rollout import Rollout
 from alignprop.seeding import generator, generators, seed_global
 from alignprop.sharding import is_sharded
-from rewards import WeightedReward
+
+NUM_COMPARED = 8  # pictures whose base distance is measured: the first, whatever the batch size
 
 
 @dataclass(frozen=True)
@@ -32,18 +39,21 @@ class Evaluation:
     Attributes:
         prompts: n prompts.
         images: float [min(n, keep), 3, H, W] in [0, 1], the first pictures.
-        rewards: the reward's weighted sum, float64 [n].
+        rewards: the reward of interest, float64 [n].
         terms: for each single reward, its own scores, float64 [n].
+        measures: what is said of all pictures together, as far as it was measured: "diversity" (judges.py),
+            "base_distance" (divergence.py).
     """
 
     prompts: list[str]
     images: torch.Tensor
     rewards: torch.Tensor
     terms: dict[str, torch.Tensor]
+    measures: dict[str, float] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, torch.Tensor]:
-        """Everything that was measured, [n] each; the weighted sum only where it is not one of the terms itself."""
+        """Everything that was measured, [n] each; the reward only where it is not one of the terms itself."""
         alone = any(torch.equal(self.rewards, scores) for scores in self.terms.values())
         return self.terms if alone else {"reward": self.rewards, **self.terms}
 
@@ -54,6 +64,7 @@ class Evaluation:
             "reward": self.rewards.mean().item(),
             "reward_std": self.rewards.std(correction=0).item(),
             "rewards": {name: scores.mean().item() for name, scores in self.terms.items()},
+            **self.measures,
         }
 
     def labels(self) -> list[str]:
@@ -68,31 +79,46 @@ def statistics(scores: torch.Tensor) -> dict[str, float]:
     return {"mean": scores.mean().item(), "std": std, "stderr": std / math.sqrt(len(scores)), "n": len(scores)}
 
 
+class _Picture(NamedTuple):
+    """What is told of picture j to all processes; None is what was not asked for."""
+
+    j: int
+    scores: dict[str, float]
+    image: torch.Tensor | None
+    embedding: torch.Tensor | None
+    distance: float | None
+
+
 class Evaluator:
     """Samples pictures for a prompt set and scores them, sharded over the processes.
 
     Args:
         rollout: samples the pictures.
-        reward: the reward of interest.
-        extra: further rewards to measure, or None; terms that `reward` has too are not computed twice.
+        judges: score them.
         num_images: n; the prompts repeat, each time with other noise.
+        num_prompts: how many of the prompts are used, all where there are fewer; None: all.
         batch_size: pictures at once on one process.
         decode_chunk: pictures that are decoded and scored at once; 0: the batch.
         keep: how many of the pictures are returned.
+        base_distance: measure it, where the denoiser has an adapter.
         enter: called with the name of each phase before it begins (memory.Residency).
+
+    Attributes:
+        sample: (generators, cond, prompts, metadata) -> final latents; may be replaced (guide.py).
     """
 
     def __init__(
-        self, rollout: Rollout, reward: WeightedReward, extra: WeightedReward | None, prompts: PromptSet,
-        accelerator: Accelerator, *, num_images: int, batch_size: int, decode_chunk: int, seed: int, keep: int,
+        self, rollout: Rollout, judges: Judges, prompts: PromptSet, accelerator: Accelerator, *, num_images: int,
+        num_prompts: int | None, batch_size: int, decode_chunk: int, seed: int, keep: int, base_distance: bool,
         enter: Callable[[str], None],
     ):  # fmt: skip
-        self.rollout, self.reward, self.extra, self.prompts = rollout, reward, extra, prompts
+        self.rollout, self.judges, self.prompts, self.base_distance = rollout, judges, prompts, base_distance
         self.accelerator = accelerator
         self.num_images, self.batch_size, self.seed, self.keep = num_images, batch_size, seed, keep
         self.decode_chunk, self.enter = decode_chunk, enter
+        self.sample = lambda streams, cond, prompts, metadata: rollout(streams, cond, None)
         # Shuffled, so that few pictures of a sorted prompt file still show all kinds of prompts.
-        order = torch.randperm(len(prompts), generator=generator(seed, "evaluation order")).tolist()
+        order = torch.randperm(len(prompts), generator=generator(seed, "evaluation order")).tolist()[:num_prompts]
         self.order = [order[j % len(order)] for j in range(num_images)]
 
     @torch.no_grad()
@@ -110,7 +136,7 @@ class Evaluator:
         size, n, accelerator = self.batch_size, self.num_images, self.accelerator
         at_once = size * accelerator.num_processes
         seed_global(self.seed, "evaluation", accelerator.process_index)
-        found = []
+        found, compares = [], self.base_distance and has_lora(self.rollout.denoiser)
         for first in tqdm(range(0, n, at_once), "evaluating", leave=False, disable=not accelerator.is_main_process):
             if should_stop():
                 return None
@@ -120,35 +146,54 @@ class Evaluator:
             # draws the first again, for nothing.
             if not batch and not is_sharded(self.rollout.denoiser):
                 continue
-            images, scores = self._batch(batch or range(1))
-            for row, j in enumerate(batch):
+            for picture in self._batch(batch or range(1), compares and first < NUM_COMPARED)[: len(batch)]:
                 if on_image:
-                    on_image(j, images[row])
-                values = {name: column[row].item() for name, column in scores.items()}
-                found.append((j, values, images[row] if j < self.keep else None))
-        found = sorted(gather_object(found), key=lambda item: item[0])
-        columns = {name: torch.tensor([values[name] for _, values, _ in found]).double() for name in found[0][1]}
-        rewards = sum(weight * columns[name] for name, weight in self.reward.weights.items())
-        kept = torch.stack([image for _, _, image in found if image is not None])
-        prompts = [self.prompts.prompts[j] for j in self.order]
-        return Evaluation(prompts, kept, rewards, columns)
+                    on_image(picture.j, picture.image)
+                found.append(picture if picture.j < self.keep else picture._replace(image=None))
+        return self._evaluation(sorted(gather_object(found), key=lambda picture: picture.j))
 
-    def _batch(self, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _evaluation(self, found: list[_Picture]) -> Evaluation:
+        columns = {name: torch.tensor([p.scores[name] for p in found]).double() for name in found[0].scores}
+        kept = torch.stack([p.image for p in found if p.image is not None])
+        prompts = [self.prompts.prompts[self.order[p.j]] for p in found]
+        embeddings = [p.embedding for p in found if p.embedding is not None]
+        distances = [p.distance for p in found if p.distance is not None]
+        measures = {
+            "diversity": diversity(torch.stack(embeddings), prompts) if embeddings else None,
+            "base_distance": sum(distances) / len(distances) if distances else None,
+        }
+        measures = {name: value for name, value in measures.items() if value is not None}
+        return Evaluation(prompts, kept, self.judges.reward.combine(columns), columns, measures)
+
+    def _batch(self, batch: range, compare: bool) -> list[_Picture]:
         prompts = [self.prompts.prompts[self.order[j]] for j in batch]
         metadata = [self.prompts.metadata[self.order[j]] for j in batch]
         if not self.rollout.model.knows(prompts):
             self.enter("encode")
         cond = self.rollout.model.encode_prompts(prompts)
         self.enter("denoise")
-        latents = self.rollout(generators(batch, self.seed, "evaluation"), cond, None)
+        latents = self.sample(generators(batch, self.seed, "evaluation"), cond, prompts, metadata)
+        distances = self._distances(batch, latents, cond) if compare else [None] * len(batch)
         self.enter("decode")
         parts = chunks(len(batch), self.decode_chunk)
         images = [self.rollout.model.decode(latents[part]) for part in parts]
-        scores = self._score(self.reward, images, prompts, metadata)
-        if self.extra:
-            self.enter("measure")
-            scores |= self._score(self.extra, images, prompts, metadata)
-        return torch.cat(images).cpu(), scores
+        scores, embeddings = {}, [None] * len(batch)
+        for phase, (reward, tower) in self.judges.phases.items():
+            if reward or tower:
+                self.enter(phase)
+            if reward:
+                scores |= self._score(reward, images, prompts, metadata)
+            if tower:
+                embeddings = torch.cat([tower.embed_images(part) for part in images]).cpu()
+        rows = [{name: column[row].item() for name, column in scores.items()} for row in range(len(batch))]
+        return [*map(_Picture, batch, rows, torch.cat(images).cpu(), embeddings, distances)]
+
+    def _distances(self, batch: range, latents, cond) -> list[float | None]:
+        """Base distances of the pictures that are compared; where FSDP2 has spread the weights, of one at least."""
+        rows = slice(max(sum(j < NUM_COMPARED for j in batch), is_sharded(self.rollout.denoiser)))
+        noise = generators(batch[rows], self.seed, "base distance")
+        found = chain_distance(self.rollout, latents[rows], select(cond, rows), noise) if noise else torch.empty(0)
+        return [d if j < NUM_COMPARED else None for j, d in zip_longest(batch, found.tolist())]
 
     def _score(self, reward, images: list[torch.Tensor], prompts, metadata) -> dict[str, torch.Tensor]:
         parts = chunks(len(prompts), self.decode_chunk)
@@ -174,6 +219,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> dict:
     for j, prompt in enumerate(evaluation.prompts):
         rows_of.setdefault(prompt, []).append(j)
     summary = {name: statistics(scores) for name, scores in all_scores.items()}
+    summary |= evaluation.measures
     summary["per_prompt"] = {
         prompt: {name: statistics(scores[rows]) for name, scores in all_scores.items()}
         for prompt, rows in rows_of.items()

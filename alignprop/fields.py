@@ -155,6 +155,10 @@ FIELDS: dict[str, Rule] = {
     "hps.backend": choice("transformers", "hpsv2"),
     "clip.model": HUB_NAME,
     "clip.dtype": PRECISION,
+    "count.model": HUB_NAME,
+    "count.threshold": optional(number(above=0, below=1)),
+    "colour.target": sequence("numbers from 0 to 1", lambda v: _is_finite(v) and 0 <= v <= 1, length=3),
+    "jpeg.quality": Rule("a whole number from 1 to 100", lambda v: _is_integer(v) and 1 <= v <= 100),
 
     "prompt_fn": text(checked_by="alignprop.prompts"),
     "eval_prompt_fn": text(checked_by="alignprop.prompts"),
@@ -182,7 +186,7 @@ FIELDS: dict[str, Rule] = {
     "ddpo.clip_range": number(above=0),
     "ddpo.adv_clip_max": number(above=0),
     "ddpo.timestep_fraction": number(above=0, at_most=1),
-    "ddpo.train_cfg": boolean(),
+    "ddpo.min_noise": number(at_least=0),
     "ddpo.per_prompt_buffer": integer(0),
     "ddpo.per_prompt_min_count": COUNT,
 

@@ -6,7 +6,7 @@ with u and c the unconditional and the conditional output. Both come from one ca
 whose backward passes run one after the other, which holds half the activations.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -42,7 +42,12 @@ class GuidedDenoiser:
         batching: "joint" or "split" (policies.py).
         grad: "both" branches carry gradient, or only the conditional one, "cond": an approximation that takes the
             unconditional output for a constant.
+
+    Attributes:
+        before_call: called with the timestep before each network call, where it is set.
     """
+
+    before_call: Callable[[torch.Tensor], None] | None = None
 
     def __init__(self, model: Model, scale: float, autocast=nullcontext, batching: str = "joint", grad: str = "both"):
         self.model, self.scale, self.autocast, self.batching, self.grad = model, scale, autocast, batching, grad
@@ -102,6 +107,8 @@ class GuidedDenoiser:
             yield self._call(latents, timestep, branches[some]), factors[some]
 
     def _call(self, latents, timestep, branches) -> list[torch.Tensor]:
+        if self.before_call:
+            self.before_call(timestep)
         joined = {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
         with self.autocast():
             outputs = self.model.predict(torch.cat([latents] * len(branches)), timestep, joined)

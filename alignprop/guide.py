@@ -8,11 +8,11 @@ and what the sampler comes to is moved along g, each sample by itself:
 
     x[i+1] ← x[i+1] + η[i] · ‖x[i+1] - x[i]‖ · g/‖g‖
 
-Through the denoiser, g is what DPS (Chung et al. 2023, arXiv 2209.14687), Universal Guidance (Bansal et al. 2023, arXiv
-2302.07121) and FreeDoM (Yu et al. 2023, arXiv 2303.09833) follow. With f for a constant it has the direction of ∂R/∂x̂0,
-as in MPGD (He et al. 2024, arXiv 2311.16424), and no network is differentiated but decoder and reward. The direction
-alone counts, as in DSG (Yang et al. 2024, arXiv 2402.03201), so that the units of a reward do not matter; and the length
-is a share of the sampler's own step, so that neither does the number of steps.
+Through the denoiser, g is what DPS (Chung et al. 2023, arXiv 2209.14687), Universal Guidance (Bansal et al. 2023,
+arXiv 2302.07121) and FreeDoM (Yu et al. 2023, arXiv 2303.09833) follow. With f for a constant it has the direction of
+∂R/∂x̂0, as in MPGD (He et al. 2024, arXiv 2311.16424), and no network is differentiated but decoder and reward. The
+direction alone counts, as in DSG (Yang et al. 2024, arXiv 2402.03201), so that the units of a reward do not matter; and
+the length is a share of the sampler's own step, so that neither does the number of steps.
 """
 
 import time
@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from alignprop.guidance import Graph
 from alignprop.models.base import Conditioning, select
 from alignprop.policies import chunks
 from alignprop.rollout import Rollout
@@ -29,7 +28,7 @@ from alignprop.settings import ConfigError
 from rewards import RewardError, WeightedReward
 
 
-class Guide:
+class RewardGuidance:
     """Noise and conditioning in, final latents out, as of a rollout without a plan.
 
     Args:
@@ -95,8 +94,8 @@ class Guide:
             direction = self._unit(p * direction + into_latents)
         return model_output, direction
 
-    def _call(self, latents, t, cond) -> tuple[torch.Tensor, "Graph | torch.Tensor"]:
-        """f, and what its gradient is taken at; a graph would hold the weights, which may leave the device."""
+    def _call(self, latents, t, cond):
+        """f, and where `products` finds its gradient: a graph would hold the weights, which may leave the device."""
         self.enter("denoise")
         if self.through == "denoiser" and self.rollout.memory.residency == "all":
             return self.rollout.f.with_graph(latents, t, cond, needs_input=True)
@@ -111,9 +110,9 @@ class Guide:
                 latents = predicted[part].detach().requires_grad_()
                 images = self.rollout.model.decode(latents)
                 seen = images.detach().requires_grad_()
-                scores = self.reward(seen, prompts[part], metadata[part])
+                total = self.reward(seen, prompts[part], metadata[part]).sum()
             # Brought to unit size on the way, since a decoder of half precision would lose a small gradient.
-            into_images = self._unit(torch.autograd.grad(scores.sum(), seen)[0])
+            into_images = self._unit(torch.autograd.grad(total, seen)[0])
             found += torch.autograd.grad(images, latents, into_images)
         return self._unit(torch.cat(found))
 
@@ -135,8 +134,8 @@ def strengths(sampler: Sampler, strength: float, schedule: str, window: Sequence
 
     Args:
         strength: the mean of η over the window.
-        schedule: "constant"; "noise": η falls with the share of noise σ/(α+σ) in x[i]; "late": it grows as that share
-            falls in x[i+1].
+        schedule: "constant"; "noise": η is proportional to the share of noise σ/(α+σ) in x[i]; "late": to the rest,
+            in x[i+1].
         window: (from, to), shares of the chain; a step counts where its middle does.
 
     Raises:
@@ -154,20 +153,27 @@ def strengths(sampler: Sampler, strength: float, schedule: str, window: Sequence
     return strength * shape / (shape.sum() / inside.sum())
 
 
-def timed(sample: Callable, device: torch.device) -> Callable:
-    """`sample(generators, …)`, which from now on keeps `seconds` and `pictures`, the totals of its calls."""
+class Timed:
+    """`sample(generators, …)`, and how long its calls took.
 
-    def call(generators, *args):
+    Attributes:
+        seconds_per_picture: the mean over all calls so far.
+    """
+
+    def __init__(self, sample: Callable[..., torch.Tensor], device: torch.device):
+        self.sample, self.device, self.seconds, self.pictures = sample, device, 0.0, 0
+
+    def __call__(self, generators, *args) -> torch.Tensor:
         start = time.perf_counter()
-        latents = sample(generators, *args)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        call.seconds += time.perf_counter() - start
-        call.pictures += len(generators)
+        latents = self.sample(generators, *args)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.seconds, self.pictures = self.seconds + time.perf_counter() - start, self.pictures + len(generators)
         return latents
 
-    call.seconds, call.pictures = 0.0, 0
-    return call
+    @property
+    def seconds_per_picture(self) -> float:
+        return self.seconds / max(self.pictures, 1)
 
 
 def _rms(values: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ class TrainingLoop:
             compile_blocks(self.run.model.denoiser)
         self.global_step = 0
         self.stop_requests: list[str] = []
+        self.reason_to_stop = ""  # what the newest evaluation said, where `stop_when` ends the run
         if self.run.checkpoint:
             self._restore()
         chosen = "auto" in (config.memory_policy, config.per_gpu_capacity)
@@ -58,6 +59,8 @@ class TrainingLoop:
     def train(self) -> None:
         """The whole run, from where it is: steps, and after each what is due then; a summary.
 
+        It ends after `num_epochs`, or with the first evaluation that meets a condition of `stop_when`.
+
         Raises:
             SystemExit: the process was asked to stop (SIGTERM, SIGINT) and has saved; its code is `STOPPED`.
         """
@@ -65,14 +68,16 @@ class TrainingLoop:
         run.open_folder(self.global_step)
         with stop_requests() as self.stop_requests, tqdm(desc="training", disable=not run.is_main, **progress) as bar:
             self._save_and_evaluate()
-            while self.global_step < self.last_step and not self._stopping():
+            while self.global_step < self.last_step and not self.reason_to_stop and not self._stopping():
                 row = self.step()
                 run.log(row)
                 bar.set_postfix(epoch=row["epoch"], reward=f"{row['reward']:.4g}")
                 bar.update()
                 self._save_and_evaluate()
-            if self._stopping():
+            if not self.reason_to_stop and self._stopping():
                 self._stop()
+        if self.reason_to_stop:
+            run.say(f"ended after optimizer step {self.global_step} of {self.last_step}: {self.reason_to_stop}")
         run.finish()
 
     def step(self) -> dict:
@@ -82,6 +87,13 @@ class TrainingLoop:
     def try_memory(self) -> None:
         """One micro-batch of what needs the most memory; adds to the trained weights' `.grad`."""
         raise NotImplementedError
+
+    def extra_state(self) -> dict:
+        """What the next step depends on besides the weights, as plain values; `load_extra_state` takes it up."""
+        return {}
+
+    def load_extra_state(self, state: dict) -> None:
+        """Takes up what `extra_state` had, from all that a checkpoint holds."""
 
     def evaluate(self) -> Evaluation | None:
         """Held-out rewards and pictures with the (averaged) weights of now; None where asked to stop meanwhile."""
@@ -102,6 +114,7 @@ class TrainingLoop:
             "global_step": self.global_step,
             "config": json.dumps(self.config.to_dict()),
             **self.weights.state(),
+            **self.extra_state(),
         }
         if run.is_main:
             write_weights = partial(self.weights.write, state=state)
@@ -120,6 +133,9 @@ class TrainingLoop:
         due = not step or last or (c.eval_freq and epoch % c.eval_freq == 0)
         if due and not run.is_evaluated(step):
             self.evaluate()
+        self.reason_to_stop = run.reason_to_stop(step)
+        if self.reason_to_stop:
+            self.save()
         run.prune_checkpoints()
 
     def _stopping(self) -> bool:
@@ -166,6 +182,7 @@ class TrainingLoop:
         checkpoint, c = self.run.checkpoint, self.config
         state = read_state(checkpoint)
         self.weights.load(state, checkpoint)
+        self.load_extra_state(state)
         self.global_step = state["global_step"]
         self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {self.global_step}")
         for line in changes(json.loads(state["config"]), json.loads(json.dumps(c.to_dict()))):

@@ -33,6 +33,14 @@ def save_before_after(
     _save_png(draw_grid(torch.cat([before, after]), texts, len(before), row_titles=("before", "after")), path)
 
 
+def save_comparison(rows: Mapping[str, torch.Tensor], labels: Sequence[str], path: str | os.PathLike) -> None:
+    """Write a row of pictures [B, 3, H, W] in [0, 1] for each name, with the prompts of the labels under the last."""
+    count = min(8, *map(len, rows.values()))
+    texts = [""] * count * (len(rows) - 1) + [label.rpartition("\n")[0] for label in labels[:count]]
+    pictures = torch.cat([images[:count] for images in rows.values()])
+    _save_png(draw_grid(pictures, texts, count, row_titles=tuple(rows)), path)
+
+
 def draw_grid(
     images: torch.Tensor,
     labels: Sequence[str],
@@ -122,7 +130,7 @@ def _save_png(picture: Image.Image, path: str | os.PathLike) -> None:
 
 
 def plot_curves(rows: Sequence[dict], path: str | os.PathLike) -> None:
-    """Draw a run's metrics rows: training reward, held-out rewards, gradient norm, latest adjoint norms.
+    """Draw a run's metrics rows: training reward, held-out rewards and measures, gradient norm, latest adjoint norms.
 
     What no row holds gets no panel; with no panel nothing is written.
     """
@@ -136,6 +144,8 @@ def plot_curves(rows: Sequence[dict], path: str | os.PathLike) -> None:
     if len(names) > 1:  # with a single one it is the reward itself
         parts = [{"step": row["step"], **(row.get("rewards") or {})} for row in held_out]
         curves += [(f"held-out {name}", "optimizer step", *_series(parts, name)) for name in names]
+    for name in ("diversity", "base_distance"):
+        curves += [(f"held-out {name.replace('_', ' ')}", "optimizer step", *_series(held_out, name))]
     curves += [("gradient norm", "optimizer step", *_series(train, "grad_norm"))]
     if adjoint is not None:
         norms = [math.nan if value is None else value for value in adjoint["adjoint_norm"]]
@@ -170,6 +180,18 @@ def plot_soup(
         means, errors = zip(*(pairs[i] for i in order), strict=True)
         axis.errorbar([coefficients[i] for i in order], means, yerr=errors, marker="o", capsize=2)
         axis.set(title=name, xlabel="mixing coefficient of the first checkpoint")
+    _save_figure(figure, path)
+
+
+def plot_bars(results: Mapping[str, Mapping[str, Mapping[str, float]]], path: str | os.PathLike) -> None:
+    """Draw {variant: {measure: {"mean", "stderr"}}}, a panel a measure and a bar a variant."""
+    measures = list(next(iter(results.values())))
+    figure, axes = _panels(len(measures))
+    for axis, measure in zip(axes, measures, strict=True):
+        means, errors = ([found[measure][key] for found in results.values()] for key in ("mean", "stderr"))
+        axis.bar(list(results), means, yerr=errors, capsize=3)
+        axis.set(title=measure)
+        axis.tick_params(axis="x", labelrotation=20)
     _save_figure(figure, path)
 
 

@@ -23,7 +23,7 @@ def skeletons(config: ConfigDict) -> Parts:
     """
     facts = find_config(config.pretrained.model, config.pretrained.revision)
     half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    options = {name: config[name].to_dict() for name in REWARDS}
+    options = {name: config[name].to_dict() for name in REWARDS if name in config}
 
     def tower_config(name: str, field: str) -> dict:
         return {k: v for k, v in find_clip_config(name, field)["model"].items() if k != "_class_name"}

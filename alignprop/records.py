@@ -13,6 +13,7 @@ import fcntl
 import io
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 from alignprop.background import Background
 from alignprop.checkpoint import checkpoints_of, clean_up, prune, run_folder_of
 from alignprop.evaluate import Evaluation
+from alignprop.guards import MEASURES
 from alignprop.pictures import plot_curves, save_before_after, save_grid
 from alignprop.settings import ConfigError, save_config
 from alignprop.tracking import MetricsLog
@@ -108,24 +110,25 @@ class Records:
         self.metrics.append(row)
 
     def is_evaluated(self, step: int) -> bool:
-        self.wait()
-        return any(row["kind"] == "eval" and row["step"] == step for row in self.metrics.rows())
+        return any(row["step"] == step for row in self.evaluations())
 
-    def prune_checkpoints(self, reward_weights: dict[str, float]) -> None:
-        """Keeps the newest, the best by held-out reward, and the one that this run continued from; in the background,
-        where the evaluation that may tell the best is still being reported.
+    def evaluations(self) -> list[dict]:
+        """The rows of all evaluations, oldest first."""
+        self.wait()
+        return [row for row in self.metrics.rows() if row["kind"] == "eval"]
+
+    def prune_checkpoints(self, measure: Callable[[dict], float | None]) -> None:
+        """Keeps the newest, the best, and the one that this run continued from; in the background, where the evaluation
+        that may tell the best is still being reported.
 
         Args:
-            reward_weights: of the single rewards, for the weighted sum that decides.
+            measure: what decides, of an evaluation's row; None where that does not have it.
         """
-        self._background.submit(self._prune, reward_weights)
+        self._background.submit(self._prune, measure)
 
-    def _prune(self, reward_weights: dict[str, float]) -> None:
-        held_out = {}
-        for row in (row for row in self.metrics.rows() if row["kind"] == "eval"):
-            terms = [row["rewards"].get(name) for name in reward_weights]  # a resumed run may have another reward
-            if None not in terms:
-                held_out[row["step"]] = sum(w * r for w, r in zip(reward_weights.values(), terms, strict=True))
+    def _prune(self, measure: Callable[[dict], float | None]) -> None:
+        found = {row["step"]: measure(row) for row in self.metrics.rows() if row["kind"] == "eval"}
+        held_out = {step: value for step, value in found.items() if value is not None}
         keep = [self.started_from] if self.started_from else []
         prune(self.folder, self.config.num_checkpoint_limit, keep, held_out)
 
@@ -151,14 +154,14 @@ class Records:
             save_before_after(first, images, both, self.folder / "before_after.png")
 
     def summary(self) -> str:
-        """The held-out rewards before and after, and what lies in the folder."""
-        lines, evaluations = [], [row for row in self.metrics.rows() if row["kind"] == "eval"]
+        """The held-out rewards and measures before and after, and what lies in the folder."""
+        lines, evaluations = [], self.evaluations()
         if evaluations:
             first, last = evaluations[0], evaluations[-1]
             lines.append(f"\nheld-out rewards, step {first['step']} → step {last['step']}:")
-            for name in (name for name in first["rewards"] if name in last["rewards"]):
-                before, after = first["rewards"][name], last["rewards"][name]
-                lines.append(f"  {name:32s} {_shown(before)} → {_shown(after)}")
+            before, after = (e["rewards"] | {m: e[m] for m in MEASURES if m in e} for e in (first, last))
+            for name in (name for name in before if name in after):
+                lines.append(f"  {name:32s} {_shown(before[name])} → {_shown(after[name])}")
         lines.append(f"in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.glob("[!.]*"))))
         return "\n".join(lines)
 
@@ -193,4 +196,5 @@ def prompt(label: str) -> str:
 
 
 def _shown(value: float | None) -> str:
-    return f"{float('nan') if value is None else value:8.3f}"
+    value = float("nan") if value is None else value
+    return f"{value:8.1e}" if 0 < abs(value) < 0.01 else f"{value:8.3f}"

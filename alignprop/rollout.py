@@ -81,8 +81,11 @@ class Rollout(torch.nn.Module):
         return torch.cat(latents)
 
     @torch.no_grad()
-    def sample(self, generators, cond, plan=None, calls=None) -> "tuple[torch.Tensor, Trajectory]":
-        """The final latents, and what the sweep of `plan`, with its `network_calls`, needs of the way there."""
+    def sample(self, generators, cond, plan=None, calls=None, on_step=None) -> "tuple[torch.Tensor, Trajectory]":
+        """The final latents, and what the sweep of `plan`, with its `network_calls`, needs of the way there.
+
+        `on_step`, if any, is called with (i, x[i], f, x[i+1]) after each step.
+        """
         active = [] if plan is None else calls[0].nonzero().squeeze(1).tolist()
         to_keep = active[max(len(active) - self.memory.keep_steps, 0) :] if plan and not plan.copies else []
         trajectory = Trajectory(first=active[0] if active else self.sampler.num_steps)
@@ -101,7 +104,10 @@ class Rollout(torch.nn.Module):
                 model_output = torch.zeros_like(latents)
                 at = rows.to(latents.device)
                 model_output[at] = self.f(latents[at], self._timestep(i, latents), select(cond, at))
-            latents = self._next(i, latents, model_output, generators, plan)
+            next_latents = self.next_latents(i, latents, model_output, generators, plan)
+            if on_step:
+                on_step(i, latents, model_output, next_latents)
+            latents = next_latents
         if is_sharded(self.denoiser):
             release(self.denoiser)
         return latents, trajectory
@@ -111,7 +117,8 @@ class Rollout(torch.nn.Module):
         rows = (plan.exit_step >= i).nonzero().squeeze(1)
         return torch.arange(len(plan.exit_step)) if is_sharded(self.denoiser) else rows
 
-    def _next(self, i, latents, model_output, generators, plan):
+    def next_latents(self, i: int, latents, model_output, generators, plan=None) -> torch.Tensor:
+        """x[i+1] of x[i] and f; a stochastic sampler draws from the generators."""
         a, b, s = self._coefficients(i, plan, latents)
         next_latents = a * latents + b * model_output
         if self.sampler.is_stochastic:

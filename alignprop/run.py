@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, Evaluator
+from alignprop.guards import parse_stop_when, reason_to_stop, values
+from alignprop.judges import build_judges, measured
 from alignprop.manifest import base_model, check_base
 from alignprop.memory import Residency
 from alignprop.models import load_model
@@ -27,11 +29,11 @@ from alignprop.records import Records, choose_folder
 from alignprop.rollout import Rollout
 from alignprop.samplers import build_sampler
 from alignprop.seeding import generators
-from alignprop.settings import ConfigError, memory_policy, resolve, settle
+from alignprop.settings import ConfigError, memory_policy, one_of, resolve, settle
 from alignprop.sharding import check_engine, check_policy, is_fsdp
 from alignprop.speed import use_channels_last
 from alignprop.tracking import log_images, log_row, parse_log_with, start_trackers
-from rewards import WeightedReward, as_reward, build_reward, parse_spec, require_differentiable, try_reward
+from rewards import require_differentiable
 
 
 class Run:
@@ -55,10 +57,12 @@ class Run:
         if c.mixed_precision == "fp16" and state.device.type == "cpu":
             raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
         log_with = parse_log_with(c.log_with)
-        parse_spec(c.reward_fn)
-        if c.eval_reward_fn:
-            parse_spec(c.eval_reward_fn)
         self.eval_prompts = load_prompts(c.eval_prompt_fn, "eval_prompt_fn")
+        names = measured(c, self.eval_prompts, reward)
+        self._best_by, self._stop_when = "reward", []
+        if c.task == "train":
+            self._best_by = one_of("best_by", c.best_by or "reward", names)
+            self._stop_when = parse_stop_when(c.stop_when, names)
         self.checkpoint = None
         if c.resume_from:
             self.checkpoint = on_main(lambda: find_checkpoint(c.resume_from, c.log_dir, run_name=c.run_name))
@@ -77,10 +81,10 @@ class Run:
         check_engine(self.accelerator, c.use_lora, c.train.optimizer)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.allow_tf32
 
-        self.reward = as_reward(reward) if reward else self._build_reward(c.reward_fn)
+        self.judges = build_judges(c, self.eval_prompts, reward)
+        self.reward = self.judges.reward
         if needs_gradient:
             require_differentiable(self.reward)
-        self.extra_reward = self._build_extra_reward()
         self.model = model or self._load_model()
         self.model.device = self.accelerator.device
         self.base = base_model(c.pretrained.model, self.model.denoiser)
@@ -111,9 +115,19 @@ class Run:
         """Whether an evaluation at `step` has been reported."""
         return on_main(lambda: self.records.is_evaluated(step))
 
+    def reason_to_stop(self, step: int) -> str:
+        """Why the evaluation at `step`, if there is one, ends training; "" where it does not."""
+
+        def find() -> str:
+            evaluations = [row for row in self.records.evaluations() if row["step"] <= step]
+            here = evaluations and evaluations[-1]["step"] == step
+            return reason_to_stop(self._stop_when, [values(row, self.reward) for row in evaluations]) if here else ""
+
+        return on_main(find) if self._stop_when else ""
+
     def prune_checkpoints(self) -> None:
         if self.is_main:
-            self.records.prune_checkpoints(self.reward.weights)
+            self.records.prune_checkpoints(lambda row: values(row, self.reward).get(self._best_by))
 
     def log(self, row: dict) -> None:
         """Appends a row to metrics.jsonl and sends its numbers to the trackers."""
@@ -133,7 +147,8 @@ class Run:
             self.records.report(evaluation, row)
             log_images(self.accelerator, "samples", evaluation.images, evaluation.labels(), step)
         log_row(self.accelerator, row)
-        self.say(f"step {step}: held-out " + ", ".join(f"{k} {v:.3f}" for k, v in row["rewards"].items()))
+        told = {**row["rewards"], **evaluation.measures}
+        self.say(f"step {step}: held-out " + ", ".join(f"{name} {value:.3f}" for name, value in told.items()))
 
     def finish(self, stopped: str = "") -> None:
         """Waits for every process, since launchers end all when one has ended; says how it went, ends the trackers."""
@@ -144,27 +159,13 @@ class Run:
         self.accelerator.end_training()
         self.records.close()
 
-    def _build_reward(self, spec: str) -> WeightedReward:
-        c = self.config
-        options = {name: c[name].to_dict() for name in ("aesthetic", "hps", "clip")}
-        return build_reward(spec, options)
-
-    def _build_extra_reward(self) -> WeightedReward | None:
-        """The rewards that are measured besides: those of `eval_reward_fn` that `reward` does not have."""
-        named = parse_spec(self.config.eval_reward_fn) if self.config.eval_reward_fn else []
-        extra = ",".join(name for name in named if name not in self.reward.terms)
-        return self._build_reward(extra) if extra else None
-
     def _try_rewards(self, needs_gradient: bool) -> None:
-        """Scores two pictures of noise, so that a broken reward is found now and not after the first evaluation."""
+        """Has two pictures of noise judged."""
         self.residency.enter("decode")
         with torch.no_grad():
             images = self.model.decode(self.model.init_latents(generators(range(2), self.config.seed, "trial")))
         prompts, metadata = draw_prompts(self.eval_prompts, self.config.seed, 0, range(2))
-        try_reward(self.reward, images, prompts, metadata, needs_gradient)
-        if self.extra_reward:
-            self.residency.enter("measure")
-            try_reward(self.extra_reward, images, prompts, metadata, needs_gradient=False)
+        self.judges.try_on(images, prompts, metadata, needs_gradient, self.residency.enter)
 
     def use_policy(self, policy: str, capacity: int) -> None:
         """Everything that depends on the memory policy and the capacity: these, where the configuration says "auto"."""
@@ -177,15 +178,15 @@ class Run:
             "encode": self.model.text_encoders,
             "denoise": [self.model.denoiser],
             "decode": [self.model.decoder, self.reward],
-            "measure": [self.extra_reward] if self.extra_reward else [],
+            "measure": [judge for judge in self.judges.phases["measure"] if judge],
         }
         self.residency = Residency(self.accelerator.device, phases, self.memory.residency)
         sampling = self._rollout("num_inference_steps")
         self.rollout = self._rollout("train.num_inference_steps") if c.task == "train" else sampling
         self.evaluator = Evaluator(
-            sampling, self.reward, self.extra_reward, self.eval_prompts, self.accelerator,
-            num_images=c.num_eval_images, batch_size=c.per_gpu_capacity, decode_chunk=self.memory.decode_chunk,
-            seed=c.seed, keep=c.max_vis_images, enter=self.residency.enter,
+            sampling, self.judges, self.eval_prompts, self.accelerator, num_images=c.num_eval_images,
+            num_prompts=c.num_eval_prompts, batch_size=c.per_gpu_capacity, decode_chunk=self.memory.decode_chunk,
+            seed=c.seed, keep=c.max_vis_images, base_distance=c.eval_base_distance, enter=self.residency.enter,
         )  # fmt: skip
 
     def economise(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The tasks that do not train: evaluating a checkpoint, and evaluating mixtures of two."""
+"""The tasks that do not train: evaluating a checkpoint or mixtures of two, reward guidance, planning."""
 
 import itertools
 import json
@@ -12,13 +12,15 @@ from alignprop.background import Background
 from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, statistics, write_report
 from alignprop.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
-from alignprop.lora import read_lora, set_lora
+from alignprop.guide import RewardGuidance, Timed
+from alignprop.lora import anneal_lora, read_lora, scale_lora, set_lora
 from alignprop.manifest import check_base
-from alignprop.pictures import plot_soup, save_image
+from alignprop.memory import apply_policy
+from alignprop.pictures import plot_bars, plot_soup, save_comparison, save_image
 from alignprop.planner import candidates, gpu_bytes, skeletons, table
 from alignprop.processes import on_main
 from alignprop.run import Run
-from alignprop.settings import resolve, save_config
+from alignprop.settings import ConfigError, resolve, save_config
 from alignprop.soups import mix
 from alignprop.weights import load_denoiser
 
@@ -35,11 +37,7 @@ def evaluate(config, model=None, reward=None) -> Path:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
     run = Run(config, model, reward)
-    run.residency.leave()  # what is loaded into the host's weights comes along next time
-    if run.checkpoint and (run.checkpoint / "denoiser").is_dir():
-        load_denoiser(run.model.denoiser, run.checkpoint / "denoiser")
-    elif run.checkpoint:
-        set_lora(run.model.denoiser, read_lora(run.checkpoint))
+    _load_checkpoint(run)
     name = f"{_slug(config.eval_prompt_fn)}_{run.checkpoint.name if run.checkpoint else 'base'}"
     folder = _new_folder(run, name)
     background = Background()
@@ -82,6 +80,42 @@ def evaluate_soup(config, model=None, reward=None) -> Path:
         names = [name for name in results[0] if name != "mixing_coef_1"]
         curves = {name: [(r[name]["mean"], r[name]["stderr"]) for r in results] for name in names}
         plot_soup([r["mixing_coef_1"] for r in results], curves, folder / "soup.png")
+    run.accelerator.end_training()
+    return folder
+
+
+def guide(config, model=None, reward=None) -> Path:
+    """Reward guidance while sampling, beside the plain model and, with `resume_from`, beside the fine-tuned one.
+
+    Returns:
+        The folder with guide.json (each measure of each variant, and its seconds a picture), comparison.png (a row of
+        pictures a variant), guide.png (bars) and one sub-folder per variant.
+
+    Raises:
+        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+    """
+    run = Run(config, model, reward, needs_gradient=True)
+    c, plain = run.config, run.evaluator.sample
+    guided = RewardGuidance(run.rollout, run.reward, enter=run.residency.enter, **c.guide.to_dict())
+    name = run.checkpoint.name if run.checkpoint else "base"
+    folder = _new_folder(run, f"guide_{_slug(c.eval_prompt_fn)}_{name}")
+    background, results, pictures = Background(), {}, {}
+    for tuned in (False, True) if run.checkpoint else (False,):
+        if tuned:
+            _load_checkpoint(run)
+        apply_policy(run.model, run.memory)
+        for name, sample in (("plain", plain), ("guided", guided)):
+            name = f"fine-tuned {name}" if tuned else name
+            run.evaluator.sample = clock = Timed(sample, run.accelerator.device)
+            evaluation = _evaluate_into(folder / _slug(name), run, background, f"{name}: ")
+            measured = {column: statistics(scores) for column, scores in evaluation.columns.items()}
+            results[name] = {**measured, **evaluation.measures, "seconds_per_picture": clock.seconds_per_picture}
+            pictures[name] = evaluation.images
+    background.wait()
+    if run.is_main:
+        (folder / "guide.json").write_text(json.dumps(results, indent=2) + "\n")
+        save_comparison(pictures, evaluation.labels(), folder / "comparison.png")
+        plot_bars({name: {m: r[m] for m in measured} for name, r in results.items()}, folder / "guide.png")
     run.accelerator.end_training()
     return folder
 
@@ -137,6 +171,28 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", Path(text).stem, flags=re.ASCII)[:60]
 
 
+def _load_checkpoint(run: Run) -> None:
+    """`resume_from`, if it is given, into the denoiser; its weight change scaled by `lora_scale` and `lora_schedule`.
+
+    Raises:
+        ConfigError: it does not fit the model, or is no weight change that could be scaled.
+    """
+    c, denoiser = run.config, run.model.denoiser
+    run.residency.leave()  # what is loaded into the host's weights comes along next time
+    if run.checkpoint and (run.checkpoint / "denoiser").is_dir():
+        if c.lora_scale != 1 or c.lora_schedule != "constant":
+            raise ConfigError(
+                f"lora_scale = {c.lora_scale}, lora_schedule = {c.lora_schedule!r} must be 1 and 'constant': "
+                f"{str(run.checkpoint)!r} has no LoRA to scale, but whole weights"
+            )
+        load_denoiser(denoiser, run.checkpoint / "denoiser")
+    elif run.checkpoint:
+        set_lora(denoiser, read_lora(run.checkpoint))
+        scale_lora(denoiser, c.lora_scale)
+        if c.lora_schedule == "linear":
+            anneal_lora(run.rollout.f, denoiser, run.rollout.sampler.timesteps, c.lora_scale)
+
+
 def _evaluate_into(folder: Path, run: Run, background: Background, prefix: str = "") -> Evaluation:
     """The pictures, the report and then a line for the person, written while the device does what comes next."""
 
@@ -152,5 +208,6 @@ def _evaluate_into(folder: Path, run: Run, background: Background, prefix: str =
 
 def _say_rewards(run: Run, evaluation: Evaluation, folder: Path, prefix: str) -> None:
     found = {name: statistics(scores) for name, scores in evaluation.columns.items()}
-    told = ", ".join(f"{name} {s['mean']:.4f} ± {s['stderr']:.4f}" for name, s in found.items())
-    run.say(f"{prefix}{told}  ({folder})")
+    told = [f"{name} {s['mean']:.4f} ± {s['stderr']:.4f}" for name, s in found.items()]
+    told += [f"{name} {value:.4f}" for name, value in evaluation.measures.items()]
+    run.say(f"{prefix}{', '.join(told)}  ({folder})")

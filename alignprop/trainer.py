@@ -9,9 +9,11 @@ import torch
 from tqdm.auto import tqdm
 
 from alignprop import estimators
+from alignprop.divergence import base_distance
 from alignprop.estimators import ESTIMATORS, build_estimator
 from alignprop.loop import TrainingLoop
 from alignprop.losses import LOSSES
+from alignprop.models.base import Conditioning, select
 from alignprop.plans import GradientPlan
 from alignprop.policies import chunks
 from alignprop.prompts import draw_prompts
@@ -46,7 +48,8 @@ class AlignPropTrainer(TrainingLoop):
         samples, progress = [], {"desc": f"step {self.global_step + 1}", "leave": False, "disable": not run.is_main}
         for indices in tqdm(self._micro_batches(), **progress):
             samples.append(self.add_gradients(key, indices, plan.select(indices)))
-        losses, rewards, *terms = run.accelerator.gather(torch.cat(samples, dim=1).T.contiguous()).T
+        losses, rewards, *others = run.accelerator.gather(torch.cat(samples, dim=1).T.contiguous()).T
+        terms, distances = others[: len(run.reward.terms)], others[len(run.reward.terms) :]
         adjoint_norms = self._adjoint_norms()
         grad_norm = self.weights.update(losses)
         self.global_step += 1
@@ -58,6 +61,7 @@ class AlignPropTrainer(TrainingLoop):
             "reward_std": rewards.std(correction=0).item(),
             "rewards": {name: term.mean().item() for name, term in zip(run.reward.terms, terms, strict=True)},
             "loss": losses.mean().item(),
+            **({"base_distance": distances[0].mean().item()} if distances else {}),
             "grad_norm": grad_norm,
             "adjoint_norm": adjoint_norms,
             "samples": self.global_step * c.train.total_batch_size,
@@ -76,9 +80,9 @@ class AlignPropTrainer(TrainingLoop):
             plan: theirs.
 
         Returns:
-            What `loss_gradient` says of each sample.
+            What `loss_gradient` says of each sample, and at last its base distance where `kl_coeff` is not 0.
         """
-        model, rollout, enter = self.run.model, self.run.rollout, self.run.residency.enter
+        c, model, rollout, enter = self.config, self.run.model, self.run.rollout, self.run.residency.enter
         prompts, metadata = draw_prompts(self.prompts, *key, indices)
         if not model.knows(prompts):
             enter("encode")
@@ -87,17 +91,45 @@ class AlignPropTrainer(TrainingLoop):
         latents = rollout(generators(indices, *key, "noise"), cond, plan)
         prompts, metadata = ([one for one in some for _ in range(1 + plan.copies)] for some in (prompts, metadata))
         enter("decode")
-        adjoint, scores = self.loss_gradient(latents.detach(), prompts, metadata)
+        noise = [generator(*key, "reward noise", int(j), n) for j in indices for n in range(1 + plan.copies)]
+        adjoint, scores = self.loss_gradient(latents.detach(), prompts, metadata, noise)
         adjoint, scores = adjoint / (1 + plan.copies), scores.unflatten(1, (-1, 1 + plan.copies)).mean(dim=2)
         enter("denoise")
         latents.backward(adjoint)  # the sweep
+        if c.kl_coeff:
+            distances = self.hold_to_base(key, indices, cond, latents.detach()[:: 1 + plan.copies])
+            scores = torch.cat([scores, distances[None]])
+            scores[0] += c.kl_coeff * distances
         return scores
 
-    def loss_gradient(self, latents: torch.Tensor, prompts: list[str], metadata: list[dict]):
+    def hold_to_base(self, key: tuple, indices, cond: Conditioning, latents: torch.Tensor) -> torch.Tensor:
+        """Adds ∂(kl_coeff · mean base distance of the global batch)/∂θ of some of its samples to θ's `.grad`.
+
+        At one step of the chain for each, any with the same probability; only θ gets this gradient.
+
+        Args:
+            latents: final ones of B samples.
+
+        Returns:
+            The base distance of each (divergence.py), [B].
+        """
+        c, run, streams = self.config, self.run, generators(indices, *key, "kl")
+        steps = torch.stack([torch.randint(run.rollout.sampler.num_steps, (), generator=g) for g in streams])
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in streams])
+        found = []
+        for rows in chunks(len(latents), c.memory.sweep_chunk):
+            distances = base_distance(run.rollout, latents[rows], select(cond, rows), steps[rows], noise[rows])
+            run.accelerator.backward(c.kl_coeff * distances.sum() / c.train.total_batch_size)
+            found.append(distances.detach())
+        return torch.cat(found)
+
+    def loss_gradient(self, latents: torch.Tensor, prompts: list[str], metadata: list[dict], noise=None):
         """λ = ∂loss/∂(final latents), through the VAE and the reward, some samples at a time.
 
         Args:
             latents: the final ones of B samples.
+            noise: where `reward_noise` is not 0, B generators of that on the pictures, whose values may then leave
+                [0, 1]: clamped, they would pass no gradient there.
 
         Returns:
             λ, and of each sample its loss, its reward and the reward's terms, [2 + terms, B].
@@ -107,6 +139,9 @@ class AlignPropTrainer(TrainingLoop):
         for rows in chunks(len(latents), c.memory.decode_chunk):
             chunk = latents[rows].requires_grad_()
             images = run.model.decode(chunk)
+            if c.reward_noise:
+                drawn = torch.stack([torch.randn(images.shape[1:], generator=g) for g in noise[rows]])
+                images = images + c.reward_noise * drawn.to(images)
             terms = run.reward.score_terms(images, prompts[rows], metadata[rows])
             rewards = run.reward.combine(terms)
             losses = c.train.loss_coeff * c.grad_scale * self.loss(rewards, c.loss_target)

@@ -73,7 +73,9 @@ def base() -> ConfigDict:
     c.adjoint_clip = 0.0  # largest growth of a sample's ∂R/∂x on its way down the chain, as a ratio; 0: off
 
     # -- the reward ------------------------------------------------------------------------------------------------
-    c.reward_fn = "aesthetic"  # "aesthetic", "hps", "clip", "package.module:callable" or a sum "hps:1,aesthetic:0.1"
+    c.reward_fn = "aesthetic"  # "aesthetic", "hps", "clip", "count", "colour", "jpeg_proxy"; without gradient
+    # "jpeg_compressibility", "jpeg_incompressibility", "count_hard"; of the bundled model "tiny_count"; your own
+    # "package.module:callable"; or a sum "hps:1,aesthetic:0.1"
     c.eval_reward_fn = ""  # further rewards measured at evaluation only, comma-separated
     c.loss = "maximise"  # "maximise", "target" (|r - target|) or "ceiling" (max(0, target - r))
     c.loss_target = config_dict.placeholder(float)  # target and ceiling: in units of the reward
@@ -97,6 +99,13 @@ def base() -> ConfigDict:
     c.clip = ConfigDict()
     c.clip.model = "openai/clip-vit-large-patch14"  # hub name or folder of any transformers CLIP
     c.clip.dtype = "float32"  # as aesthetic.dtype
+    c.count = ConfigDict()
+    c.count.model = "google/owlvit-base-patch32"  # hub name or folder of an OWL-ViT, OWLv2, YOLOS or DETR detector
+    c.count.threshold = config_dict.placeholder(float)  # score from which a box counts; None: the detector's usual
+    c.colour = ConfigDict()
+    c.colour.target = (0.1, 0.9, 0.5)  # red, green, blue that pictures are to have, each 0 … 1
+    c.jpeg = ConfigDict()
+    c.jpeg.quality = 95  # of the encoder, 1 … 100, for all jpeg rewards
 
     # -- prompts and evaluation --------------------------------------------------------------------------------------
     c.prompt_fn = "simple_animals"  # a named prompt set or a text file with one prompt a line
@@ -120,10 +129,11 @@ def base() -> ConfigDict:
 
     # -- guidance without training (task "guide") ----------------------------------------------------------------------
     c.guide = ConfigDict()
-    c.guide.strength = 0.1  # length of a step along the reward's gradient, as a share of the latents' own length
+    c.guide.strength = 0.5  # length of a move along the reward's gradient, as a share of the sampler's own step; on
+    # average over the window
     c.guide.through = "denoiser"  # gradient through the "denoiser", or through "x0" alone, which takes f for a constant
-    c.guide.schedule = "constant"  # of the strength over the steps: "constant", "noise" (falls with the noise level) or
-    # "late" (grows as it falls)
+    c.guide.schedule = "noise"  # of the strength over the window: "constant", "noise" (falls with the share of noise
+    # in the latents) or "late" (grows as it falls)
     c.guide.window = (0.0, 1.0)  # from, to: the share of the chain's steps in which latents are moved
 
     # -- policy gradient (algorithm "ddpo") ----------------------------------------------------------------------------
@@ -131,8 +141,9 @@ def base() -> ConfigDict:
     c.ddpo.inner_epochs = 1  # passes over the samples of an epoch
     c.ddpo.clip_range = 1e-4  # the importance ratio counts within 1 ± clip_range
     c.ddpo.adv_clip_max = 5.0  # advantages are clipped to ± this many standard deviations
-    c.ddpo.timestep_fraction = 1.0  # share of the sampler steps that are trained on, drawn anew for each sample
-    c.ddpo.train_cfg = True  # training calls have classifier-free guidance, as sampling has
+    c.ddpo.timestep_fraction = 1.0  # share of the sampler steps that an update is made from, drawn anew for each
+    c.ddpo.min_noise = 0.0  # steps are trained on whose noise, as a standard deviation of latents, is greater; the last
+    # step's, 0.03, hardly shows in a picture, and its gradient is far larger than that of all others
     c.ddpo.per_prompt_buffer = 16  # newest rewards of a prompt, for its mean and deviation; 0: those of the epoch
     c.ddpo.per_prompt_min_count = 16  # prompts with fewer rewards so far use the epoch's mean and deviation
 

@@ -17,13 +17,35 @@ import torch
 from rewards.aesthetic import AestheticReward
 from rewards.base import Reward, RewardError, check_rewards, did_you_mean, require_differentiable, reward_name
 from rewards.clip import ClipReward
+from rewards.colour import ColourReward
 from rewards.combine import CustomReward, WeightedReward, load_custom, try_reward
+from rewards.count import CountReward, HardCountReward, TinyCountReward
 from rewards.hps import HPSReward
+from rewards.jpeg import JpegCompressibility, JpegIncompressibility, JpegProxy
 
 # Importing these costs nothing: each fetches transformers or hpsv2 when it is built.
-REWARDS = {"aesthetic": AestheticReward, "hps": HPSReward, "clip": ClipReward}
+REWARDS = {
+    "aesthetic": AestheticReward,
+    "hps": HPSReward,
+    "clip": ClipReward,
+    "jpeg_compressibility": JpegCompressibility,
+    "jpeg_incompressibility": JpegIncompressibility,
+    "jpeg_proxy": JpegProxy,
+    "count": CountReward,
+    "count_hard": HardCountReward,
+    "tiny_count": TinyCountReward,
+    "colour": ColourReward,
+}
+# Rewards that share the options of another name.
+OPTIONS_OF = {
+    "jpeg_compressibility": "jpeg",
+    "jpeg_incompressibility": "jpeg",
+    "jpeg_proxy": "jpeg",
+    "count_hard": "count",
+}
 
 __all__ = [
+    "OPTIONS_OF",
     "REWARDS",
     "Reward",
     "RewardError",
@@ -42,16 +64,17 @@ def build_reward(
 ) -> WeightedReward:
     """The reward that `spec` names, frozen, on `device`.
 
-    options: per name in REWARDS, keywords for its class; those of rewards that the spec does not name are unused.
+    options: keywords for the rewards' classes, per name in REWARDS, or its name in OPTIONS_OF; those of rewards that
+    the spec does not name are unused.
     Returns a WeightedReward: `.name`, `.differentiable`, `.terms` (name -> Reward), `.weights`, `.score_terms(…)`.
     Raises: RewardError, one line, for anything wrong with the spec, an option, or a file.
     """
-    options = options or {}
     weights = parse_spec(spec)
+    options = {name: (options or {}).get(OPTIONS_OF.get(name, name), {}) for name in weights}
     for name in weights:
         if name in REWARDS:
-            _check_options(name, options.get(name, {}))
-    terms = {name: REWARDS[name](**options.get(name, {})) if name in REWARDS else load_custom(name) for name in weights}
+            _check_options(name, options[name])
+    terms = {name: REWARDS[name](**options[name]) if name in REWARDS else load_custom(name) for name in weights}
     return WeightedReward(spec, terms, weights).to(device)
 
 
@@ -103,5 +126,5 @@ def _check_options(name: str, options: Mapping) -> None:
     allowed = inspect.signature(REWARDS[name]).parameters
     for key in options:
         if key not in allowed:
-            hint = did_you_mean(key, allowed)
-            raise RewardError(f"{name}.{key} is not an option of that reward; allowed: {', '.join(allowed)}{hint}")
+            hint, field = did_you_mean(key, allowed), f"{OPTIONS_OF.get(name, name)}.{key}"
+            raise RewardError(f"{field} is not an option of that reward; allowed: {', '.join(allowed)}{hint}")

@@ -1,4 +1,4 @@
-"""Weighted sums of rewards, and rewards that a person wrote himself."""
+"""Several rewards as one, and rewards that a person wrote himself."""
 
 import importlib
 import inspect
@@ -13,12 +13,22 @@ from torch import nn
 from rewards.base import Reward, RewardError, check_connected, check_rewards, check_shape, did_you_mean
 from rewards.towers import first_line
 
+# From the weighted scores of the terms, [B] each, to one [B].
+COMBINATIONS = {
+    "sum": sum,
+    "mean": lambda scores: sum(scores) / len(scores),
+    "min": lambda scores: torch.stack(scores).min(dim=0).values,  # so only the smallest has a gradient
+}
+
 
 class WeightedReward(Reward):
-    """Sum of named terms; what `build_reward` returns, also for a single term.
+    """Named terms, each times its weight, as one reward; what `build_reward` returns, also for a single term.
 
-    name: the spec it was built from. terms: name -> Reward. weights: name -> factor.
+    name: the spec it was built from. terms: name -> Reward. weights: name -> factor. combination: a key of
+    COMBINATIONS, how the terms become one.
     """
+
+    combination = "sum"
 
     def __init__(self, name: str, terms: Mapping[str, Reward], weights: Mapping[str, float]):
         super().__init__()
@@ -43,8 +53,8 @@ class WeightedReward(Reward):
         return {name: score.to(images.device, torch.float32) for name, score in scores.items()}
 
     def combine(self, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum [B] of `score_terms`' answer, to have both for the price of one."""
-        return sum(self.weights[name] * score for name, score in scores.items())
+        """One score [B] of `score_terms`' answer, to have both for the price of one; `scores` may hold others too."""
+        return COMBINATIONS[self.combination]([weight * scores[name] for name, weight in self.weights.items()])
 
 
 def try_reward(reward: WeightedReward, images: torch.Tensor, prompts, metadata, needs_gradient: bool) -> None:

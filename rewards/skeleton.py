@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from rewards import REWARDS, parse_spec
+from rewards import parse_spec
 from rewards.aesthetic import AestheticHead, AestheticReward
 from rewards.base import Reward
 from rewards.clip import ClipReward
-from rewards.combine import CustomReward, WeightedReward
+from rewards.combine import WeightedReward
 from rewards.hps import HPSReward
 from rewards.preprocess import ClipPreprocess, PadPreprocess
 from rewards.towers import ClipTower
@@ -21,27 +21,28 @@ TowerConfig = Callable[[str, str], dict]
 
 
 def skeleton_reward(spec: str, options: Mapping[str, Mapping], tower_config: TowerConfig) -> WeightedReward:
-    """As `build_reward`, of the same shapes and precision, without files. A reward of a user's own is a `BlankReward`.
+    """As `build_reward`, of the same shapes and precision, without files. What has no CLIP tower is a `BlankReward`.
 
     tower_config: (a CLIP model's name, the option that names it) -> the keywords of its `transformers.CLIPConfig`.
     Raises: RewardError for a spec that `build_reward` refuses; whatever `tower_config` raises.
     """
     weights = parse_spec(spec)
     make = {"aesthetic": _aesthetic, "clip": _clip, "hps": _hps}
-    terms = {n: make[n](options[n], tower_config) if n in REWARDS else BlankReward() for n in weights}
+    terms = {n: make[n](options[n], tower_config) if n in make else BlankReward() for n in weights}
     return WeightedReward(spec, terms, weights).to("meta")
 
 
 class BlankReward(Reward):
-    """In the place of a user's own reward, which may do anything: look at values, or keep tensors of its own."""
+    """In the place of a reward that may look at values, as a user's own, or that is small beside the others."""
 
     def score(self, images: torch.Tensor, prompts, metadata) -> torch.Tensor:
         return images.mean(dim=(1, 2, 3))
 
 
 def without_custom(reward: WeightedReward) -> WeightedReward:
-    """The same terms, but for a `BlankReward` in the place of each that is a user's own."""
-    terms = {n: BlankReward() if isinstance(term, CustomReward) else term for n, term in reward.terms.items()}
+    """The same terms with CLIP towers, and a `BlankReward` in the place of each other."""
+    known = AestheticReward, ClipReward, HPSReward
+    terms = {n: term if isinstance(term, known) else BlankReward() for n, term in reward.terms.items()}
     return WeightedReward(reward.name, terms, reward.weights)
 
 

@@ -88,7 +88,7 @@ def parse(prompt: str, config: dict) -> list[int]:
         colours, shapes = "/".join(config["colours"]), "/".join(config["shapes"])
         raise RewardError(
             f"prompt {prompt!r}: the judge reads only '<a|two|three> <colour> <shape>[s] on a <colour> background', "
-            f"colours {colours}, shapes {shapes}; for other prompts drop rewards.tiny_judge from eval_reward_fn"
+            f"colours {colours}, shapes {shapes}; for other prompts drop the rewards.tiny_judge ones and tiny_count"
         ) from None
 
 

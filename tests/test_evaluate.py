@@ -5,15 +5,18 @@ import time
 import pytest
 import torch
 
+from alignprop.divergence import chain_distance
 from alignprop.evaluate import statistics, write_report
-from alignprop.lora import add_lora, get_lora, save_lora, trainable_parameters
+from alignprop.judges import diversity
+from alignprop.lora import add_lora, get_lora, read_lora, save_lora, set_lora, trainable_parameters
 from alignprop.models.sd import StableDiffusion
 from alignprop.pictures import save_image
 from alignprop.run import Run
-from alignprop.seeding import generator
+from alignprop.seeding import generator, generators
 from alignprop.settings import ConfigError
 from alignprop.tasks import evaluate, evaluate_soup
 from rewards import RewardError
+from tests.training import train
 
 
 def save_random_lora(pipeline_folder, folder, seed):
@@ -42,6 +45,49 @@ def test_prompts_repeat_with_other_noise(toy_config):
     found = Run(toy_config(num_eval_images=8, max_vis_images=8)).evaluator()
     assert found.prompts[:4] == found.prompts[4:] and len(set(found.prompts)) == 4
     assert (found.images[0] - found.images[4]).abs().max() > 0.01
+
+
+def test_some_prompts_are_chosen_and_repeat(toy_config):
+    def order(**options):
+        return Run(toy_config(num_eval_images=6, **options)).evaluator.order
+
+    whole = order(num_eval_prompts=None)
+    assert sorted(whole[:4]) == [0, 1, 2, 3] and whole[4:] == whole[:2]
+    assert order(num_eval_prompts=2) == whole[:2] * 3
+    assert order(num_eval_prompts=4) == order(num_eval_prompts=9) == whole
+
+
+def test_measures_do_not_depend_on_the_batch_size(toy_config, pipeline_folder, tmp_path):
+    lora = read_lora(save_random_lora(pipeline_folder, tmp_path / "lora", 1))
+    found = []
+    for size in (1, 3, 10):
+        options = dict(per_gpu_capacity=size, num_eval_images=10, num_eval_prompts=4, memory__decode_chunk=2)
+        run = Run(toy_config("tiny_evaluate", **options))
+        set_lora(run.model.denoiser, lora)
+        found.append(run.evaluator().measures)
+    assert found[0].keys() == {"diversity", "base_distance"} and min(found[0].values()) > 1e-3
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_the_measures_are_those_of_the_pictures(toy_config, pipeline_folder, tmp_path):
+    lora = read_lora(save_random_lora(pipeline_folder, tmp_path / "lora", 1))
+    run = Run(toy_config("tiny_evaluate", num_eval_images=10, num_eval_prompts=4, max_vis_images=10))
+    set_lora(run.model.denoiser, lora)
+    found = run.evaluator()
+    expected = diversity(run.judges.tower.embed_images(found.images), found.prompts)
+    assert found.measures["diversity"] == pytest.approx(expected, rel=1e-4)
+    latents = run.rollout(generators(range(8), 0, "evaluation"), run.model.encode_prompts(found.prompts[:8]), None)
+    cond, noise = run.model.encode_prompts(found.prompts[:8]), generators(range(8), 0, "base distance")
+    expected = chain_distance(run.rollout, latents, cond, noise).mean().item()
+    assert found.measures["base_distance"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_not_there_is_not_measured(toy_config):
+    assert Run(toy_config(num_eval_images=4)).evaluator().measures == {}  # no prompt twice, no adapter
+    run = Run(toy_config(num_eval_images=8, eval_diversity=False, eval_base_distance=False))
+    add_lora(run.model.denoiser, 2, 2.0, ("to_q",), seed=0)
+    assert run.evaluator().measures == {}
+    assert Run(toy_config(num_eval_images=8)).evaluator().measures.keys() == {"diversity"}
 
 
 def test_evaluation_leaves_global_randomness_alone(toy_config):
@@ -76,8 +122,8 @@ def test_a_single_reward_is_not_shown_twice(toy_config):
 
 def test_a_reward_that_is_trained_is_not_computed_again_as_an_extra(toy_config):
     run = Run(toy_config(eval_reward_fn="tests.toy_rewards:redness,tests.toy_rewards:contrast"))
-    assert list(run.extra_reward.terms) == ["tests.toy_rewards:contrast"]
-    assert Run(toy_config(eval_reward_fn="tests.toy_rewards:redness")).extra_reward is None
+    assert list(run.judges.extra.terms) == ["tests.toy_rewards:contrast"]
+    assert Run(toy_config(eval_reward_fn="tests.toy_rewards:redness")).judges.extra is None
 
 
 def test_a_reward_that_is_not_a_number_is_refused_in_evaluation(toy_config):
@@ -100,6 +146,37 @@ def test_evaluate_task_of_a_checkpoint_and_of_the_base(toy_config, pipeline_fold
     assert {p.name for p in tuned.iterdir()} == {"config.json", "images", "grid.png", "scores.csv", "summary.json"}
     again = evaluate(toy_config("tiny_evaluate", run_name="base"))
     assert again != base and pictures(again) == pictures(base)
+
+
+def test_the_summary_has_the_measures(toy_config, pipeline_folder, tmp_path, capsys):
+    lora = save_random_lora(pipeline_folder, tmp_path / "lora", 1)
+    folder = evaluate(toy_config("tiny_evaluate", resume_from=lora, num_eval_images=8))
+    summary = json.loads((folder / "summary.json").read_text())
+    told = f"diversity {summary['diversity']:.4f}, base_distance {summary['base_distance']:.4f}"
+    assert summary["base_distance"] > 0 and told in capsys.readouterr().out
+
+
+def test_a_scaled_checkpoint_is_the_base_at_0_and_itself_at_1(toy_config, pipeline_folder, tmp_path):
+    lora = save_random_lora(pipeline_folder, tmp_path / "lora", 1)
+
+    def made(**options):
+        return pictures(evaluate(toy_config("tiny_evaluate", run_name="x", **options)))
+
+    base, tuned = made(), made(resume_from=lora)
+    assert made(resume_from=lora, lora_scale=0.0) == base
+    assert made(resume_from=lora, lora_scale=1.0) == tuned
+    assert made(resume_from=lora, lora_scale=0.0, lora_schedule="linear") == base
+    assert made(resume_from=lora, lora_schedule="linear") not in (base, tuned)
+    assert made(resume_from=lora, lora_schedule="linear", num_inference_steps=1) == made(
+        resume_from=lora, num_inference_steps=1
+    )
+
+
+def test_whole_weights_cannot_be_scaled(toy_config):
+    checkpoint = str(train(toy_config(use_lora=False, num_epochs=1)).run.folder)
+    for options in ({"lora_scale": 0.5}, {"lora_schedule": "linear"}):
+        with pytest.raises(ConfigError, match=r"^lora_scale = .* must be 1 and 'constant'"):
+            evaluate(toy_config("tiny_evaluate", run_name="x", resume_from=checkpoint, **options))
 
 
 def test_the_evaluate_task_ends_when_everything_is_written(toy_config, monkeypatch, capsys):

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     [
         "alignprop",
+        "alignprop.effects",
         "alignprop.fields",
         "alignprop.policies",
         "alignprop.seeding",
@@ -22,6 +23,7 @@ LAYERS = [
         "alignprop.adjoint",
         "alignprop.background",
         "alignprop.estimators",
+        "alignprop.guards",
         "alignprop.lean",
         "alignprop.losses",
         "alignprop.memory",
@@ -38,7 +40,10 @@ LAYERS = [
         "alignprop.tracking",
     ],
     [
+        "alignprop.divergence",
         "alignprop.guidance",
+        "alignprop.guide",
+        "alignprop.judges",
         "alignprop.lora",
         "alignprop.manifest",
         "alignprop.models",
@@ -68,8 +73,10 @@ SIDEWAYS = {
     "alignprop.models.latent": {"alignprop.models.base"},
     "alignprop.models.skeleton": {f"alignprop.models.{family}" for family in ("flux", "sd", "sd3", "sdxl")},
     "alignprop.ddpo": {"alignprop.loop"},
+    "alignprop.divergence": {"alignprop.lora", "alignprop.rollout"},
     "alignprop.estimators": {"alignprop.plans", "alignprop.quadrature", "alignprop.samplers"},
     "alignprop.fields": {"alignprop.policies"},
+    "alignprop.guide": {"alignprop.rollout"},
     "alignprop.memory": {"alignprop.lean", "alignprop.models.base"},
     "alignprop.forecast": {"alignprop.weights"},
     "alignprop.planner": {"alignprop.forecast"},
@@ -85,7 +92,7 @@ SIDEWAYS = {
 }
 REWARD_USERS = {
     f"alignprop.{name}"
-    for name in ("ddpo", "evaluate", "forecast", "guards", "guide", "loop", "planner", "run", "tasks", "trainer")
+    for name in ("ddpo", "forecast", "guards", "guide", "judges", "loop", "planner", "run", "tasks", "trainer")
 } | {*LAYERS[-1]}
 OPTIONAL = {"hpsv2", "matplotlib", "tensorboard", "wandb"}  # to be imported where they are used
 

@@ -173,6 +173,13 @@ def test_curves_have_a_panel_for_everything_that_the_rows_hold(tmp_path, drawn):
         np.testing.assert_array_equal(drawn[0][title][1], y)
 
 
+def test_other_measures_have_their_panels(tmp_path, drawn):
+    rows = [eval_row(step, 5.0, clip=5.0) | {"diversity": 0.25, "base_distance": step} for step in (0, 2)]
+    plot_curves(rows, tmp_path / "curves.png")
+    assert list(drawn[0]) == ["held-out reward", "held-out diversity", "held-out base distance"]
+    np.testing.assert_array_equal(drawn[0]["held-out base distance"], ([0, 2], [0, 2]))
+
+
 def test_a_single_held_out_reward_is_drawn_once(tmp_path, drawn):
     plot_curves([eval_row(0, 5.0, aesthetic=5.0)], tmp_path / "curves.png")
     assert list(drawn[0]) == ["held-out reward"]

@@ -1,16 +1,17 @@
 import json
+import re
 import threading
 import time
 
 import pytest
 import torch
 
-from alignprop.checkpoint import checkpoints_of
+from alignprop.checkpoint import checkpoints_of, write_checkpoint
 from alignprop.evaluate import Evaluator
 from alignprop.lora import LORA_FILE
 from alignprop.pictures import save_grid
 from alignprop.settings import ConfigError
-from alignprop.trainer import AlignPropTrainer, write_checkpoint
+from alignprop.trainer import AlignPropTrainer
 from tests.training import rows, train
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -58,7 +59,7 @@ def test_a_checkpoint_is_never_ahead_of_the_rows(toy_config, monkeypatch):
         found[step] = [(row["kind"], row["step"]) for row in written]
         return write_checkpoint(folder, step, *args)
 
-    monkeypatch.setattr("alignprop.trainer.write_checkpoint", write)
+    monkeypatch.setattr("alignprop.loop.write_checkpoint", write)
     train(toy_config(eval_freq=1, train__total_samples_per_epoch=4))
     assert found == {
         1: [("eval", 0), ("train", 1)],
@@ -73,6 +74,8 @@ def test_the_end_of_a_run_waits_for_its_pictures(toy_config, capsys):
     assert (trainer.run.folder / "before_after.png").exists()
     told = capsys.readouterr().out
     assert "step 0 → step 2" in told and "before_after.png" in told
+    measure = rows(trainer, "eval")[-1]["base_distance"]
+    assert re.search(rf"base_distance +0\.000 → +{measure:.1e}\n", told)
 
 
 @pytest.mark.usefixtures("slow_pictures")

@@ -111,7 +111,7 @@ def test_spec_is_parsed(spec, terms):
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        ("hpss", ["'hpss'", "aesthetic, clip, hps", "did you mean 'hps'"]),
+        ("hpss", ["'hpss'", "aesthetic, clip, colour, count", "did you mean 'hps'"]),
         ("astetic:0.5", ["did you mean 'aesthetic'"]),
         ("", ["package.module:callable"]),
         ("hps,,clip", ["package.module:callable"]),
@@ -181,6 +181,30 @@ def test_sum_is_weighted_and_terms_are_reported(images):
     expected = 2 * images.mean(dim=(1, 2, 3)) - 0.5 * torch.tensor([1.0, 2.0, 3.0, 4.0])
     torch.testing.assert_close(reward(images, PROMPTS), expected)
     torch.testing.assert_close(reward.combine(terms), expected)
+
+
+# Weighted, the two terms are 2·brightness = 1 and, of prompts of 1 … 4 letters, 0.5 … 2.
+COMBINED = {"sum": [1.5, 2.0, 2.5, 3.0], "mean": [0.75, 1.0, 1.25, 1.5], "min": [0.5, 1.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize(("combination", "expected"), COMBINED.items())
+def test_terms_are_combined_after_their_weights(images, combination, expected):
+    reward = build_reward("my_pack.mine:brightness:2,my_pack.mine:letters:0.5")
+    reward.combination = combination
+    images = torch.full_like(images, 0.5)
+    assert reward(images, PROMPTS).tolist() == pytest.approx(expected)
+    # Further scores, of rewards that are not among its terms, do not count.
+    others = {"other": torch.full((4,), -9.0)}
+    torch.testing.assert_close(reward.combine(reward.score_terms(images, PROMPTS) | others), torch.tensor(expected))
+
+
+def test_the_gradient_of_the_smallest_is_its_terms_alone():
+    reward = build_reward("my_pack.mine:brightness:2,my_pack.mine:bonus:3")
+    reward.combination = "min"
+    scores = {"my_pack.mine:brightness": torch.tensor([0.1, 0.9]), "my_pack.mine:bonus": torch.tensor([0.5, 0.5])}
+    scores = {name: score.requires_grad_() for name, score in scores.items()}
+    first, second = torch.autograd.grad(reward.combine(scores).sum(), list(scores.values()))
+    assert first.tolist() == [2.0, 0.0] and second.tolist() == [0.0, 3.0]
 
 
 def test_terms_move_with_the_reward():
@@ -283,4 +307,11 @@ def test_registry_is_explicit():
         "aesthetic": "AestheticReward",
         "hps": "HPSReward",
         "clip": "ClipReward",
+        "jpeg_compressibility": "JpegCompressibility",
+        "jpeg_incompressibility": "JpegIncompressibility",
+        "jpeg_proxy": "JpegProxy",
+        "count": "CountReward",
+        "count_hard": "HardCountReward",
+        "tiny_count": "TinyCountReward",
+        "colour": "ColourReward",
     }

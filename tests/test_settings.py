@@ -9,12 +9,10 @@ from dataclasses import replace
 import pytest
 from ml_collections import ConfigDict
 
-from alignprop.estimators import ESTIMATORS
 from alignprop.fields import FIELDS
 from alignprop.losses import LOSSES
 from alignprop.policies import NAMES, POLICIES
 from alignprop.settings import (
-    PLAN_FIELDS,
     ConfigError,
     flatten,
     memory_policy,
@@ -22,10 +20,9 @@ from alignprop.settings import (
     resolve,
     save_config,
     settle,
-    warnings_for,
 )
 from config.align_prop import PRESETS, base, get_config
-from rewards import REWARDS
+from rewards import OPTIONS_OF, REWARDS
 from rewards.hps import BACKENDS, CHECKPOINTS
 from rewards.towers import DTYPES
 
@@ -96,13 +93,15 @@ REFUSED = {
     "best_by": [None], "lora_scale": [math.nan], "lora_schedule": ["cosine"],
     "guide.strength": [0.0], "guide.through": ["vae"], "guide.schedule": ["linear"],
     "guide.window": [(0.5,), (0.0, 1.5)], "ddpo.inner_epochs": [0], "ddpo.clip_range": [0.0],
-    "ddpo.adv_clip_max": [-1.0], "ddpo.timestep_fraction": [0.0, 1.1], "ddpo.train_cfg": [None],
+    "ddpo.adv_clip_max": [-1.0], "ddpo.timestep_fraction": [0.0, 1.1], "ddpo.min_noise": [-0.1],
     "ddpo.per_prompt_buffer": [-1], "ddpo.per_prompt_min_count": [0],
     "guidance_grad": ["uncond"], "adjoint_clip": [-1.0], "reward_fn": [""], "eval_reward_fn": [None], "loss": ["l2"],
     "loss_target": [math.nan],
     "grad_scale": [0.0], "aesthetic.clip": [""], "aesthetic.head_repo": [""], "aesthetic.head_file": [""],
     "aesthetic.dtype": ["fp32"], "hps.version": ["v3"], "hps.checkpoint": [""], "hps.tokenizer": [""],
     "hps.dtype": ["half"], "hps.backend": ["open_clip"], "clip.model": [""], "clip.dtype": ["int8"],
+    "count.model": [""], "count.threshold": [0.0, 1.0], "colour.target": [(0.5, 0.5), (0.0, 0.0, 2.0)],
+    "jpeg.quality": [0, 101, 9.5],
     "prompt_fn": [""], "eval_prompt_fn": [None], "eval_freq": [-1], "resume_from_2": [""],
     "mixing_coef_1": [(), ("0.5",), (math.nan,), (math.inf, 0.0)], "allow_extrapolation": [2],
     "soup_mode": ["mean"], "num_eval_images": [0], "max_vis_images": [-3], "num_epochs": [0, True],
@@ -147,7 +146,15 @@ def test_choices_are_those_of_the_code_that_has_them():
     assert {name for name in FIELDS if name.startswith("memory.")} == {f"memory.{name}" for name in NAMES}
     assert set(FIELDS["hps.version"].choices) == set(CHECKPOINTS)
     assert set(FIELDS["hps.backend"].choices) == set(BACKENDS)
-    assert all(set(FIELDS[f"{reward}.dtype"].choices) == set(DTYPES) for reward in REWARDS)
+    assert all(set(FIELDS[f"{name}.dtype"].choices) == set(DTYPES) for name in ("aesthetic", "hps", "clip"))
+
+
+def test_every_reward_option_has_a_field():
+    for name, reward in REWARDS.items():
+        options = set(inspect.signature(reward).parameters)
+        fields = {field.partition(".")[2] for field in FIELDS if field.startswith(f"{OPTIONS_OF.get(name, name)}.")}
+        # Which of the hub's files are taken is left to the names in the configuration.
+        assert fields <= options and {o.rpartition("_")[2] for o in options - fields} <= {"revision", "repo"}, name
 
 
 def test_a_field_that_is_missing_is_named():
@@ -225,33 +232,6 @@ def test_a_soup_needs_its_checkpoint():
         resolve(preset("evaluate_soup"), 1)
 
 
-def test_fields_without_effect_are_told():
-    c = resolve(preset(trunc_backprop_timestep=10), 1)
-    assert warnings_for(c, ["trunc_backprop_timestep", "seed"]) == [
-        "trunc_backprop_timestep has no effect: it needs estimator = 'truncated'"
-    ]
-    assert warnings_for(resolve(preset("hps_k1"), 1), ["trunc_backprop_timestep"]) == []
-    (line,) = warnings_for(resolve(preset("evaluate"), 1), ["train.learning_rate", "num_eval_images"])
-    assert line.startswith("train.learning_rate has no effect")
-    overridden = ["train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.adam_weight_decay"]
-    lines = warnings_for(preset(train__optimizer="sgd"), [*overridden, "allow_extrapolation"])
-    assert [line.split()[0] for line in lines] == [*overridden[:3], "allow_extrapolation"]
-    assert warnings_for(preset(), overridden) == []
-
-
-def test_a_plan_field_of_another_estimator_is_told():
-    c = preset("refl", plan__exit_window=0.5, plan__copies=3)
-    assert warnings_for(c, ["plan.exit_window", "plan.copies"]) == [
-        "plan.copies has no effect: it needs estimator = 'draft_lv'"
-    ]
-
-
-def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
-    for field, names in PLAN_FIELDS.items():
-        assert {n for n, f in ESTIMATORS.items() if field in inspect.signature(f).parameters} == set(names)
-    assert {name for name in FIELDS if name.startswith("plan.")} == {f"plan.{field}" for field in PLAN_FIELDS}
-
-
 @pytest.mark.parametrize(("fields", "message"), [
     (dict(kl_coeff=0.1, use_lora=False), r"kl_coeff = 0.1 needs use_lora = True"),
     (dict(guide__window=(0.5, 0.5)), r"guide.window = \(0.5, 0.5\) must be \(from, to\)"),
@@ -260,18 +240,6 @@ def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
 def test_combinations_of_newer_fields_that_cannot_run(fields, message):
     with pytest.raises(ConfigError, match=message):
         resolve(preset(**fields), 1)
-
-
-@pytest.mark.parametrize(("config", "field", "told"), [
-    (dict(), "lora_scale", "task = 'evaluate' or 'guide'"),
-    (dict(), "guide.strength", "task = 'guide'"),
-    (dict(), "ddpo.clip_range", "algorithm = 'ddpo'"),
-    (dict(algorithm="ddpo", eta=1.0), "estimator", "algorithm = 'ddpo' does not use it"),
-    (dict(reward_fn="hps"), "reward_combine", "several rewards"),
-])  # fmt: skip
-def test_newer_fields_without_effect_are_told(config, field, told):
-    (line,) = warnings_for(preset(**config), [field])
-    assert line.startswith(f"{field} has no effect") and told in line
 
 
 def test_every_preset_resolves():

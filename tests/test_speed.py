@@ -20,7 +20,7 @@ def test_channels_last_changes_the_layout_alone(pipeline_folder, toy_config):
 def test_compiled_blocks_train_alike_and_are_compiled_once(toy_config, monkeypatch):
     """Traced in the first step, with and without gradient; another step, with other truncations, traces nothing."""
     monkeypatch.setattr(
-        "alignprop.trainer.compile_blocks", lambda denoiser: compile_blocks(denoiser, backend="aot_eager")
+        "alignprop.loop.compile_blocks", lambda denoiser: compile_blocks(denoiser, backend="aot_eager")
     )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -8,6 +8,7 @@ import torch
 from alignprop.checkpoint import checkpoints_of
 from alignprop.guidance import GuidedDenoiser
 from alignprop.lora import LORA_FILE
+from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import draw_prompts
 from alignprop.seeding import generator, generators
 from alignprop.settings import ConfigError
@@ -131,7 +132,7 @@ def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
     run = trainer.run
     for parameter in trainer.weights.parameters:
         parameter.data.normal_(0, 0.3, generator=generator("w", parameter.numel()))
-    plan = trainer.estimator(3, 4, generator(0, 0, "plan"))
+    plan = trainer.estimator(run.rollout.sampler, 4, generator(0, 0, "plan"))
     prompts, metadata = draw_prompts(trainer.prompts, 0, 0, range(4))
     latents = run.model.init_latents(generators(range(4), 0, 0, "noise"))
     sampler, cond = run.rollout.sampler, run.model.encode_prompts(prompts)
@@ -150,6 +151,85 @@ def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
     losses = -1.5 * run.reward(run.model.decode(last), prompts, metadata)
     (adjoint,) = torch.autograd.grad(losses.sum(), [last])
     assert row["adjoint_norm"][-1] == pytest.approx(adjoint.flatten(1).norm(dim=1).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"memory__sweep_chunk": 1}, {"memory__lean": True}])
+def test_the_pull_towards_the_base_is_its_gradient(toy_config, pipeline_folder, overrides):
+    """The gradient that `kl_coeff` adds, against plain autograd through a model with and one without the adapter."""
+    gradients = []
+    for coefficient in (0.0, 50.0):
+        trainer = AlignPropTrainer(toy_config(run_name=f"k{coefficient:g}", kl_coeff=coefficient, **overrides))
+        for parameter in trainer.weights.parameters:
+            parameter.data.normal_(0, 0.3, generator=generator("w", parameter.numel()))
+        plan = trainer.estimator(trainer.run.rollout.sampler, 4, generator("plan"))
+        told = trainer.add_gradients((0, 5), torch.tensor([2, 3]), plan.select(torch.tensor([2, 3])))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.weights.parameters]))
+    model, sampler = trainer.run.model, trainer.run.rollout.sampler
+    cond = model.encode_prompts(draw_prompts(trainer.prompts, 0, 5, [2, 3])[0])
+    latents = trainer.run.rollout(generators([2, 3], 0, 5, "noise"), cond, None)
+    base, distances = StableDiffusion.load(str(pipeline_folder)), []
+    for b, stream in enumerate(generators([2, 3], 0, 5, "kl")):
+        i = int(torch.randint(3, (), generator=stream))
+        x = sampler.alpha[i] * latents[b] + sampler.sigma[i] * torch.randn(latents.shape[1:], generator=stream)
+        inputs = x[None].float(), sampler.timesteps[i], {"prompt_embeds": cond["prompt_embeds"][[b]]}
+        distances.append((model.predict(*inputs) - base.predict(*inputs).detach()).square().mean())
+    loss = 50.0 * torch.stack(distances).sum() / 4
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.weights.parameters)])
+    added = (gradients[1] - gradients[0]).float()
+    assert (added - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 1e-3
+    torch.testing.assert_close(told[-1], torch.stack(distances).detach(), rtol=1e-4, atol=0)
+    assert len(told) == 4 and (told[0] + told[1] - 50 * told[-1]).abs().max() < 1e-4  # loss = -reward + kl
+
+
+def test_a_row_has_the_base_distance_where_it_is_held_down(toy_config):
+    free = AlignPropTrainer(toy_config(run_name="free"))
+    held = AlignPropTrainer(toy_config(run_name="held", kl_coeff=1e4))
+    first = held.step()
+    assert first["base_distance"] == 0 and first["loss"] == pytest.approx(-first["reward"])
+    assert first["reward"] == free.step()["reward"]
+    second = held.step()
+    assert second["loss"] == pytest.approx(-second["reward"] + 1e4 * second["base_distance"], rel=1e-5)
+    assert second["base_distance"] > 0 and "base_distance" not in free.step()
+
+
+def test_without_a_pull_nothing_is_called_for_it(toy_config, monkeypatch):
+    monkeypatch.setattr("alignprop.trainer.base_distance", lambda *args: pytest.fail("called"))
+    assert AlignPropTrainer(toy_config()).step()["grad_norm"] > 0
+
+
+def test_noise_on_the_pictures_is_seen_by_the_reward_and_passes_its_gradient(toy_config):
+    clean, noisy = (AlignPropTrainer(toy_config(run_name=f"n{n}", reward_noise=n)).step() for n in (0.0, 0.5))
+    assert abs(noisy["reward"] - clean["reward"]) > 1e-3
+    assert noisy["grad_norm"] == pytest.approx(clean["grad_norm"], rel=1e-4)  # redness is linear in the picture
+
+
+@pytest.mark.parametrize("estimator", ["randomized", "draft_lv"])
+def test_regularisers_do_not_depend_on_the_micro_batch(toy_config, estimator):
+    options = dict(reward_noise=0.5, kl_coeff=10.0, estimator=estimator)
+    found = []
+    for size, chunk in ((1, 0), (2, 1), (4, 3)):
+        memory = dict(per_gpu_capacity=size, memory__decode_chunk=chunk, memory__sweep_chunk=chunk)
+        trainer = AlignPropTrainer(toy_config(run_name=f"s{size}", **options, **memory))
+        for parameter in trainer.weights.parameters:
+            parameter.data.normal_(0, 0.3, generator=generator("w", parameter.numel()))
+        row = trainer.step()
+        found.append([row[name] for name in ("reward", "reward_std", "base_distance", "loss", "grad_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("combination", ["mean", "min"])
+def test_training_follows_the_combination(toy_config, combination):
+    names = "tests.toy_rewards:redness", "tests.toy_rewards:contrast"
+    options = dict(reward_fn=f"{names[0]}:2,{names[1]}:3", eval_reward_fn="", reward_combine=combination)
+    trainer = AlignPropTrainer(toy_config(**options))
+    row, found = trainer.step(), trainer.run.evaluator()
+    if combination == "mean":
+        assert row["reward"] == pytest.approx((2 * row["rewards"][names[0]] + 3 * row["rewards"][names[1]]) / 2)
+        torch.testing.assert_close(found.rewards, found.terms[names[0]] + 1.5 * found.terms[names[1]])
+    else:
+        torch.testing.assert_close(found.rewards, torch.minimum(2 * found.terms[names[0]], 3 * found.terms[names[1]]))
+        assert row["reward"] < min(2 * row["rewards"][names[0]], 3 * row["rewards"][names[1]]) + 1e-6
+    assert row["loss"] == pytest.approx(-row["reward"])
 
 
 def test_a_checkpoint_reproduces_the_evaluation_in_a_plain_pipeline(toy_config, pipeline_folder):
@@ -177,7 +257,8 @@ def test_held_out_evaluation_during_training_changes_no_step(toy_config):
 
 
 def test_training_may_take_fewer_sampler_steps_than_evaluation(toy_config, monkeypatch):
-    trainer = AlignPropTrainer(toy_config(train__num_inference_steps=2, num_inference_steps=5, num_epochs=1))
+    calls = {"eval_base_distance": False}  # which makes calls of its own
+    trainer = AlignPropTrainer(toy_config(train__num_inference_steps=2, num_inference_steps=5, num_epochs=1, **calls))
     run, times = trainer.run, []
     predict = run.model.predict
     monkeypatch.setattr(run.model, "predict", lambda x, t, branch: times.append(int(t)) or predict(x, t, branch))

@@ -1,8 +1,8 @@
 """One side of a comparison, as a process of its own that makes an optimizer step each time it is asked to.
 
 Two such processes, asked in turn, share a busy machine's ups and downs. The protocol: settings as JSON on the command
-line; one line on standard input asks for a step; one line of JSON on standard output answers, the first of them when
-all is loaded. Needs nothing but Python, because the two sides live in different virtual environments.
+line; a line on standard input asks for a step, or to save; one line of JSON on standard output answers, the first of
+them when all is loaded. Needs nothing but Python, because the two sides live in different virtual environments.
 """
 
 import json
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+_SAVE = "save "
 
 
 class WorkerError(Exception):
@@ -60,8 +61,15 @@ class Worker:
             "seconds" and "cpu_seconds" of the step, its mean "reward", and "peak_mib", the most memory that the process
             has held so far.
         """
+        return self._ask("step")
+
+    def save(self, folder) -> None:
+        """Asks for what was trained so far, in `folder`, and waits until it is there."""
+        self._ask(f"{_SAVE}{folder}")
+
+    def _ask(self, request: str) -> dict:
         with suppress(BrokenPipeError):  # it has ended, so it does not answer either
-            print("step", file=self._process.stdin, flush=True)
+            print(request, file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict:
@@ -87,22 +95,31 @@ class Worker:
         self.close()
 
 
-def serve(build: Callable[[dict], tuple[Callable[[], float], dict]]) -> None:
+def serve(build: Callable[[dict], tuple]) -> None:
     """The answering end: never returns before standard input ends.
 
     Args:
-        build: settings -> (a function that makes one optimizer step and returns its mean reward, further facts).
+        build: settings -> (a function that makes one optimizer step and returns its mean reward, further facts) and,
+            where `Worker.save` is used, a function of a folder that writes there what was trained.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print too
-    step, facts = build(json.loads(sys.argv[1]))
+    step, facts, *save = build(json.loads(sys.argv[1]))
     print(json.dumps({**facts, "peak_mib": peak_mib()}), file=answers)
-    for _ in iter(sys.stdin.readline, ""):
-        started, cpu_started = time.perf_counter(), time.process_time()
-        reward = step()
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-        answer = {"seconds": seconds, "cpu_seconds": cpu_seconds, "reward": reward, "peak_mib": peak_mib()}
+    for request in iter(sys.stdin.readline, ""):
+        answer = {}
+        if request.startswith(_SAVE):
+            save[0](request.rstrip("\n").removeprefix(_SAVE))
+        else:
+            answer = _timed(step)
         print(json.dumps(answer), file=answers)
+
+
+def _timed(step: Callable[[], float]) -> dict:
+    started, cpu_started = time.perf_counter(), time.process_time()
+    reward = step()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "reward": reward, "peak_mib": peak_mib()}
 
 
 def peak_mib() -> float:

@@ -1,0 +1,58 @@
+"""How far a fine-tuned denoiser has moved from the base model, which it still is without its adapter."""
+
+import torch
+
+from alignprop.lora import without_lora
+from alignprop.models.base import Conditioning
+from alignprop.rollout import Rollout
+from alignprop.sharding import is_sharded, release
+
+
+def base_distance(rollout: Rollout, latents, cond: Conditioning, steps, noise) -> torch.Tensor:
+    """Mean squared difference of the denoiser's output, with its adapter, to the base model's; float32 [B].
+
+    Both see x = α[i]·latents + σ[i]·noise, under the conditional branch alone. Two steps of a stochastic chain that
+    differ in f only are Gaussians of one variance, and the KL divergence between them is b[i]²/(2·s[i]²)·‖f - f_base‖²:
+    this, up to a factor of the step (DPOK, Fan et al. 2023, arXiv 2305.16381; the same weighting that Ho et al. 2020,
+    arXiv 2006.11239, leave out of the loss). It has a meaning for a deterministic chain too.
+
+    Differentiable in the adapter where gradients are enabled; the latents are taken for constants.
+
+    Args:
+        rollout: of the model and the chain.
+        latents: final ones, float32 [B, ...].
+        cond: of the B samples.
+        steps: i of each sample, int [B].
+        noise: standard normal, [B, ...].
+    """
+    sampler, model, f = rollout.sampler, rollout.model, rollout.f
+    shape = [-1] + [1] * (latents.dim() - 1)
+    alpha, sigma = (level[steps].to(latents).view(shape) for level in (sampler.alpha, sampler.sigma))
+    x = (alpha * latents + sigma * noise.to(latents)).detach()
+    timesteps = sampler.timesteps[steps].to(latents.device)
+    conditional = model.branches(cond, f.scale)[-1]
+
+    def output():
+        with f.autocast():
+            return model.predict(x, timesteps, conditional).float()
+
+    with torch.no_grad(), without_lora(rollout.denoiser):
+        base = output()
+    return (output() - base).square().flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def chain_distance(rollout: Rollout, latents, cond: Conditioning, generators: list[torch.Generator]) -> torch.Tensor:
+    """`base_distance` on average over 4 steps in the middle of equal parts of the chain; float32 [B].
+
+    Args:
+        generators: of the noise, one per sample.
+    """
+    steps = ((torch.arange(4) + 0.5) * rollout.sampler.num_steps / 4).long().unique()
+    shape = (len(steps), *latents.shape[1:])
+    noises = torch.stack([torch.randn(shape, generator=g) for g in generators], dim=1)
+    samples = torch.ones(len(latents), dtype=torch.long)
+    found = [base_distance(rollout, latents, cond, i * samples, z) for i, z in zip(steps, noises, strict=True)]
+    if is_sharded(rollout.denoiser):
+        release(rollout.denoiser)
+    return torch.stack(found).mean(dim=0)

@@ -1,0 +1,30 @@
+"""How near a picture is to one colour: the simplest differentiable reward, the "blue loss" of guidance tutorials."""
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+
+from rewards.base import Reward, RewardError
+
+
+class ColourReward(Reward):
+    """Minus the mean absolute difference of a picture's pixels to one colour, in [-1, 0]; prompts are ignored.
+
+    target: red, green, blue, each from 0 to 1. Raises: RewardError.
+    """
+
+    def __init__(self, target: Sequence[float] = (0.1, 0.9, 0.5)):
+        super().__init__()
+        self.register_buffer("target", torch.tensor(check_colour(target)).view(3, 1, 1), persistent=False)
+
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
+        return -(images - self.target).abs().mean(dim=(1, 2, 3))
+
+
+def check_colour(target: Sequence[float]) -> list[float]:
+    numbers = list(target) if isinstance(target, Sequence) else []
+    good = [isinstance(v, Real) and not isinstance(v, bool) and 0 <= v <= 1 for v in numbers]
+    if len(numbers) != 3 or not all(good):
+        raise RewardError(f"colour.target={target!r} is not allowed; it is red, green, blue, each from 0 to 1")
+    return [float(v) for v in numbers]

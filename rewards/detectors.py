@@ -1,0 +1,198 @@
+"""Frozen object detectors of transformers: images and the name of an object each, to scored boxes, differentiably."""
+
+import json
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rewards.base import RewardError, did_you_mean
+from rewards.preprocess import PIL_FILTERS, resize
+from rewards.towers import find_file, first_line, load_tokenizer
+
+
+class Detector(nn.Module):
+    """A detection model with its preprocessing; in float32, always.
+
+    preprocess: images [B, 3, H, W] in [0, 1] to the model's pixels. source: the option and model to name in errors.
+    """
+
+    usual_threshold: float  # of a detection's score; what transformers' own post-processing takes by default
+
+    def __init__(self, model: nn.Module, preprocess: nn.Module, source: str):
+        super().__init__()
+        self.model = model.float().requires_grad_(False).eval()
+        self.preprocess, self.source = preprocess, source
+
+    def forward(self, images: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-odds [B, N] of N boxes each for being the named object, and the boxes [B, N, 4].
+
+        The sigmoid of log-odds is what transformers calls a detection's score; in float32 that saturates, and has no
+        gradient where it does. A box is left, top, right, bottom, as shares of the (padded) picture.
+        Raises: RewardError for a name unknown to the model.
+        """
+        log_odds, boxes = self.detect(self.preprocess(images), names)
+        centre, size = boxes.chunk(2, dim=-1)
+        return log_odds, torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+    def detect(self, pixels: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, of preprocessed pixels; boxes as centre and size."""
+        raise NotImplementedError
+
+
+class TextDetector(Detector):
+    """OWL-ViT (arXiv 2205.06230) or OWLv2 (2306.09683): detects whatever a text names, as "a photo of a …"."""
+
+    usual_threshold = 0.1
+
+    def __init__(self, model: nn.Module, preprocess: nn.Module, source: str, tokenizer):
+        super().__init__(model, preprocess, source)
+        self.tokenizer = tokenizer
+
+    def detect(self, pixels, names):
+        length = self.model.config.text_config.max_position_embeddings
+        texts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
+        # No attention mask: the tower is causal and read at the end token, which never sees the padding.
+        tokens = self.tokenizer(
+            texts, padding="max_length", padding_side="right", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids.to(pixels.device)
+        output = self.model(input_ids=tokens, pixel_values=pixels, return_dict=True)
+        return output.logits[..., 0], output.pred_boxes
+
+
+class ClassDetector(Detector):
+    """YOLOS (arXiv 2106.00666) or DETR (2005.12872): detects the classes of its data set, mostly COCO's 80.
+
+    A name stands for the class that it ends in: "red apple" for "apple", "teddy bear" for "teddy bear" before "bear".
+    """
+
+    usual_threshold = 0.5
+
+    def __init__(self, model: nn.Module, preprocess: nn.Module, source: str):
+        super().__init__(model, preprocess, source)
+        self.classes = {label.lower(): int(i) for i, label in model.config.id2label.items() if label != "N/A"}
+
+    def detect(self, pixels, names):
+        wanted = torch.tensor([self.class_of(name) for name in names], device=pixels.device)
+        output = self.model(pixel_values=pixels, return_dict=True)
+        wanted = wanted[:, None, None].expand(-1, output.logits.shape[1], 1)
+        # Of a softmax over the classes, the last of which is "no object".
+        others = output.logits.scatter(2, wanted, -torch.inf).logsumexp(dim=2)
+        return output.logits.gather(2, wanted).squeeze(2) - others, output.pred_boxes
+
+    def class_of(self, name: str) -> int:
+        words = name.lower().split()
+        for start in range(len(words)):
+            if " ".join(words[start:]) in self.classes:
+                return self.classes[" ".join(words[start:])]
+        hint = did_you_mean(name.lower(), self.classes) or f"; it knows {', '.join(list(self.classes)[:8])}, …"
+        raise RewardError(
+            f"{self.source} has no class {name!r}{hint}; an OWL-ViT model detects anything that has a name"
+        )
+
+
+class DetectorPreprocess(nn.Module):
+    """To the size, mean and deviation of a `preprocessor_config.json`, as the model's own processor does.
+
+    size: (height, width), or (shortest, longest): the shortest side becomes that, unless the longest side would get
+    longer than that, and `exact` is False. multiple: sides are cut to multiples of this many pixels. square: pad
+    with black at the right and the bottom first.
+    """
+
+    def __init__(self, size, exact: bool, mean, std, mode: str, multiple: int = 1, square: bool = False):
+        super().__init__()
+        self.size, self.exact, self.mode, self.multiple, self.square = size, exact, mode, multiple, square
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_json(cls, text: str, kind: str, source: str) -> "DetectorPreprocess":
+        """kind: the model's `model_type`, a key of DETECTORS. Raises: RewardError for what is missing or unknown."""
+        is_text = DETECTORS[kind] is TextDetector
+        try:
+            config = json.loads(text)
+            config = config.get("image_processor", config)
+            size, longest = config["size"], config.get("max_size", 1333)
+            if isinstance(size, int):  # how older files write it
+                size = {"height": size, "width": size} if is_text else {"shortest_edge": size, "longest_edge": longest}
+            elif not isinstance(size, dict):
+                size = dict(zip(("height", "width"), size, strict=True))
+            exact = "height" in size
+            sides = ("height", "width") if exact else ("shortest_edge", "longest_edge")
+            return cls(
+                tuple(int(size[side]) for side in sides), exact, config["image_mean"], config["image_std"],
+                PIL_FILTERS[config.get("resample", 3 if kind == "owlvit" else 2)],
+                multiple=16 if kind == "yolos" else 1, square=kind == "owlv2",
+            )  # fmt: skip
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise RewardError(f"{source} is damaged or not supported: {type(error).__name__}: {error}") from error
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, h, w] float32, normalised, of images [B, 3, H, W] in [0, 1]."""
+        height, width = images.shape[-2:]
+        if self.square:
+            images = F.pad(images, (0, max(height, width) - width, 0, max(height, width) - height))
+        # Bicubic weights overshoot; 8-bit pictures cannot.
+        return (resize(images, *self.fitted(*images.shape[-2:]), self.mode).clamp(0, 1) - self.mean) / self.std
+
+    def fitted(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width in pixels that a picture is resized to."""
+        if self.exact:
+            return self.size
+        shortest, longest = self.size
+        short, long = min(height, width), max(height, width)
+        exact_short = longest * short / long if shortest * long / short > longest else shortest
+        short_side = round(exact_short)
+        sides = (short_side, short_side if short == long else int(exact_short * long / short))
+        sides = [side - side % self.multiple for side in sides]
+        return (sides[0], sides[1]) if height <= width else (sides[1], sides[0])
+
+
+# Per `model_type` of a config.
+DETECTORS = {"owlvit": TextDetector, "owlv2": TextDetector, "yolos": ClassDetector, "detr": ClassDetector}
+
+
+def load_detector(name: str, revision: str | None, field: str) -> Detector:
+    """The detector `name`: a hub name ("google/owlvit-base-patch32") or a folder written by `save_pretrained`.
+
+    field: the option to name in an error. Raises: RewardError if it cannot be found, is no detector known here, or
+    lacks weights.
+    """
+    from transformers import AutoModelForObjectDetection, AutoModelForZeroShotObjectDetection
+
+    name, source = os.path.expanduser(name), f"{field}={name!r}"
+    config = find_file(name, "config.json", revision, field).read_text()
+    try:
+        kind = json.loads(config).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise RewardError(f"{source}: its config.json is damaged: {first_line(error)}") from error
+    if kind not in DETECTORS:
+        raise RewardError(f"{source} is a {kind!r} model, expected a detector: {', '.join(DETECTORS)}")
+    preprocess = _preprocess_of(name, revision, kind, field)
+    is_text = DETECTORS[kind] is TextDetector
+    loader = AutoModelForZeroShotObjectDetection if is_text else AutoModelForObjectDetection
+    try:
+        model, loaded = loader.from_pretrained(name, revision=revision or "main", output_loading_info=True)
+    except Exception as error:  # damaged files and pickles that are no plain weights fail in many ways
+        raise RewardError(f"{source} cannot be loaded as a {kind} model: {first_line(error)}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise RewardError(f"{source} lacks {len(missing)} weights of a {kind} model, such as {missing[0]}")
+    if is_text:
+        side = model.config.vision_config.image_size
+        if preprocess.size != (side, side):
+            raise RewardError(f"{source}: its pictures are resized to {preprocess.size}, but the model wants {side}")
+        tokenizer = load_tokenizer(name, revision, model.config.text_config, field)
+        return TextDetector(model, preprocess, source, tokenizer)
+    return ClassDetector(model, preprocess, source)
+
+
+def _preprocess_of(name, revision, kind, field) -> DetectorPreprocess:
+    # transformers 5 writes processor_config.json when it saves a whole processor.
+    try:
+        path = find_file(name, "preprocessor_config.json", revision, field)
+    except RewardError:
+        path = find_file(name, "processor_config.json", revision, field)
+    return DetectorPreprocess.from_json(path.read_text(), kind, f"{field}={name!r}, {path.name}")

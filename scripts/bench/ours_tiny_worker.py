@@ -1,0 +1,22 @@
+"""Our AlignPropTrainer on the bundled model, as a worker that time_to_reward.py asks."""
+
+from alignprop.lora import get_lora, save_lora
+from alignprop.trainer import AlignPropTrainer
+from config.align_prop import get_config
+from scripts.bench.worker import facts_of, serve
+
+
+def build(settings: dict):
+    c = get_config("quickstart")
+    c.update_from_flattened_dict({"seed": settings["seed"], "log_dir": settings["log_dir"], **settings["overrides"]})
+    trainer = AlignPropTrainer(c)
+    model = trainer.run.model
+
+    def save(folder: str) -> None:
+        save_lora(model, get_lora(model.denoiser), folder)
+
+    return lambda: trainer.step()["reward"], facts_of(model.denoiser), save
+
+
+if __name__ == "__main__":
+    serve(build)

@@ -1,0 +1,234 @@
+"""Seconds of training to a held-out reward, against TRL 0.23.1's AlignPropTrainer: one command, half an hour on a CPU.
+
+    python scripts/bench/time_to_reward.py                    three seeds, prints a table
+    python scripts/bench/time_to_reward.py --json out.json    and writes every measurement
+    python scripts/bench/time_to_reward.py --figure out.png   and draws the held-out reward against seconds
+
+Both sides train a LoRA of rank 4 on the bundled model (assets/tiny), towards the reward of preset `quickstart`
+(aesthetic + 40 × CLIP, the same code), on its training prompts, with guidance 3 and 8 pictures in an optimizer step,
+in float32 on one thread. The adapter's initialisation, loss, optimizer and estimator are each side's own. TRL's are
+its defaults, with its randomized truncation over the whole chain, except where a row says otherwise; its sampler has
+quickstart's 20 steps and is, like ours, deterministic, as the evaluation is. So that its learning rate is no handicap,
+it runs with several, and is compared by the fastest of them. The last row gives it our settings too: what remains of
+the difference is the implementation.
+
+Every few optimizer steps a worker stands still and writes its adapter, and our evaluator scores it, whichever side it
+is from, on quickstart's 48 held-out pictures: fixed prompts and noise, 20 sampler steps. Only optimizer steps are on
+the clock, the first included. The worker with the least seconds on its clock is always the next, so that a busy
+machine slows all alike. The time to a reward is by linear interpolation between two evaluations, and so is the
+obedience there: the share of pictures whose count, colour, shape and background are as the prompt says, by an
+independent judge.
+
+The table has medians over the seeds, and the least and the greatest. Processor seconds are those that other processes
+on the machine disturb less.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
+
+from scripts.bench.curves import draw, summary, table  # noqa: E402
+from scripts.bench.step_time import CACHE, TRL, trl_python  # noqa: E402
+from scripts.bench.worker import QUIET, Worker, WorkerError  # noqa: E402
+
+OBEDIENCE = "rewards.tiny_judge:obedience"
+PROGRESS = "{}: step {steps}, {seconds:.1f} s, {cpu_seconds:.1f} CPU s, reward {reward:.3f}, obedience {obedience:.3f}"
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One way of training.
+
+    Attributes:
+        name: in the table.
+        of: "ours"; "trl", the fastest of which ours are compared with; or "trl, ours", which they are not.
+        every: optimizer steps between evaluations.
+        overrides: further fields, of our preset `quickstart` or of TRL's AlignPropConfig.
+    """
+
+    name: str
+    of: str
+    every: int
+    overrides: dict = field(default_factory=dict)
+
+
+FAST = {
+    "train.num_inference_steps": 5,
+    "estimator": "full",
+    "memory_policy": "roomy",
+    "train.learning_rate": 1.2e-2,
+}
+FAST_IN_TRL = {
+    "sample_num_steps": 5,
+    "truncated_backprop_rand": False,
+    "truncated_backprop_timestep": 0,
+    "train_learning_rate": 1.2e-2,
+}
+SIDES = (
+    Side("TRL", "trl", 8),
+    Side("TRL, learning rate 4e-3", "trl", 4, {"train_learning_rate": 4e-3}),
+    Side("TRL, learning rate 1.2e-2", "trl", 3, {"train_learning_rate": 1.2e-2}),
+    Side("ours, quickstart", "ours", 8),
+    Side("ours, quickstart_fast", "ours", 3, FAST),
+    Side("TRL, settings of quickstart_fast", "trl, ours", 3, FAST_IN_TRL),
+)
+
+
+# ---- what is measured with
+
+
+def problem_of(config) -> dict:
+    """What TRL's worker has to know of our configuration, as plain values."""
+    from alignprop.prompts import ASSETS
+
+    return {
+        "pipeline": config.pretrained.model,
+        "prompt_file": str(ASSETS / "tiny" / "prompts_train.txt"),
+        "reward": config.reward_fn,
+        "reward_options": {name: config[name].to_dict() for name in ("aesthetic", "clip")},
+        "num_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "eta": config.eta,
+        "batch_size": config.train.total_batch_size,
+    }
+
+
+class Referee:
+    """Our evaluator on the held-out pictures of a configuration of task "evaluate"."""
+
+    def __init__(self, config):
+        import torch
+
+        from alignprop.run import Run
+
+        torch.set_num_threads(1)  # two on a busy machine wait for each other
+        self.run = Run(config)
+
+    def __call__(self, adapter: Path | None) -> dict[str, float]:
+        """Means of "reward", of its terms, and of "obedience", with the LoRA in a folder or, without one, with none."""
+        from alignprop.lora import read_lora, set_lora
+
+        set_lora(self.run.model.denoiser, read_lora(adapter) if adapter else None)
+        row = self.run.evaluator().row()
+        terms = dict(row["rewards"])
+        return {"reward": row["reward"], "obedience": terms.pop(OBEDIENCE), **terms}
+
+
+def start(side: Side, seed: int, problem: dict, log_dir: str, python: Path) -> Worker:
+    settings = {"seed": seed, "overrides": side.overrides}
+    if side.of == "ours":
+        return Worker(sys.executable, "scripts.bench.ours_tiny_worker", {**settings, "log_dir": log_dir})
+    return Worker(python, "scripts.bench.trl_tiny_worker", {**settings, "problem": problem})
+
+
+# ---- measuring
+
+
+def race(workers: dict[Side, Worker], judged: Callable, base: dict, target: float, max_steps: int) -> dict[str, list]:
+    """Trains all sides until the held-out reward is `target`, or for `max_steps` steps.
+
+    Args:
+        judged: worker -> what the referee says of its adapter.
+        base: what it says of the model without one.
+
+    Returns:
+        For each side its curve: points of "steps", "seconds", "cpu_seconds" and what the referee says.
+
+    Raises:
+        WorkerError: a side failed, or the sides are not alike.
+    """
+    check_alike({side.name: worker.facts for side, worker in workers.items()})
+    curves = {side: [{"steps": 0, "seconds": 0.0, "cpu_seconds": 0.0, **base}] for side in workers}
+    running = list(workers)
+    while running:
+        side = min(running, key=lambda one: curves[one][-1]["seconds"])
+        curve, worker = curves[side], workers[side]
+        count = min(side.every, max_steps - curve[-1]["steps"])
+        answers = [worker.step() for _ in range(count)]
+        clock = {name: curve[-1][name] + sum(a[name] for a in answers) for name in ("seconds", "cpu_seconds")}
+        curve.append({"steps": curve[-1]["steps"] + count, **clock, **judged(worker)})
+        print(PROGRESS.format(side.name, **curve[-1]), flush=True)
+        if curve[-1]["reward"] >= target or curve[-1]["steps"] >= max_steps:
+            running.remove(side)
+    return {side.name: curve for side, curve in curves.items()}
+
+
+def check_alike(facts: dict[str, dict]) -> None:
+    """Whether all sides train as many weights of the same model, with the same packages.
+
+    Raises:
+        WorkerError: they do not.
+    """
+    (first, expected), *others = facts.items()
+    for name, found in others:
+        for fact in ("parameters", "trained", "versions"):
+            if found[fact] != expected[fact]:
+                raise WorkerError(f"{fact} differ: {expected[fact]} in {first!r}, {found[fact]} in {name!r}")
+
+
+def measure(sides, seeds: list[int], target: float, max_steps: int, python: Path) -> dict[str, list[list[dict]]]:
+    """For each side a curve of each seed.
+
+    Raises:
+        WorkerError: a side failed, or the base model already has the target.
+    """
+    from config.align_prop import get_config
+
+    problem = problem_of(get_config("quickstart"))
+    with tempfile.TemporaryDirectory() as folder:
+        c = get_config("quickstart")
+        c.update_from_flattened_dict({"task": "evaluate", "log_dir": folder, "eval_reward_fn": OBEDIENCE})
+        referee = Referee(c)
+        base = referee(None)
+        print("without training: reward {reward:.3f}, obedience {obedience:.3f}".format(**base), flush=True)
+        if base["reward"] >= target:
+            raise WorkerError(f"--target = {target} must be above the base model's {base['reward']:.3f}")
+
+        def judged(worker: Worker) -> dict:
+            worker.save(folder)
+            return referee(Path(folder))
+
+        curves = {side.name: [] for side in sides}
+        for seed in seeds:
+            print(f"seed {seed}", flush=True)
+            with ExitStack() as stack:
+                workers = {s: stack.enter_context(start(s, seed, problem, folder, python)) for s in sides}
+                for name, curve in race(workers, judged, base, target, max_steps).items():
+                    curves[name].append(curve)
+    return curves
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; default 0 1 2")
+    parser.add_argument("--target", type=float, default=36.5, help="held-out reward; default 36.5, without training 34")
+    parser.add_argument("--max-steps", type=int, default=48, help="optimizer steps of a side at most; default 48")
+    parser.add_argument("--json", type=Path, help="file for every measurement")
+    parser.add_argument("--figure", type=Path, help="file for a picture of the curves, .png or .svg")
+    options = parser.parse_args()
+    python = trl_python(CACHE / "trl_venv")
+    try:
+        curves = measure(SIDES, options.seeds, options.target, options.max_steps, python)
+    except WorkerError as error:
+        sys.exit(f"error: {error}")
+    results = summary(curves, [side.name for side in SIDES if side.of == "trl"], options.target)
+    print(f"\nTo a held-out reward of {options.target}; {TRL}\n\n{table(results)}")
+    if options.json:
+        sides = {side.name: {**asdict(side), **results[side.name], "curves": curves[side.name]} for side in SIDES}
+        options.json.write_text(json.dumps({"trl": TRL, "target": options.target, "sides": sides}, indent=2) + "\n")
+    if options.figure:
+        draw(curves, options.target, options.figure)
+
+
+if __name__ == "__main__":
+    os.environ.update(QUIET | {"ACCELERATE_USE_CPU": "1"})
+    main()

@@ -1,0 +1,49 @@
+import inspect
+
+import pytest
+
+from alignprop.effects import PLAN_FIELDS, warnings_for
+from alignprop.estimators import ESTIMATORS
+from alignprop.fields import FIELDS
+from alignprop.settings import resolve
+from tests.test_settings import preset
+
+
+def test_fields_without_effect_are_told():
+    c = resolve(preset(trunc_backprop_timestep=10), 1)
+    assert warnings_for(c, ["trunc_backprop_timestep", "seed"]) == [
+        "trunc_backprop_timestep has no effect: it needs estimator = 'truncated'"
+    ]
+    assert warnings_for(resolve(preset("hps_k1"), 1), ["trunc_backprop_timestep"]) == []
+    (line,) = warnings_for(resolve(preset("evaluate"), 1), ["train.learning_rate", "num_eval_images"])
+    assert line.startswith("train.learning_rate has no effect")
+    overridden = ["train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.adam_weight_decay"]
+    lines = warnings_for(preset(train__optimizer="sgd"), [*overridden, "allow_extrapolation"])
+    assert [line.split()[0] for line in lines] == [*overridden[:3], "allow_extrapolation"]
+    assert warnings_for(preset(), overridden) == []
+
+
+def test_a_plan_field_of_another_estimator_is_told():
+    c = preset("refl", plan__exit_window=0.5, plan__copies=3)
+    assert warnings_for(c, ["plan.exit_window", "plan.copies"]) == [
+        "plan.copies has no effect: it needs estimator = 'draft_lv'"
+    ]
+
+
+def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
+    for field, names in PLAN_FIELDS.items():
+        assert {n for n, f in ESTIMATORS.items() if field in inspect.signature(f).parameters} == set(names)
+    assert {name for name in FIELDS if name.startswith("plan.")} == {f"plan.{field}" for field in PLAN_FIELDS}
+
+
+@pytest.mark.parametrize(("config", "field", "told"), [
+    (dict(), "lora_scale", "task = 'evaluate' or 'guide'"),
+    (dict(task="evaluate_soup"), "lora_schedule", "task = 'evaluate' or 'guide'"),
+    (dict(), "guide.strength", "task = 'guide'"),
+    (dict(), "ddpo.clip_range", "algorithm = 'ddpo'"),
+    (dict(algorithm="ddpo", eta=1.0), "estimator", "algorithm = 'ddpo' does not use it"),
+    (dict(reward_fn="hps"), "reward_combine", "several rewards"),
+])  # fmt: skip
+def test_newer_fields_without_effect_are_told(config, field, told):
+    (line,) = warnings_for(preset(**config), [field])
+    assert line.startswith(f"{field} has no effect") and told in line
