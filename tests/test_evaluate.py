@@ -12,7 +12,7 @@ from alignprop.lora import add_lora, get_lora, read_lora, save_lora, set_lora, t
 from alignprop.models.sd import StableDiffusion
 from alignprop.pictures import save_image
 from alignprop.run import Run
-from alignprop.seeding import generator, generators
+from alignprop.seeding import generator, generators, seed_global
 from alignprop.settings import ConfigError
 from alignprop.tasks import evaluate, evaluate_soup
 from rewards import RewardError
@@ -90,8 +90,10 @@ def test_what_is_not_there_is_not_measured(toy_config):
     assert Run(toy_config(num_eval_images=8)).evaluator().measures.keys() == {"diversity"}
 
 
-def test_evaluation_leaves_global_randomness_alone(toy_config):
+def test_nothing_in_an_evaluation_draws_from_the_global_generators(toy_config):
+    """They are seeded for a user's reward, and stay so."""
     run = Run(toy_config(eta=1.0))
+    seed_global(run.config.seed, "evaluation", 0)
     before = torch.random.get_rng_state()
     run.evaluator()
     assert torch.equal(torch.random.get_rng_state(), before)
