@@ -48,18 +48,25 @@ def incompressibility() -> ConfigDict:
 
 
 def tiny() -> ConfigDict:
-    """The bundled model and the quickstart's reward, on a CPU."""
+    """The bundled model and the quickstart's reward, on a CPU; 0.09 processor seconds a sample.
+
+    Trained on the first of 5 steps alone, whose gradient is the least noisy: those of two sets of 128 samples have a
+    cosine of 0.55 there, of 0.10 to 0.15 at the next three, and of 0.03 over all five, which the last one outshouts.
+    """
     c = align_prop.use_tiny(base())
     c.reward_fn = "aesthetic:1,clip:40"
     c.num_inference_steps = 20
     c.num_epochs = 25
     c.save_freq = c.eval_freq = 5
-    c.per_gpu_capacity = 8
+    c.per_gpu_capacity = 16
     c.num_eval_images, c.num_eval_prompts, c.max_vis_images = 48, 24, 12
     c.train.total_samples_per_epoch = 64
     c.train.total_batch_size = 32
-    c.train.learning_rate = 1e-3
-    c.train.num_inference_steps = 10
+    c.train.learning_rate = 4e-3
+    c.train.num_inference_steps = 5
+    c.ddpo.min_noise = 0.95
+    c.ddpo.clip_range = 0.02
+    c.ddpo.per_prompt_buffer = 0  # of 333 prompts few come twice
     return c
 
 

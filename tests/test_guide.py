@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from alignprop.effects import warnings_for
 from alignprop.guide import RewardGuidance, Timed, strengths
 from alignprop.memory import apply_policy
 from alignprop.models.base import select
@@ -273,3 +274,10 @@ def test_mistakes_are_one_line(toy_config):
         guide(toy_config("tiny_guide", guide__window=(0.4, 0.45)))
     done = run_main("--config=config/align_prop.py:tiny_guide", "--config.guide.through=vae")
     assert done.returncode == 1 and "guide.through = 'vae'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_fields_of_the_gradient_have_an_effect_here(toy_config):
+    fields = ["guidance_grad", "memory.decoder_checkpointing", "estimator"]
+    guides, evaluates = (warnings_for(toy_config(task=task), fields) for task in ("guide", "evaluate"))
+    assert [line.split()[0] for line in guides] == ["estimator"]
+    assert [line.split()[0] for line in evaluates] == fields
