@@ -203,6 +203,20 @@ def test_noise_on_the_pictures_is_seen_by_the_reward_and_passes_its_gradient(toy
     assert noisy["grad_norm"] == pytest.approx(clean["grad_norm"], rel=1e-4)  # redness is linear in the picture
 
 
+def test_each_picture_of_each_step_has_noise_of_its_own(toy_config, monkeypatch):
+    trainer, drawn = AlignPropTrainer(toy_config(reward_noise=0.5, estimator="draft_lv")), []
+    loss_gradient = trainer.loss_gradient
+
+    def record(latents, prompts, metadata, noise):
+        drawn.extend(g.initial_seed() for g in noise)
+        return loss_gradient(latents, prompts, metadata, noise)
+
+    monkeypatch.setattr(trainer, "loss_gradient", record)
+    trainer.step()
+    trainer.step()
+    assert len(drawn) == len(set(drawn)) == 2 * 4 * 3  # steps, samples, each with two copies
+
+
 @pytest.mark.parametrize("estimator", ["randomized", "draft_lv"])
 def test_regularisers_do_not_depend_on_the_micro_batch(toy_config, estimator):
     options = dict(reward_noise=0.5, kl_coeff=10.0, estimator=estimator)
