@@ -2,14 +2,14 @@
 
 import torch
 
-from alignprop.lora import without_lora
 from alignprop.models.base import Conditioning
 from alignprop.rollout import Rollout
+from alignprop.scaling import without_lora
 from alignprop.sharding import is_sharded, release
 
 
 def base_distance(rollout: Rollout, latents, cond: Conditioning, steps, noise) -> torch.Tensor:
-    """Mean squared difference of the denoiser's output, with its adapter, to the base model's; float32 [B].
+    """Mean squared difference of the denoiser's output, with its adapter, to the base model's, [B].
 
     Both see x = α[i]·latents + σ[i]·noise, under the conditional branch alone. Two steps of a stochastic chain that
     differ in f only are Gaussians of one variance, and the KL divergence between them is b[i]²/(2·s[i]²)·‖f - f_base‖²:
@@ -34,7 +34,7 @@ def base_distance(rollout: Rollout, latents, cond: Conditioning, steps, noise) -
 
     def output():
         with f.autocast():
-            return model.predict(x, timesteps, conditional).float()
+            return model.predict(x, timesteps, conditional).to(x.dtype)
 
     with torch.no_grad(), without_lora(rollout.denoiser):
         base = output()
@@ -43,7 +43,7 @@ def base_distance(rollout: Rollout, latents, cond: Conditioning, steps, noise) -
 
 @torch.no_grad()
 def chain_distance(rollout: Rollout, latents, cond: Conditioning, generators: list[torch.Generator]) -> torch.Tensor:
-    """`base_distance` on average over 4 steps in the middle of equal parts of the chain; float32 [B].
+    """`base_distance` on average over 4 steps in the middle of equal parts of the chain, [B].
 
     Args:
         generators: of the noise, one per sample.

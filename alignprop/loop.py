@@ -133,7 +133,7 @@ class TrainingLoop:
         due = not step or last or (c.eval_freq and epoch % c.eval_freq == 0)
         if due and not run.is_evaluated(step):
             self.evaluate()
-        self.reason_to_stop = run.reason_to_stop(step)
+        self.reason_to_stop = run.reason_to_stop()
         if self.reason_to_stop:
             self.save()
         run.prune_checkpoints()

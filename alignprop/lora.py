@@ -6,7 +6,6 @@ adapter that loads as a silent no-op costs its user days.
 
 import json
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from alignprop.seeding import generator
 from alignprop.settings import ConfigError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_ADAPTER = "default"
+ADAPTER = "default"  # its name in the denoiser
 _PAIR = re.compile(r"\.lora_[AB]\.weight$")
 
 
@@ -61,7 +60,7 @@ def add_lora(denoiser, rank: int, alpha: float, target_modules, seed: int) -> No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "lora").initial_seed())
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
-        denoiser.add_adapter(config, adapter_name=_ADAPTER)
+        denoiser.add_adapter(config, adapter_name=ADAPTER)
     for parameter in trainable_parameters(denoiser).values():
         parameter.data = parameter.data.float()
 
@@ -74,8 +73,8 @@ def get_lora(denoiser) -> LoraWeights:
     """The denoiser's adapter, on the CPU."""
     from peft import get_peft_model_state_dict
 
-    config = denoiser.peft_config[_ADAPTER]
-    tensors = get_peft_model_state_dict(denoiser, adapter_name=_ADAPTER)
+    config = denoiser.peft_config[ADAPTER]
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     return LoraWeights({k: v.detach().cpu().clone() for k, v in tensors.items()}, config.lora_alpha / config.r)
 
 
@@ -88,7 +87,7 @@ def set_lora(denoiser, weights: LoraWeights | None) -> None:
     from peft import LoraConfig, set_peft_model_state_dict
 
     if has_lora(denoiser):
-        denoiser.delete_adapters(_ADAPTER)
+        denoiser.delete_adapters(ADAPTER)
     if weights is None:
         return
     _check_modules(denoiser, weights)
@@ -102,56 +101,16 @@ def set_lora(denoiser, weights: LoraWeights | None) -> None:
         rank_pattern=rank,
         alpha_pattern=alpha,
     )
-    denoiser.add_adapter(config, adapter_name=_ADAPTER)
+    denoiser.add_adapter(config, adapter_name=ADAPTER)
     for parameter in trainable_parameters(denoiser).values():
         parameter.data = parameter.data.float()
-    set_peft_model_state_dict(denoiser, weights.tensors, adapter_name=_ADAPTER)
+    set_peft_model_state_dict(denoiser, weights.tensors, adapter_name=ADAPTER)
     for parameter in trainable_parameters(denoiser).values():
         parameter.requires_grad_(False)
 
 
 def has_lora(denoiser) -> bool:
     return bool(getattr(denoiser, "peft_config", None))
-
-
-def scale_lora(denoiser, scale: float) -> None:
-    """From now on the adapter's weight change counts `scale` times: 1 is the adapter, 0 the base, both to the bit."""
-    for layer in _adapted_layers(denoiser):
-        layer.set_scale(_ADAPTER, scale)
-
-
-@contextmanager
-def without_lora(denoiser):
-    """Within it the denoiser is the base model. What is trained stays so: peft's own switch would freeze it."""
-    layers = _adapted_layers(denoiser)
-    before = [layer.scaling[_ADAPTER] for layer in layers]
-    scale_lora(denoiser, 0.0)
-    try:
-        yield
-    finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling[_ADAPTER] = scaling
-
-
-def anneal_lora(f, denoiser, timesteps: torch.Tensor, scale: float) -> None:
-    """The adapter's weight change grows along the chain, linearly from 0 at its first step to `scale` at its last.
-
-    Early steps lay a picture out, and late ones give it its style (annealed importance guidance, Jena et al. 2024,
-    arXiv 2409.06493, does so with guidance).
-
-    Args:
-        f: the guided denoiser of the chain, whose calls are scaled from now on.
-        timesteps: of the chain, [N].
-    """
-    scales = torch.linspace(scale, 0, len(timesteps), dtype=torch.float64).flip(0)  # a chain of one step has the last
-    scale_at = dict(zip(timesteps.tolist(), scales.tolist(), strict=True))
-    f.before_call = lambda timestep: scale_lora(denoiser, scale_at[timestep.item()])
-
-
-def _adapted_layers(denoiser) -> list:
-    from peft.tuners.lora import LoraLayer
-
-    return [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
 
 
 def update_lora(denoiser, weights: LoraWeights) -> None:
@@ -176,7 +135,7 @@ def update_lora(denoiser, weights: LoraWeights) -> None:
     ):
         if mine != theirs:
             raise ConfigError(f"resume_from: the checkpoint has {name} = {theirs}, this run has {mine}")
-    set_peft_model_state_dict(denoiser, weights.tensors, adapter_name=_ADAPTER)
+    set_peft_model_state_dict(denoiser, weights.tensors, adapter_name=ADAPTER)
 
 
 def save_lora(model, weights: LoraWeights, folder) -> None:

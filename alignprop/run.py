@@ -115,13 +115,11 @@ class Run:
         """Whether an evaluation at `step` has been reported."""
         return on_main(lambda: self.records.is_evaluated(step))
 
-    def reason_to_stop(self, step: int) -> str:
-        """Why the evaluation at `step`, if there is one, ends training; "" where it does not."""
+    def reason_to_stop(self) -> str:
+        """Why the newest evaluation ends training; "" where it does not."""
 
         def find() -> str:
-            evaluations = [row for row in self.records.evaluations() if row["step"] <= step]
-            here = evaluations and evaluations[-1]["step"] == step
-            return reason_to_stop(self._stop_when, [values(row, self.reward) for row in evaluations]) if here else ""
+            return reason_to_stop(self._stop_when, [values(row, self.reward) for row in self.records.evaluations()])
 
         return on_main(find) if self._stop_when else ""
 

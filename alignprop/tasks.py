@@ -13,13 +13,14 @@ from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, statistics, write_report
 from alignprop.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
 from alignprop.guide import RewardGuidance, Timed
-from alignprop.lora import anneal_lora, read_lora, scale_lora, set_lora
+from alignprop.lora import read_lora, set_lora
 from alignprop.manifest import check_base
 from alignprop.memory import apply_policy
 from alignprop.pictures import plot_bars, plot_soup, save_comparison, save_image
 from alignprop.planner import candidates, gpu_bytes, skeletons, table
 from alignprop.processes import on_main
 from alignprop.run import Run
+from alignprop.scaling import anneal_lora, scale_lora
 from alignprop.settings import ConfigError, resolve, save_config
 from alignprop.soups import mix
 from alignprop.weights import load_denoiser

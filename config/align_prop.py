@@ -83,7 +83,7 @@ def base() -> ConfigDict:
     c.reward_noise = 0.0  # training: Gaussian noise on the pictures that the reward sees, as a standard deviation in
     # units of [0, 1]; a reward that collapses under it is being fooled
     c.kl_coeff = 0.0  # times the mean squared difference of the denoiser's output to the base model's, added to the
-    # loss of a sample; one more network call with gradient and one without
+    # loss of a sample after loss_coeff and grad_scale; one more network call with gradient and one without
     c.grad_scale = 1.0  # multiplies the loss of a sample; with loss_coeff, sets gradients against max_grad_norm
     c.aesthetic = ConfigDict()
     c.aesthetic.clip = "openai/clip-vit-large-patch14"  # hub name or folder of the CLIP model under the head
@@ -118,10 +118,11 @@ def base() -> ConfigDict:
     c.num_eval_images = 32  # pictures per evaluation; the prompts repeat, each time with other noise
     c.num_eval_prompts = 16  # distinct prompts of an evaluation, so that some repeat; None: all there are
     c.eval_diversity = True  # measure how much pictures of a prompt differ: 1 - cosine in the space of clip.model
-    c.eval_base_distance = True  # measure the mean squared difference of the denoiser's output to the base model's
+    c.eval_base_distance = True  # measure the mean squared difference of the denoiser's output to the base model's, on
+    # the first 8 pictures at 4 steps each
     c.stop_when = ""  # ends training after an evaluation, e.g. "clip<0.25" or "clip<0.9x" (x: its value at step 0);
     # several, separated by commas; names as in the evaluation's row: rewards, "reward", "diversity", "base_distance"
-    c.best_by = ""  # the measure whose highest value makes checkpoints/best; empty: the trained reward
+    c.best_by = ""  # the measure, named likewise, whose highest value makes checkpoints/best; empty: the trained reward
     c.lora_scale = 1.0  # evaluate, guide: multiplies the trained weight change
     c.lora_schedule = "constant"  # evaluate, guide: "linear": the weight change grows from 0 at the first sampler step
     # to lora_scale at the last, which keeps the base model's layout

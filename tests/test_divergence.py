@@ -30,7 +30,9 @@ def toy(guidance_scale=3.0):
     """f(x, t) = t · (W + 2·B·A) x for vectors x, whose unconditional branch gives nonsense."""
     layer = Layer()
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"]), layer, "default")
-    layer.to_q.lora_B["default"].weight.data.normal_(generator=generator("B"))
+    layer.double()
+    for name, parameter in layer.named_parameters():
+        parameter.data.normal_(generator=generator(name))
     model = SimpleNamespace(
         branches=lambda cond, scale: [{"c": cond["c"] * torch.nan}, cond] if scale != 1 else [cond],
         predict=lambda x, t, branch: t[:, None] * branch["c"] * layer.to_q(x),
@@ -44,13 +46,13 @@ def toy(guidance_scale=3.0):
 def closed_form(rollout, latents, steps, noise):
     """Mean of (t · c · 2·B·A·x)² over the 3 components of each sample."""
     a, b = (getattr(rollout.denoiser.to_q, name)["default"].weight for name in ("lora_A", "lora_B"))
-    x = ALPHA.float()[steps, None] * latents + SIGMA.float()[steps, None] * noise
+    x = ALPHA[steps, None] * latents + SIGMA[steps, None] * noise
     return (TIMES[steps, None] * 0.5 * 2 * x @ a.T @ b.T).square().mean(dim=1)
 
 
 def inputs(count=4):
-    latents, noise = torch.randn(2, count, 3, generator=generator("toy"))
-    return latents, {"c": torch.full((count, 1), 0.5)}, torch.arange(count) % 3, noise
+    latents, noise = torch.randn(2, count, 3, generator=generator("toy"), dtype=torch.float64)
+    return latents, {"c": torch.full((count, 1), 0.5, dtype=torch.float64)}, torch.arange(count) % 3, noise
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -69,7 +71,7 @@ def test_its_gradient_is_that_of_the_closed_form_and_reaches_the_adapter_alone()
     expected = torch.autograd.grad(closed_form(rollout, latents, steps, noise).sum(), parameters)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), parameters, retain_graph=True), expected)
     assert torch.autograd.grad(found.sum(), latents, allow_unused=True) == (None,)
-    assert not base_distance(rollout, *inputs()).isnan().any() and len(parameters) == 2
+    assert len(parameters) == 2
 
 
 def test_the_chain_is_measured_in_the_middle_of_its_quarters():
@@ -82,7 +84,7 @@ def test_the_chain_is_measured_in_the_middle_of_its_quarters():
     found = chain_distance(rollout, latents, cond, generators(range(4), "z"))
     noises = torch.stack([torch.randn(4, 3, generator=g) for g in generators(range(4), "z")])
     a, b = (getattr(rollout.denoiser.to_q, name)["default"].weight for name in ("lora_A", "lora_B"))
-    parts = [(k * (k * latents + k * noises[:, k - 1]) @ a.T @ b.T).square().mean(dim=1) for k in (1, 2, 3, 4)]
+    parts = [(k * (k * latents + k * noises[:, k - 1].double()) @ a.T @ b.T).square().mean(dim=1) for k in (1, 2, 3, 4)]
     torch.testing.assert_close(found, torch.stack(parts).mean(dim=0))
     assert not found.requires_grad
 

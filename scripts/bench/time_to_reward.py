@@ -9,8 +9,8 @@ Both sides train a LoRA of rank 4 on the bundled model (assets/tiny), towards th
 in float32 on one thread. The adapter's initialisation, loss, optimizer and estimator are each side's own. TRL's are
 its defaults, with its randomized truncation over the whole chain, except where a row says otherwise; its sampler has
 quickstart's 20 steps and is, like ours, deterministic, as the evaluation is. So that its learning rate is no handicap,
-it runs with several, and is compared by the fastest of them. The last row gives it our settings too: what remains of
-the difference is the implementation.
+it runs with several, and is compared by the fastest of them. The last row gives it our settings too: what remains is
+the cost of a step, the draws, and the adapter's initialisation, whose A is larger in TRL.
 
 Every few optimizer steps a worker stands still and writes its adapter, and our evaluator scores it, whichever side it
 is from, on quickstart's 48 held-out pictures: fixed prompts and noise, 20 sampler steps. Only optimizer steps are on
@@ -74,7 +74,7 @@ FAST_IN_TRL = {
     "train_learning_rate": 1.2e-2,
 }
 SIDES = (
-    Side("TRL", "trl", 8),
+    Side("TRL, defaults", "trl", 8),
     Side("TRL, learning rate 4e-3", "trl", 4, {"train_learning_rate": 4e-3}),
     Side("TRL, learning rate 1.2e-2", "trl", 3, {"train_learning_rate": 1.2e-2}),
     Side("ours, quickstart", "ours", 8),
