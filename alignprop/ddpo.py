@@ -9,14 +9,13 @@ back-propagation is measured against. `DDPOTrainer.step` is an epoch: pictures, 
 """
 
 import math
-import time
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 
-from alignprop.loop import TrainingLoop
+from alignprop.loop import TrainingLoop, now
 from alignprop.models.base import Conditioning, select
 from alignprop.policies import chunks
 from alignprop.prompts import draw_prompts
@@ -113,7 +112,7 @@ class DDPOTrainer(TrainingLoop):
 
     def step(self) -> dict:
         """An epoch: `total_samples_per_epoch` pictures, and the updates with them; returns its metrics row."""
-        c, run, started, processor_started = self.config, self.run, time.perf_counter(), time.process_time()
+        c, run, started = self.config, self.run, now()
         key = (c.seed, self.global_step)
         seed_global(*key, "global", run.accelerator.process_index)
         size, total = c.train.total_batch_size, c.train.total_samples_per_epoch
@@ -135,24 +134,10 @@ class DDPOTrainer(TrainingLoop):
                 told.append(self.update(blocks[block], advantages, generator(*key, "steps", inner, block)))
         self.global_step += 1
         losses, grad_norms, ratios, clipped, divergences = (sum(t) / len(told) for t in zip(*told, strict=True))
-        return {
-            "kind": "train",
-            "step": self.global_step,
-            "epoch": self.global_step - 1,
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(correction=0).item(),
-            "rewards": {name: term.mean().item() for name, term in zip(run.reward.terms, terms, strict=True)},
-            "loss": losses,
-            "grad_norm": grad_norms,
-            "ratio_mean": ratios,
-            "clip_fraction": clipped,
-            "approx_kl": divergences,
-            "samples": self.global_step * total,
-            "updates": self.global_step * len(told),
-            "skipped_steps": self.weights.skipped,
-            "seconds": round(time.perf_counter() - started, 3),
-            "cpu_seconds": round(time.process_time() - processor_started, 3),
-        }
+        return self.row(
+            rewards, terms, started, loss=losses, grad_norm=grad_norms, ratio_mean=ratios, clip_fraction=clipped,
+            approx_kl=divergences, samples=self.global_step * total, updates=self.global_step * len(told),
+        )  # fmt: skip
 
     @torch.no_grad()
     def sample(self, key: tuple, indices: torch.Tensor) -> tuple[list[Samples], torch.Tensor]:

@@ -44,6 +44,9 @@ _HAS_EFFECT = {
     "eval_base_distance": (lambda c: c.use_lora, "use_lora = True"),
     "lora_scale": (lambda c: bool(c.resume_from), "resume_from"),
     "lora_schedule": (lambda c: bool(c.resume_from), "resume_from"),
+    "ddpo.per_prompt_min_count": (
+        lambda c: c.ddpo.per_prompt_buffer >= c.ddpo.per_prompt_min_count,
+        "ddpo.per_prompt_buffer of at least as many"),
     "train.adam_beta1": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),
     "train.adam_beta2": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),
     "train.adam_epsilon": (lambda c: c.train.optimizer == "adamw", "train.optimizer = 'adamw'"),

@@ -15,13 +15,7 @@ from functools import partial
 
 import torch
 
-from alignprop.plans import (
-    GradientPlan,
-    late_biased,
-    stratified_integers,
-    stratified_pairs,
-    stratified_uniform,
-)
+from alignprop.plans import GradientPlan, late_biased, stratified_integers, stratified_pairs
 from alignprop.quadrature import contributions, interpolation_weights, supports
 from alignprop.samplers import Sampler
 from alignprop.settings import ConfigError
@@ -54,7 +48,7 @@ def randomized(sampler, num_samples, generator, *, minmax: tuple[int, int]) -> G
     (0, N) draws K = 1 … N, so that every trajectory has at least its last step. arXiv 2310.03739, sec. 4, eq. 4.
     """
     low, high = minmax
-    first = low + (stratified_uniform(num_samples, generator) * (high - low)).long()
+    first = stratified_integers(low, high, num_samples, generator)
     return GradientPlan.exact(_steps(sampler) >= first)
 
 

@@ -1,6 +1,7 @@
 """The loop that every way of training shares: steps, and after each what is due then; stopping, saving, continuing."""
 
 import json
+import time
 from functools import partial
 
 import torch
@@ -17,6 +18,11 @@ from alignprop.sharding import is_fsdp
 from alignprop.speed import compile_blocks
 from alignprop.stopping import STOPPED, stop_requests
 from alignprop.weights import TrainedWeights
+
+
+def now() -> tuple[float, float]:
+    """Seconds by the clock, and those that this process has computed for."""
+    return time.perf_counter(), time.process_time()
 
 
 class TrainingLoop:
@@ -83,6 +89,29 @@ class TrainingLoop:
     def step(self) -> dict:
         """The next step, `global_step` + 1, which it counts; returns its metrics row."""
         raise NotImplementedError
+
+    def row(self, rewards: torch.Tensor, terms, started: tuple[float, float], **others) -> dict:
+        """The metrics row of the step that was counted last.
+
+        Args:
+            rewards: of all its samples, [n]; terms: of each single reward, [n] each.
+            started: `now()` at its beginning.
+            others: what else is told of it.
+        """
+        names = zip(self.run.reward.terms, terms, strict=True)
+        seconds, cpu_seconds = (round(b - a, 3) for a, b in zip(started, now(), strict=True))
+        return {
+            "kind": "train",
+            "step": self.global_step,
+            "epoch": (self.global_step - 1) // self.config.train.steps_per_epoch,
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "rewards": {name: term.mean().item() for name, term in names},
+            **others,
+            "skipped_steps": self.weights.skipped,
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+        }
 
     def try_memory(self) -> None:
         """One micro-batch of what needs the most memory; adds to the trained weights' `.grad`."""

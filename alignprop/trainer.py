@@ -3,15 +3,13 @@
 Prabhudesai et al. 2023, arXiv 2310.03739. `AlignPropTrainer.step` is the method; the loop around it is loop.py.
 """
 
-import time
-
 import torch
 from tqdm.auto import tqdm
 
 from alignprop import estimators
 from alignprop.divergence import base_distance
 from alignprop.estimators import ESTIMATORS, build_estimator
-from alignprop.loop import TrainingLoop
+from alignprop.loop import TrainingLoop, now
 from alignprop.losses import LOSSES
 from alignprop.models.base import Conditioning, select
 from alignprop.plans import GradientPlan
@@ -41,7 +39,7 @@ class AlignPropTrainer(TrainingLoop):
 
     def step(self) -> dict:
         """One optimizer step over `total_batch_size` samples (Algorithm 1 of the paper); returns its metrics row."""
-        c, run, started, processor_started = self.config, self.run, time.perf_counter(), time.process_time()
+        c, run, started = self.config, self.run, now()
         key = (c.seed, self.global_step)
         seed_global(*key, "global", run.accelerator.process_index)
         plan = self.estimator(run.rollout.sampler, c.train.total_batch_size, generator(*key, "plan"))
@@ -53,23 +51,15 @@ class AlignPropTrainer(TrainingLoop):
         adjoint_norms = self._adjoint_norms()
         grad_norm = self.weights.update(losses)
         self.global_step += 1
-        return {
-            "kind": "train",
-            "step": self.global_step,
-            "epoch": (self.global_step - 1) // c.train.steps_per_epoch,
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(correction=0).item(),
-            "rewards": {name: term.mean().item() for name, term in zip(run.reward.terms, terms, strict=True)},
-            "loss": losses.mean().item(),
+        return self.row(
+            rewards, terms, started,
+            loss=losses.mean().item(),
             **({"base_distance": distances[0].mean().item()} if distances else {}),
-            "grad_norm": grad_norm,
-            "adjoint_norm": adjoint_norms,
-            "samples": self.global_step * c.train.total_batch_size,
-            "active_steps": plan.active.sum(0).double().mean().item(),
-            "skipped_steps": self.weights.skipped,
-            "seconds": round(time.perf_counter() - started, 3),
-            "cpu_seconds": round(time.process_time() - processor_started, 3),
-        }
+            grad_norm=grad_norm,
+            adjoint_norm=adjoint_norms,
+            samples=self.global_step * c.train.total_batch_size,
+            active_steps=plan.active.sum(0).double().mean().item(),
+        )  # fmt: skip
 
     def add_gradients(self, key: tuple, indices: torch.Tensor, plan: GradientPlan) -> torch.Tensor:
         """Adds ∂(mean loss of the global batch)/∂θ of some of its samples to θ's `.grad`.

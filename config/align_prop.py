@@ -6,6 +6,7 @@ Every field can be overridden on the command line like `learning_rate` above. A 
 after the overrides; `config.json` in the run folder shows the resolved values.
 """
 
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
@@ -229,52 +230,10 @@ def hps_k1() -> ConfigDict:
     return c
 
 
-def draft_lv() -> ConfigDict:
-    """`hps` with DRaFT-LV's estimator."""
+def hps_with(estimator: str) -> ConfigDict:
+    """`hps` with another estimator, after which the preset is called: "draft_lv", "refl", …"""
     c = hps()
-    c.estimator = "draft_lv"
-    return c
-
-
-def refl() -> ConfigDict:
-    """`hps` with ReFL's estimator: the reward of a late step's x̂0."""
-    c = hps()
-    c.estimator = "refl"
-    return c
-
-
-def drtune() -> ConfigDict:
-    """`hps` with DRTune's estimator: spaced steps, detached inputs, early exit."""
-    c = hps()
-    c.estimator = "drtune"
-    return c
-
-
-def sparse() -> ConfigDict:
-    """`hps` with FlowBP-Sparse's estimator."""
-    c = hps()
-    c.estimator = "sparse"
-    return c
-
-
-def bridge() -> ConfigDict:
-    """`hps` with FlowBP-Bridge's estimator."""
-    c = hps()
-    c.estimator = "bridge"
-    return c
-
-
-def lagrange() -> ConfigDict:
-    """`hps` with FlowBP-Lagrange's estimator."""
-    c = hps()
-    c.estimator = "lagrange"
-    return c
-
-
-def leapalign() -> ConfigDict:
-    """`hps` with LeapAlign's estimator: two leaps."""
-    c = hps()
-    c.estimator = "leapalign"
+    c.estimator = estimator
     return c
 
 
@@ -333,6 +292,17 @@ def quickstart() -> ConfigDict:
     return c
 
 
+def quickstart_fast() -> ConfigDict:
+    """`quickstart` in seconds: 8 large steps through a chain of 5 sampler steps. Longer, it over-optimises."""
+    c = quickstart()
+    c.estimator = "full"
+    c.memory_policy = "roomy"
+    c.num_epochs = 1
+    c.train.num_inference_steps = 5
+    c.train.learning_rate = 1.2e-2
+    return c
+
+
 def tiny_evaluate() -> ConfigDict:
     """`evaluate` on the bundled model."""
     c = use_tiny(evaluate())
@@ -357,9 +327,12 @@ def tiny_soup() -> ConfigDict:
 PRESETS = {
     preset.__name__: preset
     for preset in (
-        aesthetic, aesthetic_k1, hps, hps_k1, draft_lv, refl, drtune, sparse, bridge, lagrange, leapalign,
-        evaluate, evaluate_soup, guide, quickstart, tiny_evaluate, tiny_soup, tiny_guide,
+        aesthetic, aesthetic_k1, hps, hps_k1, evaluate, evaluate_soup, guide,
+        quickstart, quickstart_fast, tiny_evaluate, tiny_soup, tiny_guide,
     )
+} | {
+    estimator: partial(hps_with, estimator)
+    for estimator in ("draft_lv", "refl", "drtune", "sparse", "bridge", "lagrange", "leapalign")
 }  # fmt: skip
 
 

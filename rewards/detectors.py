@@ -10,7 +10,7 @@ from torch import nn
 
 from rewards.base import RewardError, did_you_mean
 from rewards.preprocess import PIL_FILTERS, resize
-from rewards.towers import find_file, first_line, load_tokenizer
+from rewards.towers import find_file, load_tokenizer, load_whole, model_type
 
 
 class Detector(nn.Module):
@@ -163,23 +163,13 @@ def load_detector(name: str, revision: str | None, field: str) -> Detector:
     from transformers import AutoModelForObjectDetection, AutoModelForZeroShotObjectDetection
 
     name, source = os.path.expanduser(name), f"{field}={name!r}"
-    config = find_file(name, "config.json", revision, field).read_text()
-    try:
-        kind = json.loads(config).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise RewardError(f"{source}: its config.json is damaged: {first_line(error)}") from error
+    kind = model_type(name, revision, field)
     if kind not in DETECTORS:
         raise RewardError(f"{source} is a {kind!r} model, expected a detector: {', '.join(DETECTORS)}")
     preprocess = _preprocess_of(name, revision, kind, field)
     is_text = DETECTORS[kind] is TextDetector
     loader = AutoModelForZeroShotObjectDetection if is_text else AutoModelForObjectDetection
-    try:
-        model, loaded = loader.from_pretrained(name, revision=revision or "main", output_loading_info=True)
-    except Exception as error:  # damaged files and pickles that are no plain weights fail in many ways
-        raise RewardError(f"{source} cannot be loaded as a {kind} model: {first_line(error)}") from error
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise RewardError(f"{source} lacks {len(missing)} weights of a {kind} model, such as {missing[0]}")
+    model = load_whole(loader, name, revision, kind, field)
     if is_text:
         side = model.config.vision_config.image_size
         if preprocess.size != (side, side):

@@ -73,26 +73,37 @@ def load_clip(name: str, revision: str | None, dtype: str, with_text: bool, fiel
     from transformers import CLIPModel
 
     name = os.path.expanduser(name)
-    config = find_file(name, "config.json", revision, field).read_text()
-    try:
-        kind = json.loads(config).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise RewardError(f"{field}={name!r}: its config.json is damaged: {first_line(error)}") from error
+    kind = model_type(name, revision, field)
     if kind != "clip":
         raise RewardError(f"{field}={name!r} is a {kind!r} model, expected 'clip' (both towers of a CLIPModel)")
-    try:
-        model, loaded = CLIPModel.from_pretrained(name, revision=revision or "main", output_loading_info=True)
-    except Exception as error:  # damaged files and pickles that are no plain weights fail in many ways
-        raise RewardError(f"{field}={name!r} cannot be loaded as a CLIP model: {first_line(error)}") from error
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise RewardError(f"{field}={name!r} lacks {len(missing)} weights of a CLIP model, such as {missing[0]}")
+    model = load_whole(CLIPModel, name, revision, "CLIP", field)
     size = model.config.vision_config.image_size
     preprocess = _preprocess_of(name, revision, size, field)
     if with_text:
         return ClipTower(model, preprocess, load_tokenizer(name, revision, model.config.text_config, field), dtype)
     del model.text_model, model.text_projection
     return ClipTower(model, preprocess, dtype=dtype)
+
+
+def model_type(name: str, revision: str | None, field: str) -> str | None:
+    """What the config.json of a hub name or folder says that it is. Raises: RewardError."""
+    config = find_file(name, "config.json", revision, field).read_text()
+    try:
+        return json.loads(config).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise RewardError(f"{field}={name!r}: its config.json is damaged: {first_line(error)}") from error
+
+
+def load_whole(loader, name: str, revision: str | None, kind: str, field: str):
+    """`loader.from_pretrained`, with every weight that it has in the file. Raises: RewardError, that names `kind`."""
+    try:
+        model, loaded = loader.from_pretrained(name, revision=revision or "main", output_loading_info=True)
+    except Exception as error:  # damaged files and pickles that are no plain weights fail in many ways
+        raise RewardError(f"{field}={name!r} cannot be loaded as a {kind} model: {first_line(error)}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise RewardError(f"{field}={name!r} lacks {len(missing)} weights of a {kind} model, such as {missing[0]}")
+    return model
 
 
 def load_tokenizer(name: str, revision: str | None, text_config, field: str):

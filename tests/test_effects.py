@@ -41,6 +41,7 @@ def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
     (dict(task="evaluate_soup"), "lora_schedule", "task = 'evaluate' or 'guide'"),
     (dict(), "guide.strength", "task = 'guide'"),
     (dict(), "ddpo.clip_range", "algorithm = 'ddpo'"),
+    (dict(algorithm="ddpo", eta=1.0, ddpo__per_prompt_buffer=8), "ddpo.per_prompt_min_count", "at least as many"),
     (dict(algorithm="ddpo", eta=1.0), "estimator", "algorithm = 'ddpo' does not use it"),
     (dict(reward_fn="hps"), "reward_combine", "several rewards"),
 ])  # fmt: skip

@@ -146,7 +146,7 @@ def test_one_process_and_fsdp2_make_the_same_run(toy_config, tmp_path, pipeline_
         # Both are rounded, and differ as much from each other: what counts is how far they are from the exact one.
         gradients = (found[0][kind]["gradient"].double(), expected[kind]["gradient"].double())
         errors = [relative_difference(gradient, exact[kind]) for gradient in gradients]
-        assert max(errors) <= 2e-6  # which of them rounds better depends on the processor
+        assert errors[0] <= 2 * errors[1] and max(errors) <= 2e-6  # which rounds better depends on the processor
         assert torch.equal(found[0][kind]["gradient"], found[1][kind]["gradient"])
         assert_same_run(tmp_path, f"{kind}_sharded", f"{kind}_whole", first_step=1)
         assert_same_run(tmp_path, f"{kind}_half", f"{kind}_whole", first_step=3)

@@ -14,7 +14,7 @@ from config.align_prop import get_config
 from scripts.bench import time_to_reward
 from scripts.bench.curves import crossing, draw, summary, table
 from scripts.bench.ours_tiny_worker import build as build_ours
-from scripts.bench.time_to_reward import FAST, OBEDIENCE, SIDES, Referee, Side, check_alike, problem_of, race
+from scripts.bench.time_to_reward import OBEDIENCE, SIDES, Referee, Side, check_alike, problem_of, race
 from scripts.bench.worker import Worker, WorkerError
 
 
@@ -185,7 +185,7 @@ def test_the_command_compares_writes_and_draws(stand_ins, monkeypatch, tmp_path,
     assert [settings["seed"] for *_, settings in stand_ins] == [5] * len(SIDES) + [6] * len(SIDES)
     for (python, module, settings), side in zip(stand_ins, SIDES, strict=False):
         assert (python == "their python") == ("trl" in module) == ("trl" in side.of) == ("problem" in settings)
-        assert settings["overrides"] == side.overrides
+        assert settings.get("overrides", {}) == side.overrides and settings.get("preset", "") == side.preset
     assert files["--figure"].exists()
 
 
@@ -196,8 +196,7 @@ def test_a_target_that_the_base_model_has_is_refused(stand_ins, monkeypatch):
 
 
 def test_our_fields_exist_and_theirs_say_the_same():
-    c = get_config("quickstart")
-    c.update_from_flattened_dict(FAST)
+    c = get_config("quickstart_fast")
     theirs = time_to_reward.FAST_IN_TRL
     assert theirs["sample_num_steps"] == c.train.num_inference_steps
     assert theirs["train_learning_rate"] == c.train.learning_rate
@@ -235,14 +234,15 @@ def test_a_worker_saves_where_it_is_told(tmp_path, monkeypatch):
 
 @pytest.fixture
 def toy_presets(toy_config, monkeypatch):
-    """`quickstart` is the toy one wherever it is asked for."""
-    monkeypatch.setattr("scripts.bench.ours_tiny_worker.get_config", lambda name: toy_config(name))
+    """Presets are the toy ones wherever our side asks for them, with large steps."""
+    make = lambda name: toy_config(name, num_inference_steps=3, train__learning_rate=0.1)  # noqa: E731
+    monkeypatch.setattr("scripts.bench.ours_tiny_worker.get_config", make)
     return toy_config
 
 
 def test_the_referee_judges_what_our_side_saved(toy_presets, tmp_path, monkeypatch):
     monkeypatch.setattr(time_to_reward, "OBEDIENCE", "tests.toy_rewards:contrast")
-    settings = {"seed": 3, "log_dir": str(tmp_path), "overrides": {"train.learning_rate": 0.1}}
+    settings = {"seed": 3, "log_dir": str(tmp_path), "preset": "quickstart"}
     step, facts, save = build_ours(settings)
     assert facts["parameters"] > facts["trained"] > 0
     referee = Referee(toy_presets(task="evaluate"))
@@ -262,7 +262,7 @@ def test_our_side_has_its_own_seed_and_fields(toy_presets, tmp_path, monkeypatch
     trainer = SimpleNamespace(run=SimpleNamespace(model=SimpleNamespace(denoiser=None)), step=lambda: {"reward": 7})
     monkeypatch.setattr("scripts.bench.ours_tiny_worker.AlignPropTrainer", lambda c: made.append(c) or trainer)
     monkeypatch.setattr("scripts.bench.ours_tiny_worker.facts_of", lambda denoiser: {})
-    step, *_ = build_ours({"seed": 3, "log_dir": "some", "overrides": FAST})
+    step, *_ = build_ours({"seed": 3, "log_dir": "some", "preset": "quickstart_fast"})
     assert step() == 7
     assert (made[0].seed, made[0].log_dir, made[0].estimator) == (3, "some", "full")
     assert made[0].train.num_inference_steps == 5

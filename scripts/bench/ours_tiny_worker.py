@@ -7,8 +7,8 @@ from scripts.bench.worker import facts_of, serve
 
 
 def build(settings: dict):
-    c = get_config("quickstart")
-    c.update_from_flattened_dict({"seed": settings["seed"], "log_dir": settings["log_dir"], **settings["overrides"]})
+    c = get_config(settings["preset"])
+    c.seed, c.log_dir = settings["seed"], settings["log_dir"]
     trainer = AlignPropTrainer(c)
     model = trainer.run.model
 

@@ -52,21 +52,17 @@ class Side:
         name: in the table.
         of: "ours"; "trl", the fastest of which ours are compared with; or "trl, ours", which they are not.
         every: optimizer steps between evaluations.
-        overrides: further fields, of our preset `quickstart` or of TRL's AlignPropConfig.
+        overrides: further fields of TRL's AlignPropConfig.
+        preset: ours.
     """
 
     name: str
     of: str
     every: int
     overrides: dict = field(default_factory=dict)
+    preset: str = ""
 
 
-FAST = {
-    "train.num_inference_steps": 5,
-    "estimator": "full",
-    "memory_policy": "roomy",
-    "train.learning_rate": 1.2e-2,
-}
 FAST_IN_TRL = {
     "sample_num_steps": 5,
     "truncated_backprop_rand": False,
@@ -77,8 +73,8 @@ SIDES = (
     Side("TRL, defaults", "trl", 8),
     Side("TRL, learning rate 4e-3", "trl", 4, {"train_learning_rate": 4e-3}),
     Side("TRL, learning rate 1.2e-2", "trl", 3, {"train_learning_rate": 1.2e-2}),
-    Side("ours, quickstart", "ours", 8),
-    Side("ours, quickstart_fast", "ours", 3, FAST),
+    Side("ours, quickstart", "ours", 8, preset="quickstart"),
+    Side("ours, quickstart_fast", "ours", 3, preset="quickstart_fast"),
     Side("TRL, settings of quickstart_fast", "trl, ours", 3, FAST_IN_TRL),
 )
 
@@ -124,10 +120,11 @@ class Referee:
 
 
 def start(side: Side, seed: int, problem: dict, log_dir: str, python: Path) -> Worker:
-    settings = {"seed": seed, "overrides": side.overrides}
     if side.of == "ours":
-        return Worker(sys.executable, "scripts.bench.ours_tiny_worker", {**settings, "log_dir": log_dir})
-    return Worker(python, "scripts.bench.trl_tiny_worker", {**settings, "problem": problem})
+        settings = {"seed": seed, "preset": side.preset, "log_dir": log_dir}
+        return Worker(sys.executable, "scripts.bench.ours_tiny_worker", settings)
+    settings = {"seed": seed, "overrides": side.overrides, "problem": problem}
+    return Worker(python, "scripts.bench.trl_tiny_worker", settings)
 
 
 # ---- measuring
