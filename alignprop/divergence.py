@@ -30,7 +30,7 @@ def base_distance(rollout: Rollout, latents, cond: Conditioning, steps, noise) -
     alpha, sigma = (level[steps].to(latents).view(shape) for level in (sampler.alpha, sampler.sigma))
     x = (alpha * latents + sigma * noise.to(latents)).detach()
     timesteps = sampler.timesteps[steps].to(latents.device)
-    conditional = model.branches(cond, f.scale)[-1]
+    conditional = model.branches(cond, f.guidance_scale)[-1]
 
     def output():
         with f.autocast():

@@ -37,7 +37,7 @@ class GuidedDenoiser:
 
     Args:
         model: the model whose denoiser is called.
-        scale: g; 1 is no guidance.
+        guidance_scale: what the user asks for; the model says what g it is, 1 being no guidance.
         autocast: returns the context manager in which the network is called.
         batching: "joint" or "split" (policies.py).
         grad: "both" branches carry gradient, or only the conditional one, "cond": an approximation that takes the
@@ -49,8 +49,11 @@ class GuidedDenoiser:
 
     before_call: Callable[[torch.Tensor], None] | None = None
 
-    def __init__(self, model: Model, scale: float, autocast=nullcontext, batching: str = "joint", grad: str = "both"):
-        self.model, self.scale, self.autocast, self.batching, self.grad = model, scale, autocast, batching, grad
+    def __init__(
+        self, model: Model, guidance_scale: float, autocast=nullcontext, batching: str = "joint", grad: str = "both"
+    ):
+        self.model, self.autocast, self.batching, self.grad = model, autocast, batching, grad
+        self.guidance_scale, self.scale = guidance_scale, model.mixing_scale(guidance_scale)
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """f, in the shape and precision of `latents`: half precision would lose small steps of a long chain."""
@@ -94,7 +97,7 @@ class GuidedDenoiser:
         return totals if parameters else [latents.grad]
 
     def _branches(self, cond: Conditioning) -> tuple[list[Conditioning], list[float]]:
-        branches = self.model.branches(cond, self.scale)
+        branches = self.model.branches(cond, self.guidance_scale)
         return branches, [1 - self.scale, self.scale] if len(branches) == 2 else [1.0]
 
     def _differentiable(self, cond: Conditioning) -> tuple[list[Conditioning], list[float]]:

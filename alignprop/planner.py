@@ -11,6 +11,7 @@ from alignprop.models.base import Model
 from alignprop.models.configs import find_clip_config, find_config
 from alignprop.models.skeleton import skeleton
 from alignprop.policies import POLICIES, MemoryPolicy
+from alignprop.settings import parts_left_out
 from rewards import REWARDS, WeightedReward
 from rewards.skeleton import skeleton_reward, without_custom
 
@@ -29,7 +30,9 @@ def skeletons(config: ConfigDict) -> Parts:
         return {k: v for k, v in find_clip_config(name, field)["model"].items() if k != "_class_name"}
 
     def parts() -> tuple[Model, WeightedReward]:
-        model = skeleton(facts, half)
+        model = skeleton(
+            facts, half, parts_left_out(config), resolution=config.resolution, true_cfg_scale=config.true_cfg_scale
+        )
         if not config.use_lora:
             model.denoiser.float()
         return model, skeleton_reward(config.reward_fn, options, tower_config)

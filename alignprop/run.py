@@ -29,7 +29,7 @@ from alignprop.records import Records, choose_folder
 from alignprop.rollout import Rollout
 from alignprop.samplers import build_sampler
 from alignprop.seeding import generators
-from alignprop.settings import ConfigError, memory_policy, one_of, resolve, settle
+from alignprop.settings import ConfigError, memory_policy, one_of, parts_left_out, resolve, settle
 from alignprop.sharding import check_engine, check_policy, is_fsdp
 from alignprop.speed import use_channels_last
 from alignprop.tracking import log_images, log_row, parse_log_with, start_trackers
@@ -87,6 +87,8 @@ class Run:
             require_differentiable(self.reward)
         self.model = model or self._load_model()
         self.model.device = self.accelerator.device
+        if c.guidance_scale != 1 and not self.model.takes_guidance:
+            self.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
         self.base = base_model(c.pretrained.model, self.model.denoiser)
         if self.checkpoint:
             check_base(self.checkpoint, self.base)
@@ -209,7 +211,7 @@ class Run:
         c, steps = self.config, self.config
         for name in field.split("."):
             steps = steps[name]
-        sampler = build_sampler(self.model.scheduler, steps, c.eta, field)
+        sampler = build_sampler(self.model.scheduler, steps, c.eta, field, **self.model.schedule(steps))
         return Rollout(
             self.model, sampler, c.guidance_scale, self._autocast, c.adjoint_clip, c.guidance_grad, self.memory
         )
@@ -224,5 +226,6 @@ class Run:
         dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
         source = c.pretrained
         return load_model(
-            source.model, revision=source.revision, config=source.config, dtype=dtype, full=not c.use_lora
-        )
+            source.model, revision=source.revision, config=source.config, vae=source.vae, without=parts_left_out(c), dtype=dtype,
+            full=not c.use_lora, resolution=c.resolution, true_cfg_scale=c.true_cfg_scale,
+        )  # fmt: skip

@@ -6,10 +6,11 @@
 `f` is the denoiser's output after guidance and `z` is standard normal noise. DDIM with epsilon- or v-prediction
 and any eta has this form (Song et al. 2021, arXiv 2010.02502, eq. 12), and so has Euler's method for flow matching
 (Lipman et al. 2023, arXiv 2210.02747). Their coefficients need no formulas of our own: `scheduler.step` is affine, and
-calling it with ones and zeros reads them off exactly.
+calling it with ones and zeros reads them off exactly. Only noise in a flow's chain, which policy gradients need and
+Euler's method lacks, is added here (`add_noise`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -50,20 +51,44 @@ class Sampler:
 _ONE, _ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
 
 
-def build_sampler(scheduler, num_inference_steps: int, eta: float, field: str = "num_inference_steps") -> Sampler:
+def build_sampler(
+    scheduler, num_inference_steps: int, eta: float, field: str = "num_inference_steps", **schedule
+) -> Sampler:  # fmt: skip
     """The chain of the kind of model that a diffusers scheduler belongs to: flow matching or discrete-time diffusion.
 
     Args:
         num_inference_steps, eta, field: as of `ddim_sampler`.
+        schedule: as of `flow_sampler`, for a flow.
 
     Raises:
-        ConfigError: as `ddim_sampler` and `flow_sampler`; eta is not 0 for a flow.
+        ConfigError: as `ddim_sampler` and `flow_sampler`.
     """
     if not type(scheduler).__name__.startswith("FlowMatch"):
         return ddim_sampler(scheduler, num_inference_steps, eta, field)
-    if eta:
-        raise ConfigError(f"eta = {eta} must be 0: the sampler of a flow-matching model is deterministic")
-    return flow_sampler(scheduler, num_inference_steps)
+    return add_noise(flow_sampler(scheduler, num_inference_steps, **schedule), eta)
+
+
+def add_noise(sampler: Sampler, eta: float) -> Sampler:
+    """A flow's chain with fresh noise in every step, and with the same distribution at every noise level.
+
+        x[i+1] = α[i+1]·x̂0 + √(σ[i+1]² - s²)·ê + s·z,    ê = x[i] + (1 - σ[i])·f, the noise that f predicts,
+        s = eta·σ[i+1]·√(1 - (α[i]·σ[i+1] / (α[i+1]·σ[i]))²)
+
+    which is DDIM's step (eq. 12 and 16) for any α and σ. In small steps it is the stochastic differential equation of
+    Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), whose noise level is √2·eta.
+
+    Args:
+        sampler: `flow_sampler`'s.
+        eta: from 0, the deterministic chain, to 1, ancestral sampling.
+    """
+    if not eta:
+        return sampler
+    alpha, sigma = sampler.alpha, sampler.sigma
+    kept = alpha[:-1] * sigma[1:] / (alpha[1:] * sigma[:-1])
+    s = eta * sigma[1:] * (1 - kept**2).sqrt()
+    direction = (sigma[1:] ** 2 - s**2).sqrt()
+    a, b = alpha[1:] + direction, direction * alpha[:-1] - alpha[1:] * sigma[:-1]
+    return replace(sampler, a=a, b=b, s=s)
 
 
 def flow_sampler(scheduler, num_inference_steps: int, **schedule) -> Sampler:

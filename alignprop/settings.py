@@ -55,7 +55,8 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     if c.lora_alpha is None:
         c.lora_alpha = float(c.lora_rank)
     # A command line gives "to_q,to_v" as one word.
-    c.lora_target_modules = tuple(name for names in c.lora_target_modules for name in names.split(","))
+    if c.lora_target_modules is not None:
+        c.lora_target_modules = tuple(name for names in c.lora_target_modules for name in names.split(","))
     if c.trunc_backprop_timestep is None:
         c.trunc_backprop_timestep = steps - 1
     if c.truncated_backprop_minmax is None:
@@ -97,6 +98,11 @@ def estimator_options(config: ConfigDict) -> dict:
     """What `estimators.build_estimator` takes, by its names; None where the method's own value is to be used."""
     first, minmax = config.trunc_backprop_timestep, config.truncated_backprop_minmax
     return {"first": first, "minmax": minmax, **config.plan.to_dict()}
+
+
+def parts_left_out(config: ConfigDict) -> list[str]:
+    """The names in `pretrained.without`."""
+    return [name.strip() for name in config.pretrained.without.split(",") if name.strip()]
 
 
 def memory_policy(config: ConfigDict) -> MemoryPolicy:

@@ -46,7 +46,7 @@ class TrainedWeights:
         self.model, self.config, self.accelerator = model, config, accelerator
         c, denoiser = config, model.denoiser
         if c.use_lora:
-            add_lora(denoiser, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.seed)
+            add_lora(denoiser, c.lora_rank, c.lora_alpha, c.lora_target_modules or model.lora_targets, c.seed)
         else:
             denoiser.float().requires_grad_(True)
         self.parameters = list(trainable_parameters(denoiser).values())

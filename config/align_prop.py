@@ -42,14 +42,20 @@ def base() -> ConfigDict:
     c.pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub name, folder, .safetensors or .ckpt
     c.pretrained.revision = config_dict.placeholder(str)  # hub branch, tag or commit; None: the newest
     c.pretrained.config = config_dict.placeholder(str)  # for a single file: pipeline folder with its configuration
+    c.pretrained.vae = config_dict.placeholder(str)  # hub name or folder of another VAE; of SDXL, one that float16 suits
+    c.pretrained.without = ""  # what to leave out: "t5" of Stable Diffusion 3, 9 GB, at some loss of long prompts
+    c.resolution = config_dict.placeholder(int)  # side of the pictures in pixels; None: the model's own
     c.use_lora = True  # False trains every weight of the denoiser, in float32
     c.lora_rank = 4  # rank of each weight change
     c.lora_alpha = config_dict.placeholder(float)  # weight change = alpha / rank · B @ A; None: alpha = rank
-    c.lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # endings of the names of adapted layers
+    c.lora_target_modules = config_dict.placeholder(tuple)  # endings of the names of adapted layers; None: those of
+    # the model's family, its attention
 
     # -- sampling --------------------------------------------------------------------------------------------------
     c.num_inference_steps = 50  # sampler steps of evaluation, and of training unless train.num_inference_steps is set
-    c.guidance_scale = 7.5  # classifier-free guidance; 1 is none and halves the cost of a network call
+    c.guidance_scale = 7.5  # classifier-free guidance; 1 is none and halves the cost of a network call. Of FLUX.1-dev,
+    # an input of the network
+    c.true_cfg_scale = 1.0  # FLUX.1 only: classifier-free guidance on top of that; 1 is none
     c.eta = 0.0  # noise of the DDIM sampler: 0 deterministic … 1 ancestral
 
     # -- the estimator ---------------------------------------------------------------------------------------------

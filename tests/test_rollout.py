@@ -207,6 +207,9 @@ class LinearModel:
     def init_latents(self, gens):
         return torch.stack([torch.randn(2, generator=g, dtype=torch.float64) for g in gens])
 
+    def mixing_scale(self, guidance_scale):
+        return guidance_scale
+
     def branches(self, cond, guidance_scale):
         return [cond]
 

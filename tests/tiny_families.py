@@ -4,10 +4,17 @@ import torch
 
 from alignprop.models.skeleton import random_model
 
-TEXT = {"vocab_size": 99, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {
+    "vocab_size": 550, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 77, "bos_token_id": 548, "eos_token_id": 549, "pad_token_id": 549,
+}  # fmt: skip
 FIRST_CLIP = {"_class_name": "CLIPTextModel", "hidden_size": 16, "projection_dim": 8, **TEXT}
 SECOND_CLIP = {"_class_name": "CLIPTextModelWithProjection", "hidden_size": 24, "projection_dim": 12, **TEXT}
 T5 = {"_class_name": "T5EncoderModel", "vocab_size": 99, "d_model": 32, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+QWEN = {
+    "_class_name": "Qwen3Model", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
 VAE = {
     "_class_name": "AutoencoderKL",
     "sample_size": 16,
@@ -19,6 +26,7 @@ VAE = {
 }
 FLOW_VAE = {**VAE, "shift_factor": 0.25, "use_quant_conv": False, "use_post_quant_conv": False}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+DYNAMIC_FLOW = {**FLOW, "shift": 1.0, "use_dynamic_shifting": True}
 TINY = {
     "sdxl": {
         "family": "sdxl",
@@ -79,15 +87,51 @@ TINY = {
         },
         "vae": FLOW_VAE,
         "text_encoders": [FIRST_CLIP, T5],
+        "scheduler": DYNAMIC_FLOW,
+    },
+    "flux2": {
+        "family": "flux2",
+        "denoiser": {
+            "_class_name": "Flux2Transformer2DModel",
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 3 * 8,
+            "axes_dims_rope": [4, 4, 4, 4],
+            "guidance_embeds": False,
+        },
+        "vae": {**VAE, "_class_name": "AutoencoderKLFlux2", "latent_channels": 4},
+        "text_encoders": [{**QWEN, "_class_name": "Qwen3ForCausalLM", "hidden_size": 8, "num_hidden_layers": 28}],
+        "scheduler": DYNAMIC_FLOW,
+    },
+    "z_image": {
+        "family": "z_image",
+        "denoiser": {
+            "_class_name": "ZImageTransformer2DModel",
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 1,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 16,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [600, 64, 64],
+        },
+        "vae": FLOW_VAE,
+        "text_encoders": [QWEN],
         "scheduler": FLOW,
     },
 }
+SIDE = {"flux2": 16, "z_image": 16}  # of the pictures, where the model's own is 1024 whatever its parts
 
 
 def tiny_model(facts, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return random_model(facts, torch.float32, "cpu")
+        return random_model(facts, torch.float32, "cpu", resolution=SIDE.get(facts["family"]))
 
 
 def random_conditioning(model, count, seed=0):

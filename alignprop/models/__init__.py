@@ -1,11 +1,40 @@
-"""The model families, by name."""
+"""The model families: the one place, besides a family's own file, that knows their names."""
 
+from dataclasses import dataclass
 from importlib import import_module
 
-FAMILIES = {"sd": ("alignprop.models.sd", "StableDiffusion")}
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Attributes:
+        pipeline: the diffusers pipeline class that a `model_index.json` of the family names.
+        module, cls: where the family's Model is.
+    """
+
+    pipeline: str
+    module: str
+    cls: str
+
+    @property
+    def model_class(self) -> type:
+        return getattr(import_module(self.module), self.cls)
 
 
-def load_model(name: str, *, family: str = "sd", **options):
-    """Loads a text-to-image model; see the family's own `load` for what the options do and what is raised."""
-    module, cls = FAMILIES[family]
-    return getattr(import_module(module), cls).load(name, **options)
+FAMILIES = {
+    "sd": Family("StableDiffusionPipeline", "alignprop.models.sd", "StableDiffusion"),
+    "sdxl": Family("StableDiffusionXLPipeline", "alignprop.models.sdxl", "StableDiffusionXL"),
+    "sd3": Family("StableDiffusion3Pipeline", "alignprop.models.sd3", "StableDiffusion3"),
+    "flux": Family("FluxPipeline", "alignprop.models.flux", "Flux"),
+    "flux2": Family("Flux2KleinPipeline", "alignprop.models.flux2", "Flux2Klein"),
+    "z_image": Family("ZImagePipeline", "alignprop.models.z_image", "ZImage"),
+}
+OLDEST = "sd"  # what a single file is taken for that comes without a configuration
+
+
+def load_model(name: str, **options):
+    """Loads a text-to-image model of any family; see `load_pipeline` in loading.py for the options and the errors."""
+    from alignprop.models.loading import family_of
+
+    family = family_of(name, options.get("revision"), options.get("config"))
+    return FAMILIES[family].model_class.load(name, **options)

@@ -25,7 +25,8 @@ class Model(Protocol):
         decoder: what `decode` calls.
         device: where conditioning and latents are put; whoever moves the modules sets it.
         scheduler: the diffusers scheduler that the model came with.
-        pipeline_class: the diffusers pipeline that loads what `save_lora` writes.
+        takes_guidance: whether `guidance_scale` changes anything.
+        lora_targets: endings of the names of the layers that a LoRA adapts, unless the configuration names others.
     """
 
     denoiser: torch.nn.Module
@@ -33,7 +34,11 @@ class Model(Protocol):
     decoder: torch.nn.Module
     device: torch.device
     scheduler: Any
-    pipeline_class: type
+    takes_guidance: bool
+    lora_targets: tuple[str, ...]
+
+    def pipeline_class(self) -> type:
+        """The diffusers pipeline that loads what `save_lora` writes."""
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of B prompts; each distinct prompt is encoded once and remembered."""
@@ -47,6 +52,12 @@ class Model(Protocol):
     def branches(self, cond: Conditioning, guidance_scale: float) -> list[Conditioning]:
         """What `predict` is called with: [unconditional, conditional], or [conditional] where there is no guidance."""
 
+    def mixing_scale(self, guidance_scale: float) -> float:
+        """g in f = u + g·(c - u), where there are two branches."""
+
+    def schedule(self, num_inference_steps: int) -> dict:
+        """What the scheduler's `set_timesteps` is told besides the number of steps (samplers.py)."""
+
     def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
         """x[0]: float32 latents [B, ...], sample b drawn from the b-th generator."""
 
@@ -57,4 +68,4 @@ class Model(Protocol):
         """Images [B, 3, H, W], float32 in [0, 1]; differentiable."""
 
     def save_lora(self, folder, tensors: dict[str, torch.Tensor], metadata: dict | None) -> None:
-        """Writes the adapter so that `pipeline_class.load_lora_weights(folder)` reads it."""
+        """Writes the adapter so that `load_lora_weights(folder)` of its pipeline reads it."""

@@ -4,9 +4,10 @@ They come from a pipeline's folder, from the Hugging Face cache, or from `assets
 models' own files say, as far as it differs from the defaults of the diffusers or transformers class. The facts of a
 text-to-image model are
 
-    {"family": "sd", "denoiser": {…}, "vae": {…}, "text_encoders": [{…}, …], "scheduler": {…}}
+    {"family": …, "denoiser": {…}, "vae": {…}, "text_encoders": [{…}, …], "scheduler": {…}, "pipeline": {…}}
 
-and those of a CLIP {"family": "clip", "model": {…}}, every {…} with its class as "_class_name".
+where "pipeline" has what the pipeline itself is told, and those of a CLIP {"family": "clip", "model": {…}}, every other
+{…} with its class as "_class_name".
 """
 
 import json
@@ -16,15 +17,10 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from alignprop.models import FAMILIES
 from alignprop.settings import ConfigError
 
 BUNDLED = Path(__file__).resolve().parent.parent.parent / "assets" / "configs"
-FAMILIES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-}
 
 
 def find_config(name: str, revision: str | None = None) -> dict:
@@ -45,7 +41,7 @@ def find_config(name: str, revision: str | None = None) -> dict:
     index = _cached(name, "model_index.json", revision)
     if index is not None:
         return folder_config(index.parent)
-    raise ConfigError(f"pretrained.model = {name!r}: {_nowhere(FAMILIES.values())}")
+    raise ConfigError(f"pretrained.model = {name!r}: {_nowhere(FAMILIES)}")
 
 
 def find_clip_config(name: str, field: str) -> dict:
@@ -83,11 +79,10 @@ def folder_config(folder) -> dict:
     """
     folder = Path(folder)
     index = _read(folder / "model_index.json")
-    family = FAMILIES.get(index.get("_class_name"))
+    family = next((name for name, f in FAMILIES.items() if f.pipeline == index.get("_class_name")), None)
     if family is None:
-        raise ConfigError(
-            f"pretrained.model = {str(folder)!r} is a {index.get('_class_name')!r}, not one of {', '.join(FAMILIES)}"
-        )
+        known = ", ".join(f.pipeline for f in FAMILIES.values())
+        raise ConfigError(f"pretrained.model = {str(folder)!r} is a {index.get('_class_name')!r}, not one of {known}")
 
     def facts(part, filename="config.json"):
         if part not in index:
@@ -102,6 +97,7 @@ def folder_config(folder) -> dict:
         "vae": facts("vae"),
         "text_encoders": [facts(part) for part in encoders if index.get(part, [None])[0]],
         "scheduler": facts("scheduler", "scheduler_config.json"),
+        "pipeline": {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)},
     }
 
 

@@ -1,12 +1,9 @@
-"""FLUX.1: a transformer over packed image tokens and T5's text tokens, flow matching, distilled guidance.
-
-For planning and measuring, with the weights of models/skeleton.py; it encodes no prompts and loads no files yet.
-"""
+"""FLUX.1: a transformer over packed image tokens and T5's text tokens, flow matching, distilled guidance."""
 
 import torch
 
 from alignprop.models.base import Conditioning
-from alignprop.models.latent import LatentDiffusion
+from alignprop.models.latent import LatentDiffusion, even_sigmas, resolution_shift
 
 T5_TOKENS = 512  # the pipeline's own default
 
@@ -17,34 +14,61 @@ class Flux(LatentDiffusion):
     prompt_embeds: [B, 512, 4096], T5's.
     pooled_prompt_embeds: [B, 768], CLIP's.
 
-    Guidance is distilled into the network: its strength is an input, and there is no second branch. FLUX.1-schnell
-    does not even have that input.
+    Guidance is distilled into the network: `guidance_scale` is an input, and there is no second branch; FLUX.1-schnell
+    does not even have that input. `true_cfg_scale` other than 1 is guidance by an empty prompt on top of it, of which
+    both conditionings come once more as negative_…
     """
 
-    def __init__(self, denoiser, vae, text_encoders, scheduler):
+    pipeline_name = "FluxPipeline"
+    unused = ("image_encoder", "feature_extractor")
+
+    def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
+        self.true_cfg_scale, self.guides = true_cfg_scale, true_cfg_scale != 1
+        super().__init__(pipeline, resolution)
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, device=self.device, max_sequence_length=T5_TOKENS
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def reader(self) -> tuple:
+        return self.pipeline.tokenizer_2, T5_TOKENS
+
+    def latent_size(self, resolution: int | None) -> tuple[int, int]:
         # The transformer takes any number of tokens; the size that it was trained for is the VAE's.
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        super().__init__(denoiser, vae, text_encoders, scheduler, latent_size=vae.config.sample_size // factor)
+        size = resolution or self.decoder.config.sample_size
+        return (2 * (size // (2 * self.vae_factor)),) * 2
 
-    @property
-    def pipeline_class(self) -> type:
-        from diffusers import FluxPipeline
-
-        return FluxPipeline
+    def schedule(self, num_inference_steps: int) -> dict:
+        _, height, width = self.latent_shape
+        mu = resolution_shift(self.scheduler, height * width // 4)
+        if self.scheduler.config.get("use_flow_sigmas"):
+            return {"mu": mu}
+        return {"mu": mu, "sigmas": even_sigmas(num_inference_steps)}
 
     def blank_conditioning(self, count: int) -> Conditioning:
         clip, t5 = (encoder.config for encoder in self.text_encoders)
-        return {
+        blank = {
             "prompt_embeds": self._zeros(count, T5_TOKENS, t5.d_model),
             "pooled_prompt_embeds": self._zeros(count, clip.hidden_size),
         }
+        return blank | ({f"negative_{name}": t.clone() for name, t in blank.items()} if self.guides else {})
 
     def branches(self, cond: Conditioning, guidance_scale: float) -> list[Conditioning]:
+        branches = super().branches(cond, self.true_cfg_scale)
         if not self.denoiser.config.guidance_embeds:
-            return [cond]
-        prompt_embeds = cond["prompt_embeds"]
-        guidance = torch.full((len(prompt_embeds),), guidance_scale, dtype=torch.float32, device=prompt_embeds.device)
-        return [{**cond, "guidance": guidance}]
+            return branches
+        embeds = cond["prompt_embeds"]
+        guidance = torch.full((len(embeds),), guidance_scale, dtype=torch.float32, device=embeds.device)
+        return [{**branch, "guidance": guidance} for branch in branches]
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self.denoiser.config.guidance_embeds
+
+    def mixing_scale(self, guidance_scale: float) -> float:
+        return self.true_cfg_scale
 
     def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
         prompt_embeds = branch["prompt_embeds"]

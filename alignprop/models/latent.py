@@ -1,30 +1,166 @@
-"""What the families built from modules share: frozen weights, noise of the model's own size, a VAE's decoder."""
+"""What the families share: frozen modules, remembered prompts, noise of the model's own size, a VAE's decoder."""
+
+import os
+import sys
+import textwrap
 
 import torch
+from tqdm.auto import tqdm
 
 from alignprop.models.base import Conditioning
+from alignprop.settings import ConfigError
 
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # a pipeline's names
 NEGATIVE = "negative_"  # what the unconditional branch has instead, by diffusers' names
 
 
 class LatentDiffusion:
-    """The part of the Model protocol (models/base.py) that does not depend on the denoiser.
+    """The Model protocol (models/base.py) over a diffusers pipeline, as far as it does not depend on the family.
 
     Args:
-        denoiser, vae, text_encoders: modules, frozen here; what the VAE encodes with is dropped.
-        scheduler: the diffusers scheduler that belongs to the denoiser.
-        latent_size: height and width of the latents; None: what the denoiser's configuration says.
+        pipeline: loaded, or anything with the same parts (models/skeleton.py). Its modules are frozen here, and what
+            the VAE encodes with is dropped.
+        resolution: side of the pictures in pixels; None: the size that the model was trained for.
+        true_cfg_scale: strength of guidance by an empty prompt, for the models whose `guidance_scale` is another thing.
+
+    Raises:
+        ConfigError: the family has no pictures of that size, or no such guidance.
+
+    Attributes:
+        pipeline_name: the diffusers class.
+        unused: its parts that nothing here needs; they are not even loaded.
+        optional: what a user may leave out, and the parts that it is made of.
+        load_options: what else the pipeline's `from_pretrained` is told.
+        lora_targets: endings of the names of the layers that a LoRA adapts where the configuration names none.
+        guides: whether it has an unconditional branch.
     """
 
-    def __init__(self, denoiser, vae, text_encoders, scheduler, latent_size: int | None = None):
-        self.denoiser, self.decoder, self.text_encoders = denoiser, vae, list(text_encoders)
-        self.scheduler = scheduler
-        latent_size = denoiser.config.sample_size if latent_size is None else latent_size
-        self.latent_shape = (vae.config.latent_channels, latent_size, latent_size)
-        self.decoder.encoder = self.decoder.quant_conv = None
+    pipeline_name = ""
+    unused: tuple[str, ...] = ()
+    optional: dict[str, tuple[str, ...]] = {}
+    load_options: dict = {}
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    guides = True
+
+    def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
+        if true_cfg_scale != 1:
+            raise ConfigError(
+                f"true_cfg_scale = {true_cfg_scale} must be 1 for a {self.pipeline_name}: its guidance_scale is that "
+                "already, or it knows no guidance"
+            )
+        self.pipeline, self.scheduler = pipeline, pipeline.scheduler
+        self.denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        self.decoder = pipeline.vae
+        encoders = (getattr(pipeline, name, None) for name in ENCODERS)
+        self.text_encoders = [encoder for encoder in encoders if encoder is not None]
+        self.decoder.encoder = self.decoder.quant_conv = None  # nothing here turns pictures into latents
         for module in (self.denoiser, self.decoder, *self.text_encoders):
             module.requires_grad_(False).eval()
-        self.device = denoiser.device
+        self.device = self.denoiser.device
+        if resolution and resolution % (2 * self.vae_factor):
+            raise ConfigError(f"resolution = {resolution} must be a multiple of {2 * self.vae_factor} for this model")
+        self.latent_shape = (self.latent_channels(), *self.latent_size(resolution))
+        self._remembered: dict[str, Conditioning] = {}
+        self._warned = False
+
+    @classmethod
+    def load(cls, name: str, *, resolution: int | None = None, true_cfg_scale: float = 1.0, **options):
+        """See `load_pipeline` in loading.py for the other options and the errors."""
+        from alignprop.models.loading import load_pipeline
+
+        return cls(load_pipeline(cls, name, **options), resolution, true_cfg_scale)
+
+    @classmethod
+    def modules_of(cls, without) -> list[str]:
+        """The parts of the pipeline that make up what is to be left out.
+
+        Raises:
+            ConfigError: the family cannot do without it.
+        """
+        for name in without:
+            if name not in cls.optional:
+                allowed = " or ".join(map(repr, cls.optional)) or "empty"
+                raise ConfigError(f"pretrained.without = {name!r} must be {allowed} for a {cls.pipeline_name}")
+        return [module for name in without for module in cls.optional[name]]
+
+    @classmethod
+    def pipeline_class(cls) -> type:
+        import diffusers
+
+        return getattr(diffusers, cls.pipeline_name)
+
+    # ---- what a family has of its own
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """The conditioning of B prompts, without what is negative; calls the text encoders."""
+        raise NotImplementedError
+
+    def unconditional(self, empty: Conditioning) -> Conditioning:
+        """What the other branch of guidance has instead, from the conditioning of one empty prompt."""
+        return empty
+
+    def reader(self) -> tuple:
+        """The tokenizer that reads the most of a prompt, and how many tokens that is."""
+        return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
+
+    def chat_reader(self, limit: int, **template) -> tuple:
+        """`reader` of a language model, whose tokens are also those of the chat around the prompt."""
+        tokenizer = self.pipeline.tokenizer
+        empty = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, **template
+        )
+        return tokenizer, limit - len(tokenizer(empty).input_ids)
+
+    def latent_channels(self) -> int:
+        return self.decoder.config.latent_channels
+
+    def latent_size(self, resolution: int | None) -> tuple[int, int]:
+        if resolution is None:
+            size = self.denoiser.config.sample_size
+            return (size, size) if isinstance(size, int) else tuple(size)
+        return (resolution // self.vae_factor,) * 2
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether `guidance_scale` changes anything."""
+        return True
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels of a picture to one of the latents."""
+        return 2 ** (len(self.decoder.config.block_out_channels) - 1)
+
+    def mixing_scale(self, guidance_scale: float) -> float:
+        """g in f = u + g·(c - u), of two branches."""
+        return guidance_scale
+
+    def schedule(self, num_inference_steps: int) -> dict:
+        """What the pipeline tells its scheduler's `set_timesteps` besides the number of steps."""
+        return {}
+
+    # ---- what all of them do alike
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Each distinct prompt is encoded once and remembered; of what is too long, the end is lost."""
+        wanted = [*prompts, ""] if self.guides else prompts
+        if new := [p for p in dict.fromkeys(wanted) if p not in self._remembered]:
+            self._warn_of_truncation(new)
+            # Kept on the host: thousands of prompts would not fit beside the model.
+            encoded = {name: tensor.cpu() for name, tensor in self.encode(new).items()}
+            self._remembered |= {p: {name: t[j] for name, t in encoded.items()} for j, p in enumerate(new)}
+        cond = self._gather([self._remembered[p] for p in prompts])
+        if self.guides:
+            empty = {name: tensor[None] for name, tensor in self._remembered[""].items()}
+            instead = {name: tensor[0] for name, tensor in self.unconditional(empty).items()}
+            cond |= {NEGATIVE + name: tensor for name, tensor in self._gather([instead] * len(prompts)).items()}
+        return cond
+
+    def _gather(self, rows: list[Conditioning]) -> Conditioning:
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+    def knows(self, prompts: list[str]) -> bool:
+        return all(prompt in self._remembered for prompt in (*prompts, *([""] if self.guides else [])))
 
     def branches(self, cond: Conditioning, guidance_scale: float) -> list[Conditioning]:
         conditional = {name: tensor for name, tensor in cond.items() if not name.startswith(NEGATIVE)}
@@ -40,8 +176,57 @@ class LatentDiffusion:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.decoder.config
         latents = latents.to(self.decoder.dtype) / config.scaling_factor + (config.shift_factor or 0)
+        return self.pictures(latents)
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """Of latents in the VAE's own scale."""
         return (self.decoder.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def save_lora(self, folder, tensors: dict[str, torch.Tensor], metadata: dict | None) -> None:
+        """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads.
+
+        Args:
+            tensors: the denoiser's adapter, as peft names it.
+            metadata: the adapter's configuration; None where alpha = rank, which is what readers assume.
+        """
+        kind = "unet" if hasattr(self.pipeline, "unet") else "transformer"
+        layers = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": metadata}
+        self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **layers)
+
+    def _warn_of_truncation(self, prompts: list[str]) -> None:
+        """Once for all prompts, not for each."""
+        tokenizer, limit = self.reader()
+        counts = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
+        longest = max(counts)
+        if longest <= limit or self._warned or os.environ.get("RANK", "0") != "0":
+            return
+        self._warned = True
+        shown = textwrap.shorten(prompts[counts.index(longest)], 60, placeholder=" …")
+        # The tokens that mark beginning and end are nothing that a person wrote.
+        marks = len(tokenizer("").input_ids)
+        tqdm.write(
+            f"warning: prompts are truncated to {limit - marks} tokens, and {shown!r} has {longest - marks}; it loses "
+            "its end, and so do others as long",
+            file=sys.stderr,
+        )
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         """In the precision of the text encoders, where the model is."""
         return torch.zeros(shape, dtype=self.text_encoders[0].dtype, device=self.device)
+
+
+def resolution_shift(scheduler, tokens: int, max_shift: float = 1.15) -> float:
+    """mu, the shift of the noise levels for pictures of so many tokens (Esser et al. 2024, arXiv 2403.03206, 5.3.2).
+
+    Linear between two sizes that the scheduler's configuration names.
+    """
+    config = scheduler.config
+    small, large = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    slope = (high - low) / (large - small)
+    return tokens * slope + (low - slope * small)
+
+
+def even_sigmas(num_inference_steps: int) -> list[float]:
+    """Noise levels 1 … 1/N, which some pipelines give their scheduler instead of its own."""
+    return torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()

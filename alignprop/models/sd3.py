@@ -1,14 +1,12 @@
-"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens, two CLIP text encoders and a T5, flow matching.
-
-For planning and measuring, with the weights of models/skeleton.py; it encodes no prompts and loads no files yet.
-"""
+"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens, two CLIP text encoders and a T5, flow matching."""
 
 import torch
 
 from alignprop.models.base import Conditioning
-from alignprop.models.latent import LatentDiffusion
+from alignprop.models.latent import LatentDiffusion, resolution_shift
 
 T5_TOKENS = 256  # the pipeline's own default
+CLIP_TOKENS = 77
 
 
 class StableDiffusion3(LatentDiffusion):
@@ -17,25 +15,39 @@ class StableDiffusion3(LatentDiffusion):
     prompt_embeds: [B, 77 + 256, 4096], the CLIPs' tokens, padded to T5's width, and then T5's.
     pooled_prompt_embeds: [B, 2048], both CLIPs' side by side.
 
-    and both once more as negative_…
+    and both once more as negative_… Without T5, which has 9 GB, zeros stand for its tokens.
     """
 
-    @property
-    def pipeline_class(self) -> type:
-        from diffusers import StableDiffusion3Pipeline
+    pipeline_name = "StableDiffusion3Pipeline"
+    unused = ("image_encoder", "feature_extractor")
+    optional = {"t5": ("text_encoder_3", "tokenizer_3")}
 
-        return StableDiffusion3Pipeline
+    def encode(self, prompts: list[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def reader(self) -> tuple:
+        if len(self.text_encoders) == 3:
+            return self.pipeline.tokenizer_3, T5_TOKENS
+        return self.pipeline.tokenizer, CLIP_TOKENS
+
+    def schedule(self, num_inference_steps: int) -> dict:
+        if not self.scheduler.config.get("use_dynamic_shifting"):
+            return {}
+        patch = self.denoiser.config.patch_size
+        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
+        return {"mu": resolution_shift(self.scheduler, tokens, max_shift=1.16)}
 
     def blank_conditioning(self, count: int) -> Conditioning:
-        first, second, t5 = (encoder.config for encoder in self.text_encoders)
-        embeds = (count, first.max_position_embeddings + T5_TOKENS, t5.d_model)
-        pooled = (count, first.projection_dim + second.projection_dim)
-        return {
-            "prompt_embeds": self._zeros(*embeds),
-            "negative_prompt_embeds": self._zeros(*embeds),
-            "pooled_prompt_embeds": self._zeros(*pooled),
-            "negative_pooled_prompt_embeds": self._zeros(*pooled),
+        first, second = (encoder.config for encoder in self.text_encoders[:2])
+        tokens = first.max_position_embeddings + T5_TOKENS
+        blank = {
+            "prompt_embeds": self._zeros(count, tokens, self.denoiser.config.joint_attention_dim),
+            "pooled_prompt_embeds": self._zeros(count, first.projection_dim + second.projection_dim),
         }
+        return blank | {f"negative_{name}": tensor.clone() for name, tensor in blank.items()}
 
     def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
         prompt_embeds = branch["prompt_embeds"]

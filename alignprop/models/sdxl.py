@@ -1,7 +1,4 @@
-"""Stable Diffusion XL: one UNet, two CLIP text encoders, picture sizes as a condition.
-
-For planning and measuring, with the weights of models/skeleton.py; it encodes no prompts and loads no files yet.
-"""
+"""Stable Diffusion XL: one UNet, two CLIP text encoders, picture sizes as a condition, epsilon- or v-prediction."""
 
 import torch
 
@@ -16,28 +13,51 @@ class StableDiffusionXL(LatentDiffusion):
     pooled_prompt_embeds: [B, 1280], of the second encoder.
     time_ids: [B, 6], the original size, the crop's corner and the target size in pixels.
 
-    and the first two once more as negative_…
+    and the first two once more as negative_…: zeros, or those of an empty prompt, as the pipeline's configuration says.
+
+    Its released VAE overflows in float16, and is then kept in float32, as its `force_upcast` asks; `pretrained.vae`
+    names one that does not.
     """
 
-    @property
-    def pipeline_class(self) -> type:
-        from diffusers import StableDiffusionXLPipeline
+    pipeline_name = "StableDiffusionXLPipeline"
+    unused = ("feature_extractor", "image_encoder")
 
-        return StableDiffusionXLPipeline
+    def encode(self, prompts: list[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": self._time_ids(len(prompts), pooled)}
+
+    def unconditional(self, empty: Conditioning) -> Conditioning:
+        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt", True)
+        texts = {name: tensor for name, tensor in empty.items() if name != "time_ids"}
+        return {name: torch.zeros_like(tensor) if zeros else tensor for name, tensor in texts.items()}
 
     def blank_conditioning(self, count: int) -> Conditioning:
         first, second = (encoder.config for encoder in self.text_encoders)
         embeds = (count, first.max_position_embeddings, first.hidden_size + second.hidden_size)
-        return {
+        blank = {
             "prompt_embeds": self._zeros(*embeds),
-            "negative_prompt_embeds": self._zeros(*embeds),
             "pooled_prompt_embeds": self._zeros(count, second.projection_dim),
-            "negative_pooled_prompt_embeds": self._zeros(count, second.projection_dim),
-            "time_ids": self._zeros(count, 6),
         }
+        blank |= {f"negative_{name}": tensor.clone() for name, tensor in blank.items()}
+        return blank | {"time_ids": self._zeros(count, 6)}
 
     def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
         prompt_embeds = branch["prompt_embeds"]
         added = {"text_embeds": branch["pooled_prompt_embeds"], "time_ids": branch["time_ids"]}
         latents = latents.to(prompt_embeds.dtype)
         return self.denoiser(latents, timestep, prompt_embeds, added_cond_kwargs=added).sample
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.decoder.config
+        if not config.latents_mean:
+            return super().decode(latents)
+        # Of the models with normalised latents, such as Playground v2.5.
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return self.pictures((latents * std / config.scaling_factor + mean).to(self.decoder.dtype))
+
+    def _time_ids(self, count: int, like: torch.Tensor) -> torch.Tensor:
+        """A picture that was neither scaled nor cropped."""
+        height, width = (side * self.vae_factor for side in self.latent_shape[1:])
+        return like.new_tensor([[height, width, 0, 0, height, width]]).repeat(count, 1)

@@ -1,52 +1,48 @@
 """Models from facts alone (models/configs.py): without weights, for planning, or with random ones, for measuring."""
 
 from contextlib import contextmanager
-from importlib import import_module
 from types import SimpleNamespace
 
 import diffusers
 import torch
 import transformers
+from diffusers.configuration_utils import FrozenDict
 
+from alignprop.models import FAMILIES
 from alignprop.models.base import Model
+from alignprop.models.latent import ENCODERS
 from alignprop.settings import ConfigError
 
-FAMILIES = {
-    "sdxl": ("alignprop.models.sdxl", "StableDiffusionXL"),
-    "sd3": ("alignprop.models.sd3", "StableDiffusion3"),
-    "flux": ("alignprop.models.flux", "Flux"),
-}
 
-
-def skeleton(facts: dict, dtype: torch.dtype) -> Model:
+def skeleton(facts: dict, dtype: torch.dtype, without=(), **options) -> Model:
     """A model of any family on the meta device: all of its shapes, and no memory.
 
-    It neither encodes prompts nor writes a LoRA.
+    It does not encode prompts.
 
     Args:
         facts: what `find_config` returns.
         dtype: of all weights.
+        without: what the family can do without, and is to.
+        options: of the family's class, such as `resolution`.
 
     Raises:
         ConfigError: the facts name a class that diffusers or transformers does not have, or do not fit it.
     """
-    return random_model(facts, dtype, "meta")
+    return random_model(facts, dtype, "meta", without, **options)
 
 
-def random_model(facts: dict, dtype: torch.dtype, device) -> Model:
+def random_model(facts: dict, dtype: torch.dtype, device, without=(), **options) -> Model:
     """The same with random weights, drawn on a real device by the initialisers of diffusers and transformers."""
-    denoiser, vae, *encoders = (
-        build_module(part, dtype, device) for part in (facts["denoiser"], facts["vae"], *facts["text_encoders"])
-    )
+    cls = FAMILIES[facts["family"]].model_class
+    named = {"vae": facts["vae"], **dict(zip(ENCODERS, facts["text_encoders"], strict=False))}
+    left_out = cls.modules_of(without)
+    parts = {n: build_module(part, dtype, device) for n, part in named.items() if n not in left_out}
+    denoiser = build_module(facts["denoiser"], dtype, device)
+    parts["unet" if isinstance(denoiser, diffusers.UNet2DConditionModel) else "transformer"] = denoiser
     scheduler = _build(facts["scheduler"], diffusers, diffusers.SchedulerMixin)
-    if facts["family"] == "sd":
-        from alignprop.models.sd import StableDiffusion
-
-        return StableDiffusion(
-            SimpleNamespace(unet=denoiser, vae=vae, text_encoder=encoders[0], tokenizer=None, scheduler=scheduler)
-        )
-    module, cls = FAMILIES[facts["family"]]
-    return getattr(import_module(module), cls)(denoiser, vae, encoders, scheduler)
+    # What a diffusers pipeline would be for the model, without its tokenizers.
+    pipeline = SimpleNamespace(**parts, scheduler=scheduler, config=FrozenDict(facts.get("pipeline", {})))
+    return cls(pipeline, **options)
 
 
 def build_module(facts: dict, dtype: torch.dtype, device) -> torch.nn.Module:

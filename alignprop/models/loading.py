@@ -1,0 +1,116 @@
+"""From a name to a loaded diffusers pipeline: hub names, folders, single files; every failure is one line."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from alignprop.models import FAMILIES, OLDEST
+from alignprop.settings import ConfigError
+
+SINGLE_FILE = (".safetensors", ".ckpt")
+INDEX = "model_index.json"
+
+
+def family_of(name: str, revision: str | None = None, config: str | None = None) -> str:
+    """The family of a pipeline by its `model_index.json`; a single file's is that of `config`.
+
+    Raises:
+        ConfigError: there is no such file, or it names a pipeline of no known family.
+    """
+    place, field = name, "pretrained.model"
+    if Path(name).suffix in SINGLE_FILE:
+        if config is None:
+            return OLDEST
+        place, field, revision = config, "pretrained.config", None
+    try:
+        index = _index(place, revision)
+    except Exception as error:  # damaged files and the hub's client fail in many ways
+        raise could_not_load(field, place, error) from error
+    named = index.get("_class_name") if isinstance(index, dict) else None
+    for family, facts in FAMILIES.items():
+        if facts.pipeline == named:
+            return family
+    known = ", ".join(facts.pipeline for facts in FAMILIES.values())
+    raise ConfigError(f"{field} = {place!r} is a {named!r}, not one of {known}")
+
+
+def load_pipeline(
+    cls, name: str, *, revision=None, config=None, dtype=torch.float32, full=False, vae=None, without=()
+):  # fmt: skip
+    """A diffusers pipeline with the modules that training needs.
+
+    Args:
+        cls: the family's Model (latent.py).
+        name: hub name, local folder, or a single `.safetensors` or `.ckpt` file.
+        revision: branch, tag or commit on the hub; None is the newest.
+        config: for a single file, the hub name or folder of a pipeline of the same layout, which supplies the
+            configuration and the tokenizer; None lets diffusers choose from the file's keys.
+        dtype: of the weights.
+        full: the denoiser's weights stay float32 whatever `dtype` is: they are to be trained.
+        vae: hub name or folder of another VAE for the model.
+        without: what the family can do without, and is to.
+
+    Raises:
+        ConfigError: nothing loadable under that name, or a part that cannot be left out.
+    """
+    options = {part: None for part in (*cls.unused, *cls.modules_of(without))} | cls.load_options
+    stored = torch.float32 if full else dtype
+    try:
+        check_reachable(name, revision)
+        if Path(name).suffix in SINGLE_FILE:
+            options = {part: None for part in options if part in ("safety_checker", "feature_extractor")}
+            pipeline = cls.pipeline_class().from_single_file(name, config=config, dtype=stored, **options)
+        else:
+            pipeline = cls.pipeline_class().from_pretrained(name, revision=revision, dtype=stored, **options)
+    except Exception as error:
+        raise could_not_load("pretrained.model", name, error) from error
+    if vae is not None:
+        pipeline.vae = load_vae(vae, type(pipeline.vae))
+    half_overflows = dtype == torch.float16 and pipeline.vae.config.get("force_upcast")
+    pipeline.vae.to(dtype=torch.float32 if half_overflows else dtype)
+    for part, module in pipeline.components.items():
+        if part.startswith("text_encoder") and module is not None:
+            module.to(dtype=dtype)
+    return pipeline
+
+
+def load_vae(name: str, cls: type):
+    """
+    Raises:
+        ConfigError: `name` is no VAE of that class.
+    """
+    try:
+        check_reachable(name, None, "config.json")
+        return cls.from_pretrained(name)
+    except Exception as error:
+        raise could_not_load("pretrained.vae", name, error) from error
+
+
+def check_reachable(name: str, revision: str | None, filename: str = INDEX) -> None:
+    """Raises at once what loading would raise after half a minute of retries."""
+    if os.path.exists(name):
+        return
+    if Path(name).suffix in SINGLE_FILE:
+        raise FileNotFoundError("there is no such file")
+    if not isinstance(try_to_load_from_cache(name, filename, revision=revision), str):
+        get_hf_file_metadata(hf_hub_url(name, filename, revision=revision), timeout=10)
+
+
+def could_not_load(field: str, name: str, error: Exception) -> ConfigError:
+    where = "this folder or file" if os.path.exists(name) else f"a local path, {HF_HUB_CACHE}, the hub"
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    return ConfigError(
+        f"{field} = {name!r} could not be loaded (tried {where}): {type(error).__name__}: {reason} — "
+        "give a local pipeline folder or a single .safetensors file, or set HF_HOME to a cache that holds it"
+    )
+
+
+def _index(name: str, revision: str | None) -> dict:
+    if os.path.isdir(name):
+        return json.loads(Path(name, INDEX).read_text(encoding="utf-8"))
+    check_reachable(name, revision)
+    return json.loads(Path(hf_hub_download(name, INDEX, revision=revision)).read_text(encoding="utf-8"))

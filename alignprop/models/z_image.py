@@ -1,0 +1,62 @@
+"""Z-Image: one stream of image and text tokens, a language model's hidden states as text, flow matching."""
+
+import torch
+
+from alignprop.models.base import Conditioning
+from alignprop.models.latent import LatentDiffusion, even_sigmas, resolution_shift
+
+TOKENS = 512  # the pipeline's own default
+RESOLUTION = 1024  # likewise
+
+
+class ZImage(LatentDiffusion):
+    """The Model protocol (models/base.py), its conditioning being
+
+    prompt_embeds: [B, 512, D], the last but one hidden states of Qwen3.
+    padding: [B, 512], true where there is no token of the prompt.
+
+    and both once more as negative_…
+
+    `guidance_scale` counts as for every other family, 1 being none: it is one more than what this pipeline calls so.
+    """
+
+    pipeline_name = "ZImagePipeline"
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        # A copy: the pipeline writes its template into the list.
+        found = self.pipeline.encode_prompt(
+            list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+        )[0]
+        embeds = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, TOKENS - embeds.shape[1]))
+        lengths = torch.tensor([len(tokens) for tokens in found], device=embeds.device)
+        return {"prompt_embeds": embeds, "padding": torch.arange(TOKENS, device=embeds.device) >= lengths[:, None]}
+
+    def reader(self) -> tuple:
+        return self.chat_reader(TOKENS, enable_thinking=True)
+
+    def latent_size(self, resolution: int | None) -> tuple[int, int]:
+        return (2 * ((resolution or RESOLUTION) // (2 * self.vae_factor)),) * 2
+
+    def schedule(self, num_inference_steps: int) -> dict:
+        _, height, width = self.latent_shape
+        mu = resolution_shift(self.scheduler, height * width // 4)
+        return {"mu": mu, "sigmas": even_sigmas(num_inference_steps)}
+
+    def blank_conditioning(self, count: int) -> Conditioning:
+        blank = {
+            "prompt_embeds": self._zeros(count, TOKENS, self.text_encoders[0].config.hidden_size),
+            "padding": torch.zeros(count, TOKENS, dtype=torch.bool, device=self.device),
+        }
+        return blank | {f"negative_{name}": tensor.clone() for name, tensor in blank.items()}
+
+    def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
+        prompt_embeds, padding = branch["prompt_embeds"], branch["padding"]
+        # How long prompts are is not known on the meta device, where memory is planned: it counts whole ones.
+        texts = prompt_embeds.unbind() if padding.is_meta else [e[~p] for e, p in zip(prompt_embeds, padding, strict=True)]
+        outputs = self.denoiser(
+            list(latents.to(prompt_embeds.dtype).unsqueeze(2).unbind()),
+            (1000 - timestep.expand(len(latents))) / 1000,  # its time runs the other way, and so does its velocity
+            list(texts),
+        ).sample
+        return -torch.stack(outputs).squeeze(2)
