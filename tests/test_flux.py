@@ -22,7 +22,7 @@ def test_it_keeps_the_protocol():
 @pytest.mark.parametrize("guidance_embeds", [True, False], ids=["dev", "schnell"])
 def test_pictures_are_the_diffusers_pipelines(guidance_embeds):
     model = tiny_model(facts(guidance_embeds))
-    pipeline = model.pipeline_class(model.scheduler, model.decoder, None, None, None, None, model.denoiser)
+    pipeline = model.pipeline_class()(model.scheduler, model.decoder, None, None, None, None, model.denoiser)
     cond = random_conditioning(model, 2)
     latents = model.init_latents([torch.Generator().manual_seed(seed) for seed in (1, 2)])
     options = {"guidance_scale": 3.5, "height": 16, "width": 16}

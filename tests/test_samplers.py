@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import (
@@ -8,7 +10,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from alignprop.samplers import build_sampler, ddim_sampler, flow_sampler
+from alignprop.samplers import add_noise, build_sampler, ddim_sampler, flow_sampler
 from alignprop.settings import ConfigError
 
 
@@ -136,8 +138,41 @@ def test_the_schedulers_class_chooses_the_chain(kind):
     assert torch.equal(build_sampler(flow, 10, 0.0).b, expected.b)
     ours, expected = build_sampler(scheduler("epsilon"), 10, 1.0), ddim_sampler(scheduler("epsilon"), 10, 1.0)
     assert torch.equal(ours.b, expected.b) and torch.equal(ours.s, expected.s)
-    with pytest.raises(ConfigError, match=r"^eta = 0\.5 must be 0"):
-        build_sampler(flow, 10, 0.5)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_a_flow_with_noise_keeps_the_distribution_of_every_noise_level(eta):
+    """From α·x0 + σ·e, with the velocity e - x0 known, a step has mean α'·x0 and variance σ'² again."""
+    plain = flow_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), 10)
+    sampler = add_noise(plain, eta)
+    alpha, sigma = sampler.alpha, sampler.sigma
+    of_x0 = sampler.a * alpha[:-1] - sampler.b
+    of_noise = sampler.a * sigma[:-1] + sampler.b
+    torch.testing.assert_close(of_x0, alpha[1:])
+    torch.testing.assert_close(of_noise**2 + sampler.s**2, sigma[1:] ** 2)
+    assert (sampler.s[:-1] > 0).all() and sampler.s[-1] == 0 and sampler.is_stochastic
+    assert torch.equal(sampler.q, plain.q) and torch.equal(sampler.timesteps, plain.timesteps)
+    assert add_noise(plain, 0.0) is plain
+
+
+def test_the_most_noise_forgets_the_noise_before_as_ancestral_sampling_does():
+    """x[i] given x[i+1] and x0 is then the forward process, which adds noise to x[i+1]: cov(x[i], x[i+1]) says so."""
+    sampler = add_noise(flow_sampler(FlowMatchEulerDiscreteScheduler(), 8), 1.0)
+    alpha, sigma = sampler.alpha, sampler.sigma
+    covariance = (sampler.a * sigma[:-1] + sampler.b) * sigma[:-1]  # of the noise in x[i] and in x[i+1]
+    torch.testing.assert_close(covariance, alpha[:-1] / alpha[1:] * sigma[1:] ** 2)
+
+
+def test_a_flow_with_noise_is_flow_grpos_equation_in_small_steps():
+    """dx = (f + g²/(2t)·(x + (1-t)·f))·dt + g·dw with g = √2·eta·√(t/(1-t)), dt < 0 (Flow-GRPO, eq. 9)."""
+    eta, levels = 0.5, torch.linspace(0.9, 0.1, 80001, dtype=torch.float64)
+    sampler = flow_sampler(FlowMatchEulerDiscreteScheduler(), 1)
+    sampler = add_noise(replace(sampler, alpha=1 - levels, sigma=levels), eta)
+    t, dt = levels[:-1], levels.diff()
+    g = 2**0.5 * eta * (t / (1 - t)).sqrt()
+    torch.testing.assert_close(sampler.s / (-dt).sqrt(), g, rtol=1e-3, atol=0)
+    torch.testing.assert_close((sampler.a - 1) / dt, g**2 / (2 * t), rtol=1e-3, atol=0)
+    torch.testing.assert_close(sampler.b / dt, 1 + g**2 * (1 - t) / (2 * t), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

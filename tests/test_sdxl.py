@@ -16,7 +16,7 @@ def test_it_keeps_the_protocol():
 
 def test_pictures_are_the_diffusers_pipelines():
     model = tiny_model(TINY["sdxl"])
-    pipeline = model.pipeline_class(model.decoder, None, None, None, None, model.denoiser, model.scheduler)
+    pipeline = model.pipeline_class()(model.decoder, None, None, None, None, model.denoiser, model.scheduler)
     cond = random_conditioning(model, 2)
     cond["time_ids"] = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)
     latents = model.init_latents([torch.Generator().manual_seed(seed) for seed in (1, 2)])

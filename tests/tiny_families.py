@@ -102,7 +102,8 @@ TINY = {
             "axes_dims_rope": [4, 4, 4, 4],
             "guidance_embeds": False,
         },
-        "vae": {**VAE, "_class_name": "AutoencoderKLFlux2", "latent_channels": 4},
+        "vae": {k: v for k, v in VAE.items() if k != "scaling_factor"}
+        | {"_class_name": "AutoencoderKLFlux2", "latent_channels": 4},
         "text_encoders": [{**QWEN, "_class_name": "Qwen3ForCausalLM", "hidden_size": 8, "num_hidden_layers": 28}],
         "scheduler": DYNAMIC_FLOW,
     },

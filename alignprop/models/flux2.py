@@ -22,9 +22,9 @@ class Flux2Klein(LatentDiffusion):
 
     pipeline_name = "Flux2KleinPipeline"
 
-    def __init__(self, pipeline, *options):
+    def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
         self.guides = not pipeline.config.get("is_distilled", False)
-        super().__init__(pipeline, *options)
+        super().__init__(pipeline, resolution, true_cfg_scale)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(

@@ -146,9 +146,10 @@ class LatentDiffusion:
         wanted = [*prompts, ""] if self.guides else prompts
         if new := [p for p in dict.fromkeys(wanted) if p not in self._remembered]:
             self._warn_of_truncation(new)
-            # Kept on the host: thousands of prompts would not fit beside the model.
-            encoded = {name: tensor.cpu() for name, tensor in self.encode(new).items()}
-            self._remembered |= {p: {name: t[j] for name, t in encoded.items()} for j, p in enumerate(new)}
+            # One by one: how it is rounded must not depend on the prompts that happen to come with it. Kept on the host:
+            # thousands would not fit beside the model.
+            for prompt in new:
+                self._remembered[prompt] = {name: tensor[0].cpu() for name, tensor in self.encode([prompt]).items()}
         cond = self._gather([self._remembered[p] for p in prompts])
         if self.guides:
             empty = {name: tensor[None] for name, tensor in self._remembered[""].items()}

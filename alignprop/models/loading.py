@@ -9,6 +9,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from alignprop.models import FAMILIES, OLDEST
+from alignprop.models.latent import ENCODERS
 from alignprop.settings import ConfigError
 
 SINGLE_FILE = (".safetensors", ".ckpt")
@@ -71,10 +72,11 @@ def load_pipeline(
     if vae is not None:
         pipeline.vae = load_vae(vae, type(pipeline.vae))
     half_overflows = dtype == torch.float16 and pipeline.vae.config.get("force_upcast")
-    pipeline.vae.to(dtype=torch.float32 if half_overflows else dtype)
-    for part, module in pipeline.components.items():
-        if part.startswith("text_encoder") and module is not None:
-            module.to(dtype=dtype)
+    wanted = {"vae": torch.float32 if half_overflows else dtype, **dict.fromkeys(ENCODERS, dtype)}
+    for part, precision in wanted.items():
+        module = getattr(pipeline, part, None)
+        if module is not None and module.dtype != precision:
+            module.to(dtype=precision)
     return pipeline
 
 
