@@ -19,7 +19,7 @@ from alignprop.guards import parse_stop_when, reason_to_stop, values
 from alignprop.judges import build_judges, measured
 from alignprop.manifest import base_model, check_base
 from alignprop.memory import Residency
-from alignprop.models import load_model
+from alignprop.models.loading import load_model
 from alignprop.models.base import Model
 from alignprop.planner import candidates, choose_policy
 from alignprop.policies import POLICIES

@@ -11,8 +11,9 @@ from PIL import Image
 from alignprop import estimators
 from alignprop.checkpoint import checkpoints_of
 from alignprop.lora import add_lora, read_lora, set_lora, trainable_parameters
-from alignprop.models import FAMILIES, load_model
+from alignprop.models import FAMILIES
 from alignprop.models.configs import folder_config
+from alignprop.models.loading import load_model
 from alignprop.models.skeleton import skeleton
 from alignprop.rollout import Rollout
 from alignprop.samplers import build_sampler

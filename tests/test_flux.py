@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -27,7 +26,7 @@ def test_pictures_are_the_diffusers_pipelines(guidance_embeds):
     latents = model.init_latents([torch.Generator().manual_seed(seed) for seed in (1, 2)])
     options = {"guidance_scale": 3.5, "height": 16, "width": 16}
     expected = run_pipeline(pipeline, latents=pack(latents), **options, **cond)
-    model.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 2, 2))
+    model.scheduler.set_timesteps(**model.schedule(2))
     final = sample(model, latents, cond, 3.5, model.scheduler.timesteps)
     with torch.no_grad():
         torch.testing.assert_close(model.decode(final), expected, rtol=0, atol=2e-5)

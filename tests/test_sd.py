@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from alignprop.models import load_model
+from alignprop.models.loading import load_model
 from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
 from alignprop.seeding import generators
@@ -132,7 +132,8 @@ def test_long_prompts_are_told_of_once(model, capsys):
 
 
 def test_a_prompt_of_just_the_limit_is_not_told_of(model, capsys):
-    words = next(n for n in range(999) if len(model.tokenizer("a " * n).input_ids) == model.tokenizer.model_max_length)
+    tokenizer, limit = model.reader()
+    words = next(n for n in range(999) if len(tokenizer("a " * n).input_ids) == limit)
     model.encode_prompts(["a " * words])
     assert not capsys.readouterr().err
     model.encode_prompts(["a " * (words + 1)])

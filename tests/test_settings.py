@@ -100,6 +100,7 @@ REFUSED = {
     "grad_scale": [0.0], "aesthetic.clip": [""], "aesthetic.head_repo": [""], "aesthetic.head_file": [""],
     "aesthetic.dtype": ["fp32"], "hps.version": ["v3"], "hps.checkpoint": [""], "hps.tokenizer": [""],
     "hps.dtype": ["half"], "hps.backend": ["open_clip"], "clip.model": [""], "clip.dtype": ["int8"],
+    "pretrained.vae": [""], "pretrained.without": [None, 3], "resolution": [8, 512.0], "true_cfg_scale": [0.5],
     "count.model": [""], "count.threshold": [0.0, 1.0], "colour.target": [(0.5, 0.5), (0.0, 0.0, 2.0)],
     "jpeg.quality": [0, 101, 9.5],
     "prompt_fn": [""], "eval_prompt_fn": [None], "eval_freq": [-1], "resume_from_2": [""],

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 
 from alignprop.models import FAMILIES
-from alignprop.models.latent import ENCODERS
+from alignprop.models.base import ENCODERS
 from alignprop.models.skeleton import build_module
 from tests.single_file import WORDS, write_tokenizer
 from tests.tiny_families import TINY

@@ -30,11 +30,3 @@ FAMILIES = {
     "z_image": Family("ZImagePipeline", "alignprop.models.z_image", "ZImage"),
 }
 OLDEST = "sd"  # what a single file is taken for that comes without a configuration
-
-
-def load_model(name: str, **options):
-    """Loads a text-to-image model of any family; see `load_pipeline` in loading.py for the options and the errors."""
-    from alignprop.models.loading import family_of
-
-    family = family_of(name, options.get("revision"), options.get("config"))
-    return FAMILIES[family].model_class.load(name, **options)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # as diffusers pipelines call them
 Conditioning = dict[str, torch.Tensor]
 """What the denoiser is conditioned on: named tensors, each with the batch as its first dimension."""
 

@@ -7,10 +7,10 @@ import textwrap
 import torch
 from tqdm.auto import tqdm
 
-from alignprop.models.base import Conditioning
+from alignprop.models.base import ENCODERS, Conditioning
+from alignprop.models.loading import load_pipeline
 from alignprop.settings import ConfigError
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # a pipeline's names
 NEGATIVE = "negative_"  # what the unconditional branch has instead, by diffusers' names
 
 
@@ -66,8 +66,6 @@ class LatentDiffusion:
     @classmethod
     def load(cls, name: str, *, resolution: int | None = None, true_cfg_scale: float = 1.0, **options):
         """See `load_pipeline` in loading.py for the other options and the errors."""
-        from alignprop.models.loading import load_pipeline
-
         return cls(load_pipeline(cls, name, **options), resolution, true_cfg_scale)
 
     @classmethod

@@ -9,11 +9,24 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from alignprop.models import FAMILIES, OLDEST
-from alignprop.models.latent import ENCODERS
+from alignprop.models.base import ENCODERS
 from alignprop.settings import ConfigError
 
 SINGLE_FILE = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
+
+
+def load_model(name: str, **options):
+    """Loads a text-to-image model of any family.
+
+    Args:
+        options: `resolution` and `true_cfg_scale` (latent.py), and those of `load_pipeline`.
+
+    Raises:
+        ConfigError: as `family_of` and `load_pipeline`.
+    """
+    family = family_of(name, options.get("revision"), options.get("config"))
+    return FAMILIES[family].model_class.load(name, **options)
 
 
 def family_of(name: str, revision: str | None = None, config: str | None = None) -> str:

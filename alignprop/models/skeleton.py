@@ -9,8 +9,7 @@ import transformers
 from diffusers.configuration_utils import FrozenDict
 
 from alignprop.models import FAMILIES
-from alignprop.models.base import Model
-from alignprop.models.latent import ENCODERS
+from alignprop.models.base import ENCODERS, Model
 from alignprop.settings import ConfigError
 
 
