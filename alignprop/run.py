@@ -19,8 +19,8 @@ from alignprop.guards import parse_stop_when, reason_to_stop, values
 from alignprop.judges import build_judges, measured
 from alignprop.manifest import base_model, check_base
 from alignprop.memory import Residency
-from alignprop.models.loading import load_model
 from alignprop.models.base import Model
+from alignprop.models.loading import load_model
 from alignprop.planner import candidates, choose_policy
 from alignprop.policies import POLICIES
 from alignprop.processes import on_main

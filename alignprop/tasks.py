@@ -18,6 +18,7 @@ from alignprop.manifest import check_base
 from alignprop.memory import apply_policy
 from alignprop.pictures import plot_bars, plot_soup, save_comparison, save_image
 from alignprop.planner import candidates, gpu_bytes, skeletons, table
+from alignprop.policies import POLICIES
 from alignprop.processes import on_main
 from alignprop.run import Run
 from alignprop.scaling import anneal_lora, scale_lora
@@ -134,7 +135,8 @@ def plan(config, gpu_memory: float | None = None) -> list[Forecast]:
     size = gpu_memory * GIB if gpu_memory else gpu_bytes()
     parts, found, done = skeletons(c), {}, {}
     print(f"{c.pretrained.model}, {c.reward_fn}, {c.mixed_precision}, {c.train.num_inference_steps} steps", flush=True)
-    for name, memory, capacity in tqdm(candidates(c, 1), "planning", leave=False):
+    names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
+    for name, memory, capacity in tqdm(candidates(c, 1, names), "planning", leave=False):
         if name not in found or (size and not found[name].fits(size)):
             found[name] = forecast(parts, c, name, memory, capacity, done)
     print(table(list(found.values()), c.train.total_batch_size, size))

@@ -3,8 +3,8 @@ import re
 import pytest
 import torch
 
-from alignprop.models.loading import load_model
 from alignprop.models.base import select
+from alignprop.models.loading import load_model
 from alignprop.models.sd import StableDiffusion
 from alignprop.seeding import generators
 from alignprop.settings import ConfigError

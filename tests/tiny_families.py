@@ -26,8 +26,26 @@ VAE = {
 }
 FLOW_VAE = {**VAE, "shift_factor": 0.25, "use_quant_conv": False, "use_post_quant_conv": False}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
 DYNAMIC_FLOW = {**FLOW, "shift": 1.0, "use_dynamic_shifting": True}
 TINY = {
+    "sd": {
+        "family": "sd",
+        "denoiser": {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": 8,
+            "block_out_channels": [16, 32],
+            "layers_per_block": 1,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "attention_head_dim": 2,
+            "cross_attention_dim": 16,
+            "norm_num_groups": 8,
+        },
+        "vae": VAE,
+        "text_encoders": [FIRST_CLIP],
+        "scheduler": DDIM,
+    },
     "sdxl": {
         "family": "sdxl",
         "denoiser": {
@@ -48,7 +66,7 @@ TINY = {
         },
         "vae": VAE,
         "text_encoders": [FIRST_CLIP, SECOND_CLIP],
-        "scheduler": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False},
+        "scheduler": DDIM,
     },
     "sd3": {
         "family": "sd3",

@@ -47,8 +47,8 @@ def make_family(folder, family: str, seed: int = 0, **pipeline_options) -> Path:
     }  # fmt: skip
     options = {**facts.get("pipeline", {}), **pipeline_options}
     cls = getattr(diffusers, FAMILIES[family].pipeline)
-    extra = {"image_encoder": None, "feature_extractor": None} if family in ("sdxl", "sd3", "flux") else {}
-    cls(**modules, **tokenizers, **{kind: denoiser}, scheduler=scheduler, **options, **extra).save_pretrained(folder)
+    unused = dict.fromkeys(FAMILIES[family].model_class.unused)
+    cls(**modules, **tokenizers, **{kind: denoiser}, scheduler=scheduler, **options, **unused).save_pretrained(folder)
     return folder
 
 

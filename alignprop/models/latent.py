@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+from typing import ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -37,8 +38,8 @@ class LatentDiffusion:
 
     pipeline_name = ""
     unused: tuple[str, ...] = ()
-    optional: dict[str, tuple[str, ...]] = {}
-    load_options: dict = {}
+    optional: ClassVar[dict[str, tuple[str, ...]]] = {}
+    load_options: ClassVar[dict] = {}
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     guides = True
 
@@ -144,7 +145,7 @@ class LatentDiffusion:
         wanted = [*prompts, ""] if self.guides else prompts
         if new := [p for p in dict.fromkeys(wanted) if p not in self._remembered]:
             self._warn_of_truncation(new)
-            # One by one: how it is rounded must not depend on the prompts that happen to come with it. Kept on the host:
+            # One by one: how it is rounded must not depend on the prompts that happen to come with it. On the host:
             # thousands would not fit beside the model.
             for prompt in new:
                 self._remembered[prompt] = {name: tensor[0].cpu() for name, tensor in self.encode([prompt]).items()}

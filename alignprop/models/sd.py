@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x and 2.x: one UNet, one CLIP text encoder, epsilon- or v-prediction."""
 
+from typing import ClassVar
+
 import torch
 
 from alignprop.models.base import Conditioning
@@ -15,7 +17,7 @@ class StableDiffusion(LatentDiffusion):
 
     pipeline_name = "StableDiffusionPipeline"
     unused = ("safety_checker", "feature_extractor", "image_encoder")
-    load_options = {"requires_safety_checker": False}
+    load_options: ClassVar[dict] = {"requires_safety_checker": False}
 
     @classmethod
     def load(cls, name: str, **options) -> "StableDiffusion":

@@ -1,4 +1,6 @@
-"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens, two CLIP text encoders and a T5, flow matching."""
+"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens, two CLIPs and a T5 for text, flow matching."""
+
+from typing import ClassVar
 
 import torch
 
@@ -20,7 +22,7 @@ class StableDiffusion3(LatentDiffusion):
 
     pipeline_name = "StableDiffusion3Pipeline"
     unused = ("image_encoder", "feature_extractor")
-    optional = {"t5": ("text_encoder_3", "tokenizer_3")}
+    optional: ClassVar[dict] = {"t5": ("text_encoder_3", "tokenizer_3")}
 
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

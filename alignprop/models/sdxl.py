@@ -26,7 +26,11 @@ class StableDiffusionXL(LatentDiffusion):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self.device, do_classifier_free_guidance=False
         )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": self._time_ids(len(prompts), pooled)}
+        return {
+            "prompt_embeds": embeds,
+            "pooled_prompt_embeds": pooled,
+            "time_ids": self._time_ids(len(prompts), pooled),
+        }
 
     def unconditional(self, empty: Conditioning) -> Conditioning:
         zeros = self.pipeline.config.get("force_zeros_for_empty_prompt", True)

@@ -53,7 +53,9 @@ class ZImage(LatentDiffusion):
     def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
         prompt_embeds, padding = branch["prompt_embeds"], branch["padding"]
         # How long prompts are is not known on the meta device, where memory is planned: it counts whole ones.
-        texts = prompt_embeds.unbind() if padding.is_meta else [e[~p] for e, p in zip(prompt_embeds, padding, strict=True)]
+        texts = (
+            prompt_embeds.unbind() if padding.is_meta else [e[~p] for e, p in zip(prompt_embeds, padding, strict=True)]
+        )
         outputs = self.denoiser(
             list(latents.to(prompt_embeds.dtype).unsqueeze(2).unbind()),
             (1000 - timestep.expand(len(latents))) / 1000,  # its time runs the other way, and so does its velocity
