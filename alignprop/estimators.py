@@ -80,7 +80,7 @@ def draft_lv(sampler, num_samples, generator=None, *, copies: int = 2) -> Gradie
 def refl(sampler, num_samples, generator, *, exit_window: float = 0.25) -> GradientPlan:
     """ReFL: the chain is left at one late step τ, whose x̂0 the reward sees (Xu et al. 2023, arXiv 2304.05977, alg. 1).
 
-    gradient of R(p[τ]·sg(x[τ]) + q[τ]·f[τ]),   τ uniform over the last quarter of the chain (10 of 40 there)
+        gradient of R(p[τ]·sg(x[τ]) + q[τ]·f[τ]),   τ uniform over the last quarter of the chain (10 of 40 there)
     """
     exits = _exits(sampler, num_samples, generator, exit_window)
     return GradientPlan.exact(_steps(sampler) == exits, exit_step=exits)

@@ -41,7 +41,7 @@ class Condition:
 
 
 def parse_stop_when(text: str, names: Collection[str]) -> list[Condition]:
-    """ "clip<0.25,reward>9,clip<0.9x" as conditions.
+    """"clip<0.25,reward>9,clip<0.9x" as conditions.
 
     Args:
         names: of what is measured.

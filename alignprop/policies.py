@@ -30,7 +30,9 @@ class MemoryPolicy:
 
 NAMES = tuple(field.name for field in fields(MemoryPolicy))
 
-_FRUGAL = MemoryPolicy(sweep_chunk=1, decode_chunk=1, guidance_batching="split", decoder_checkpointing=True, lean=True)
+_FRUGAL = MemoryPolicy(
+    sweep_chunk=1, decode_chunk=1, guidance_batching="split", decoder_checkpointing=True, lean=True
+)
 
 # From the fastest to the most frugal; each needs less memory than the one before.
 POLICIES = {

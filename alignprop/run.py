@@ -226,6 +226,6 @@ class Run:
         dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
         source = c.pretrained
         return load_model(
-            source.model, revision=source.revision, config=source.config, vae=source.vae, without=parts_left_out(c), dtype=dtype,
-            full=not c.use_lora, resolution=c.resolution, true_cfg_scale=c.true_cfg_scale,
+            source.model, revision=source.revision, config=source.config, vae=source.vae, without=parts_left_out(c),
+            dtype=dtype, full=not c.use_lora, resolution=c.resolution, true_cfg_scale=c.true_cfg_scale,
         )  # fmt: skip

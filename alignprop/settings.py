@@ -184,7 +184,8 @@ def _check_truncation(c: ConfigDict) -> None:
         raise ConfigError(f"trunc_backprop_timestep = {first} must be from 0 to {name} - 1 = {steps - 1}")
     if len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= steps:
         raise ConfigError(
-            f"truncated_backprop_minmax = {minmax} must be (low, high) with 0 <= low < high <= {name} = {steps}"
+            f"truncated_backprop_minmax = {minmax} must be (low, high) with 0 <= low < high <= "
+            f"{name} = {steps}"
         )
 
 

@@ -19,11 +19,7 @@ from alignprop.sharding import DTensor, gather, shard, spread, whole_copy
 # (parameters, config.train) -> optimizer
 OPTIMIZERS = {
     "adamw": lambda p, t: torch.optim.AdamW(
-        p,
-        t.learning_rate,
-        (t.adam_beta1, t.adam_beta2),
-        t.adam_epsilon,
-        t.adam_weight_decay,
+        p, t.learning_rate, (t.adam_beta1, t.adam_beta2), t.adam_epsilon, t.adam_weight_decay,
         fused=p[0].is_cuda or None,
     ),
     "adafactor": lambda p, t: torch.optim.Adafactor(p, t.learning_rate, weight_decay=t.adam_weight_decay),

@@ -42,9 +42,7 @@ def base() -> ConfigDict:
     c.pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub name, folder, .safetensors or .ckpt
     c.pretrained.revision = config_dict.placeholder(str)  # hub branch, tag or commit; None: the newest
     c.pretrained.config = config_dict.placeholder(str)  # for a single file: pipeline folder with its configuration
-    c.pretrained.vae = config_dict.placeholder(
-        str
-    )  # hub name or folder of another VAE; of SDXL, one that float16 suits
+    c.pretrained.vae = config_dict.placeholder(str)  # hub name or folder of another VAE, such as one for SDXL in fp16
     c.pretrained.without = ""  # what to leave out: "t5" of Stable Diffusion 3, 9 GB, at some loss of long prompts
     c.resolution = config_dict.placeholder(int)  # side of the pictures in pixels; None: the model's own
     c.use_lora = True  # False trains every weight of the denoiser, in float32

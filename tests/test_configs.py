@@ -15,6 +15,7 @@ from alignprop.settings import ConfigError
 
 FILES = sorted(path.stem for path in BUNDLED.glob("*.json"))
 CLIP_L, CLIP_L_PROJECTED, CLIP_G, T5_XXL = 123_060_480, 123_650_304, 694_659_840, 4_762_310_656
+QWEN3_4B = 4_022_468_096
 PARAMETERS = {  # denoiser, VAE, text encoders
     "sd15": (859_520_964, 83_653_863, [CLIP_L]),
     "sd21": (865_910_724, 83_653_863, [340_387_840]),
@@ -22,6 +23,8 @@ PARAMETERS = {  # denoiser, VAE, text encoders
     "sd35_medium": (2_243_171_520, 83_819_683, [CLIP_L_PROJECTED, CLIP_G, T5_XXL]),
     "flux1_dev": (11_901_408_320, 83_819_683, [CLIP_L, T5_XXL]),
     "flux1_schnell": (11_891_178_560, 83_819_683, [CLIP_L, T5_XXL]),
+    "flux2_klein_4b": (3_875_544_576, 84_046_115, [QWEN3_4B]),
+    "z_image": (6_154_908_736, 83_819_683, [QWEN3_4B]),
 }
 TOWERS = {"clip_vit_l_14": (303_179_776, CLIP_L), "clip_vit_h_14": (630_766_080, 352_984_064)}  # vision, text
 

@@ -216,7 +216,8 @@ def test_a_familys_name_is_found(source):
 
 
 def test_prose_may_name_a_family():
-    assert not family_names('"""sdxl and FluxPipeline"""\n# sd3\nsd15 = "fluxes"', set().union(*map(names_of, FAMILIES)))
+    source = '"""sdxl and FluxPipeline"""\n# sd3\nsd15 = "fluxes"'
+    assert not family_names(source, set().union(*map(names_of, FAMILIES)))
 
 
 # ---- the checker itself

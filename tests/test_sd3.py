@@ -16,7 +16,8 @@ def test_it_keeps_the_protocol():
 
 def test_pictures_are_the_diffusers_pipelines():
     model = tiny_model(TINY["sd3"])
-    pipeline = model.pipeline_class()(model.denoiser, model.scheduler, model.decoder, None, None, None, None, None, None)
+    parts = model.denoiser, model.scheduler, model.decoder, *[None] * 6
+    pipeline = model.pipeline_class()(*parts)
     cond = random_conditioning(model, 2)
     latents = model.init_latents([torch.Generator().manual_seed(seed) for seed in (1, 2)])
     for guidance_scale in (1.0, 5.0):

@@ -65,7 +65,7 @@ def make_tokenizer(encoder: str, folder: Path):
         write_tokenizer(folder)
         return transformers.CLIPTokenizer.from_pretrained(folder)
     if encoder.startswith("T5"):
-        return transformers.T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + _pieces(), extra_ids=0)
+        return transformers.T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *_pieces()], extra_ids=0)
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
     vocabulary = {name: i for i, name in enumerate(names)}
     return transformers.Qwen2Tokenizer(

@@ -4,11 +4,11 @@
     python scripts/bench/families.py sdxl flux        some
     python scripts/bench/families.py --full_size      and the memory of a training step at full size, by the planner
 
-Every column is the largest difference found: of pictures in [0, 1], between ours and those of the family's own diffusers
-pipeline with the same seed, prompts and steps, without guidance and with; of the LoRA's gradient, relative, between the
-sweep and autograd through the scheduler's own steps; of pictures, between a checkpoint loaded here and in the plain
-pipeline, beside how much it changes them; of the LoRA, between a run in one go and one that stopped and went on; of
-pixel values (of 255), between the ends of a soup of two checkpoints and these by themselves.
+Every column is the largest difference found: of pictures in [0, 1], between ours and those of the family's own
+diffusers pipeline with the same seed, prompts and steps, without guidance and with; of the LoRA's gradient, relative,
+between the sweep and autograd through the scheduler's own steps; of pictures, between a checkpoint loaded here and in
+the plain pipeline, beside how much it changes them; of the LoRA, between a run in one go and one that stopped and went
+on; of pixel values (of 255), between the ends of a soup of two checkpoints and these by themselves.
 """
 
 import argparse
