@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     [
-        "alignprop",
         "alignprop.effects",
         "alignprop.fields",
         "alignprop.policies",
@@ -40,6 +39,7 @@ LAYERS = [
         "alignprop.tracking",
     ],
     [
+        "alignprop.callbacks",
         "alignprop.divergence",
         "alignprop.guidance",
         "alignprop.guide",
@@ -66,6 +66,7 @@ LAYERS = [
     ],
     ["alignprop.records", "alignprop.run"],
     ["alignprop.ddpo", "alignprop.loop", "alignprop.tasks", "alignprop.trainer"],
+    ["alignprop"],  # the package itself: the names that it fetches for a library's user
     ["main", "scripts", "tests"],  # with everything inside them, which may import each other
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -94,8 +95,10 @@ SIDEWAYS = {
 }
 REWARD_USERS = {
     f"alignprop.{name}"
-    for name in ("ddpo", "forecast", "guards", "guide", "judges", "loop", "planner", "run", "tasks", "trainer")
-} | {*LAYERS[-1]}
+    for name in (
+        "callbacks", "ddpo", "forecast", "guards", "guide", "judges", "loop", "planner", "run", "tasks", "trainer",
+    )
+} | {*LAYERS[-1]}  # fmt: skip
 OPTIONAL = {"hpsv2", "matplotlib", "tensorboard", "wandb"}  # to be imported where they are used
 
 
