@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import alignprop
 from alignprop.callbacks import PromptFunction, call_hook
 from alignprop.checkpoint import checkpoints_of
 from alignprop.ddpo import DDPOTrainer
+from alignprop.fields import FIELDS
 from alignprop.lora import LORA_FILE
 from alignprop.prompts import draw_prompts
 from alignprop.run import Run
@@ -458,3 +460,33 @@ def test_the_script_trains_the_bundled_model(tmp_path, capsys):
     assert told[1]["loss"] == pytest.approx(-told[1]["reward"]) and told[1]["samples"] == 2
     assert capsys.readouterr().out.count("best is ") == 2
     assert (checkpoints_of(tmp_path / "r")[-1] / LORA_FILE).exists()
+
+
+# ---- the documents
+
+
+def tables(name):
+    """The rows of a document's tables: their first two cells."""
+    lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [row[:2] for row in found if row[1] not in ("here", "the same", "–")]
+
+
+def names_in(text):
+    return re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)?)(?: = [^`]*)?`", text)
+
+
+@pytest.mark.parametrize("name", ["moving_from_trl.md", "moving_from_alignprop.md"])
+def test_every_field_that_the_tables_name_exists(name):
+    ours = [field for _, cell in tables(name) for field in names_in(cell)]
+    assert len(ours) > 10 and not set(ours) - {*FIELDS, "hub.repo"}
+
+
+def test_every_flag_of_the_script_is_in_the_table_and_means_what_it_says():
+    text = (ROOT / "docs" / "moving_from_trl.md").read_text(encoding="utf-8")
+    for flag in (*like_trl.SAME, *like_trl.CHANGED, *like_trl.MISSING, *like_trl.IDLE):
+        assert f"`{flag}`" in text, flag
+    said = {(flag, field) for theirs, cell in tables("moving_from_trl.md") for flag in names_in(theirs)
+            for field in names_in(cell)}  # fmt: skip
+    for flag, (_, field) in like_trl.SAME.items():
+        assert (flag, field) in said or flag not in dict(said), flag
