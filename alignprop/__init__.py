@@ -1,0 +1,32 @@
+"""Reward backpropagation for text-to-image diffusion models.
+
+    from alignprop import AlignPropTrainer, get_config
+
+    AlignPropTrainer(get_config("aesthetic"), reward_function=my_reward, prompt_function=my_prompts).train()
+
+Each name below is fetched when it is used: importing the package loads neither torch nor a model library.
+"""
+
+from importlib import import_module
+
+_HOMES = {  # module, name in it
+    "AlignPropTrainer": ("alignprop.trainer", "AlignPropTrainer"),
+    "DDPOTrainer": ("alignprop.ddpo", "DDPOTrainer"),
+    "get_config": ("config.align_prop", "get_config"),
+    "get_ddpo_config": ("config.ddpo", "get_config"),
+    "ConfigError": ("alignprop.settings", "ConfigError"),
+    "RewardError": ("rewards", "RewardError"),
+    "plain_endings": ("alignprop.stopping", "plain_endings"),
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, own_name = _HOMES[name]
+    return getattr(import_module(module), own_name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from alignprop.callbacks import check_given
 from alignprop.loop import TrainingLoop, now
 from alignprop.models.base import Conditioning, select
 from alignprop.policies import chunks
@@ -87,16 +88,17 @@ class DDPOTrainer(TrainingLoop):
 
     Args:
         config: see config/ddpo.py.
-        model: used instead of loading `config.pretrained.model`.
-        reward: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
+        reward_function, prompt_function, model, image_samples_hook: used instead of what the configuration names; see
+            TrainingLoop (loop.py).
 
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
 
-    def __init__(self, config, model=None, reward=None):
+    def __init__(self, config, reward_function=None, prompt_function=None, model=None, image_samples_hook=None):
+        check_given(config, model, image_samples_hook)
         self.statistics = PromptStatistics(config.ddpo.per_prompt_buffer, config.ddpo.per_prompt_min_count)
-        super().__init__(config, model, reward)
+        super().__init__(config, reward_function, prompt_function, model, image_samples_hook)
         if is_fsdp(self.run.accelerator):
             raise ConfigError("algorithm = 'ddpo' does not run under FSDP; use one of the other configurations")
         if not self.noisy_steps:

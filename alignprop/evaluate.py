@@ -43,6 +43,7 @@ class Evaluation:
         terms: for each single reward, its own scores, float64 [n].
         measures: what is said of all pictures together, as far as it was measured: "diversity" (judges.py),
             "base_distance" (divergence.py).
+        metadata: n rows, those of the prompts.
     """
 
     prompts: list[str]
@@ -50,6 +51,7 @@ class Evaluation:
     rewards: torch.Tensor
     terms: dict[str, torch.Tensor]
     measures: dict[str, float] = field(default_factory=dict)
+    metadata: list[dict] = field(default_factory=list)
 
     @property
     def columns(self) -> dict[str, torch.Tensor]:
@@ -155,7 +157,8 @@ class Evaluator:
     def _evaluation(self, found: list[_Picture]) -> Evaluation:
         columns = {name: torch.tensor([p.scores[name] for p in found]).double() for name in found[0].scores}
         kept = torch.stack([p.image for p in found if p.image is not None])
-        prompts = [self.prompts.prompts[self.order[p.j]] for p in found]
+        places, source = [self.order[p.j] for p in found], self.prompts
+        prompts, metadata = ([rows[i] for i in places] for rows in (source.prompts, source.metadata))
         embeddings = [p.embedding for p in found if p.embedding is not None]
         distances = [p.distance for p in found if p.distance is not None]
         measures = {
@@ -163,7 +166,7 @@ class Evaluator:
             "base_distance": sum(distances) / len(distances) if distances else None,
         }
         measures = {name: value for name, value in measures.items() if value is not None}
-        return Evaluation(prompts, kept, self.judges.reward.combine(columns), columns, measures)
+        return Evaluation(prompts, kept, self.judges.reward.combine(columns), columns, measures, metadata)
 
     def _batch(self, batch: range, compare: bool) -> list[_Picture]:
         prompts = [self.prompts.prompts[self.order[j]] for j in batch]

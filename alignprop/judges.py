@@ -44,19 +44,19 @@ class Judges:
             try_reward(self.extra, images, prompts, metadata, needs_gradient=False)
 
 
-def build_judges(config: ConfigDict, prompts: PromptSet, reward=None) -> Judges:
+def build_judges(config: ConfigDict, prompts: PromptSet, reward_function=None) -> Judges:
     """
     Args:
         config: resolved.
         prompts: of the evaluation.
-        reward: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
+        reward_function: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
 
     Raises:
         rewards.RewardError: one of them is unknown, or its files cannot be had.
     """
     c = config
     options = {name: c[name].to_dict() for name in ("aesthetic", "hps", "clip", "count", "colour", "jpeg")}
-    reward = as_reward(reward) if reward else build_reward(c.reward_fn, options)
+    reward = as_reward(reward_function) if reward_function else build_reward(c.reward_fn, options)
     reward.combination = c.reward_combine
     named = parse_spec(c.eval_reward_fn) if c.eval_reward_fn else []
     others = ",".join(name for name in named if name not in reward.terms)
@@ -64,14 +64,14 @@ def build_judges(config: ConfigDict, prompts: PromptSet, reward=None) -> Judges:
     return Judges(reward, extra, _find_tower(c, reward, extra) if _is_diverse(c, prompts) else None)
 
 
-def measured(config: ConfigDict, prompts: PromptSet, reward=None) -> list[str]:
+def measured(config: ConfigDict, prompts: PromptSet, reward_function=None) -> list[str]:
     """The names of all that an evaluation of a training run measures, as in its row; loads nothing.
 
     Args:
-        config, prompts, reward: as of `build_judges`.
+        config, prompts, reward_function: as of `build_judges`.
     """
     c = config
-    named = [*(as_reward(reward).terms if reward else parse_spec(c.reward_fn))]
+    named = [*(as_reward(reward_function).terms if reward_function else parse_spec(c.reward_fn))]
     named += [*(parse_spec(c.eval_reward_fn) if c.eval_reward_fn else ())]
     has = {"diversity": _is_diverse(c, prompts), "base_distance": c.eval_base_distance and c.use_lora}
     return list(dict.fromkeys(["reward", *named, *(name for name in MEASURES if has[name])]))

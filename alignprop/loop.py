@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
+from alignprop.callbacks import PromptFunction, call_hook, check_given, with_names
 from alignprop.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
 from alignprop.evaluate import Evaluation
 from alignprop.memory import apply_policy
@@ -30,17 +31,30 @@ class TrainingLoop:
 
     Args:
         config: see config/align_prop.py.
-        model: used instead of loading `config.pretrained.model`.
-        reward: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
+        reward_function: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata)` that
+            returns scores [B], or a pair of them and anything.
+        prompt_function: used instead of loading `config.prompt_fn`; see callbacks.PromptFunction.
+        model: used instead of loading `config.pretrained.model` (models/base.py).
+        image_samples_hook: `(data, global_step, tracker)`, called at every evaluation by the main process, with the
+            `max_vis_images` pictures that are shown (callbacks.call_hook) and the first tracker of `log_with` or None.
         needs_gradient: the reward must be differentiable.
 
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
 
-    def __init__(self, config, model=None, reward=None, needs_gradient=False):
-        self.prompts = load_prompts(config.prompt_fn, "prompt_fn")
-        self.run = Run(config, model, reward, needs_gradient)
+    def __init__(
+        self, config, reward_function=None, prompt_function=None, model=None, image_samples_hook=None,
+        needs_gradient=False,
+    ):  # fmt: skip
+        check_given(config, model, image_samples_hook)
+        self.image_samples_hook = image_samples_hook
+        own = PromptFunction(prompt_function) if prompt_function else None
+        self.prompts = own or load_prompts(config.prompt_fn, "prompt_fn")
+        self.run = Run(with_names(config, prompt_fn=prompt_function), reward_function, model, needs_gradient, own)
+        for field, function in (("reward_fn", reward_function), ("prompt_fn", prompt_function)):
+            if function:
+                self.run.say(f"{field} = {config[field]!r} is not used: {self.run.config[field]} takes its place")
         self.config = c = self.run.config
 
         self.run.residency.enter("denoise")  # the adapter is made where its layers are, and stays there
@@ -129,6 +143,9 @@ class TrainingLoop:
         run = self.run
         with self.weights.averaged():
             evaluation = run.evaluator(should_stop=self._stopping)
+        if evaluation and self.image_samples_hook and run.is_main:
+            tracker = next(iter(run.accelerator.trackers), None)
+            call_hook(self.image_samples_hook, evaluation, self.global_step, tracker)
         if evaluation:
             run.report(evaluation, self.global_step, epoch=self.global_step // self.config.train.steps_per_epoch)
         return evaluation

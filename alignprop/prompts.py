@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ HPS_HELD_OUT = 50  # of each style
 
 @dataclass(frozen=True)
 class PromptSet:
-    """``prompts`` and, for each of them, a dict of ``metadata`` handed to the reward (often empty)."""
+    """``prompts`` and, for each of them, ``metadata`` handed to the reward: a dict, often empty."""
 
     name: str
     prompts: tuple[str, ...]
@@ -32,6 +33,11 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def draw(self, streams: list[torch.Generator]) -> tuple[list[str], list[dict]]:
+        """A prompt and its metadata for each of the generators, uniformly and with replacement."""
+        chosen = [int(torch.randint(len(self), (), generator=stream)) for stream in streams]
+        return [self.prompts[i] for i in chosen], [copy(self.metadata[i]) for i in chosen]
 
 
 def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
@@ -58,15 +64,16 @@ def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
     )
 
 
-def draw_prompts(prompt_set: PromptSet, seed: int, step: int, indices: Iterable[int]) -> tuple[list[str], list[dict]]:
-    """Prompts and metadata of the samples ``indices`` of the global batch of ``step``, with replacement.
+def draw_prompts(source, seed: int, step: int, indices: Iterable[int]) -> tuple[list[str], list[dict]]:
+    """Prompts and metadata of the samples ``indices`` of the global batch of ``step``.
 
     Each draw depends on (seed, step, index) alone, so a sample keeps its prompt however the batch is cut into
     processes and micro-batches, and a resumed run continues the same stream.
+
+    Args:
+        source: a ``PromptSet``, or a person's function (callbacks.py).
     """
-    streams = [generator(seed, step, int(j), "prompt") for j in indices]
-    chosen = [int(torch.randint(len(prompt_set), (), generator=stream)) for stream in streams]
-    return [prompt_set.prompts[i] for i in chosen], [dict(prompt_set.metadata[i]) for i in chosen]
+    return source.draw([generator(seed, step, int(j), "prompt") for j in indices])
 
 
 def _from_file(name: str, path: Path, field: str) -> PromptSet:

@@ -13,6 +13,7 @@ from accelerate.utils import (
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
+from alignprop.callbacks import FROM_FUNCTION, PromptFunction, with_names
 from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, Evaluator
 from alignprop.guards import parse_stop_when, reason_to_stop, values
@@ -41,24 +42,31 @@ class Run:
 
     Args:
         config: an unresolved configuration (config/align_prop.py).
+        reward_function: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
         model: used instead of loading `pretrained.model`.
-        reward: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
         needs_gradient: the reward must be differentiable.
+        prompts: of a person's own function, for `eval_prompt_fn` = "prompt_function".
 
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
 
-    def __init__(self, config: ConfigDict, model: Model | None = None, reward=None, needs_gradient=False):
+    def __init__(
+        self, config: ConfigDict, reward_function=None, model: Model | None = None, needs_gradient=False,
+        prompts: PromptFunction | None = None,
+    ):  # fmt: skip
         # accelerate starts several processes on a CPU only when told that it is one.
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         state = PartialState(cpu=on_cpu, timeout=timedelta(minutes=config.timeout_minutes))
-        self.config = c = resolve(config, state.num_processes)
+        self.config = c = resolve(with_names(config, reward_fn=reward_function), state.num_processes)
         if c.mixed_precision == "fp16" and state.device.type == "cpu":
             raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
         log_with = parse_log_with(c.log_with)
-        self.eval_prompts = load_prompts(c.eval_prompt_fn, "eval_prompt_fn")
-        names = measured(c, self.eval_prompts, reward)
+        if prompts and c.eval_prompt_fn == FROM_FUNCTION:
+            self.eval_prompts = prompts.fixed(c.seed, c.num_eval_prompts or c.num_eval_images)
+        else:
+            self.eval_prompts = load_prompts(c.eval_prompt_fn, "eval_prompt_fn")
+        names = measured(c, self.eval_prompts, reward_function)
         self._best_by, self._stop_when = "reward", []
         if c.task == "train":
             self._best_by = one_of("best_by", c.best_by or "reward", names)
@@ -81,7 +89,7 @@ class Run:
         check_engine(self.accelerator, c.use_lora, c.train.optimizer)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.allow_tf32
 
-        self.judges = build_judges(c, self.eval_prompts, reward)
+        self.judges = build_judges(c, self.eval_prompts, reward_function)
         self.reward = self.judges.reward
         if needs_gradient:
             require_differentiable(self.reward)

@@ -69,6 +69,10 @@ def plain_endings():
         # A mistake in the configuration is every process's; told once a machine. What has a cause may be one's own.
         is_told = os.environ.get("LOCAL_RANK", "0") == "0" or error.__cause__
         sys.exit(f"error: {error}" if is_told else 1)
+    except ValueError as error:
+        if type(error).__name__ != "RewardError":  # of rewards, which is not to be imported for it
+            raise
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -29,7 +29,7 @@ from alignprop.weights import load_denoiser
 BASE_MODEL = "stablediffusion"
 
 
-def evaluate(config, model=None, reward=None) -> Path:
+def evaluate(config, reward_function=None, model=None) -> Path:
     """Pictures and rewards of `resume_from`, or of the base model where that is empty.
 
     Returns:
@@ -38,7 +38,7 @@ def evaluate(config, model=None, reward=None) -> Path:
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
-    run = Run(config, model, reward)
+    run = Run(config, reward_function, model)
     _load_checkpoint(run)
     name = f"{_slug(config.eval_prompt_fn)}_{run.checkpoint.name if run.checkpoint else 'base'}"
     folder = _new_folder(run, name)
@@ -49,7 +49,7 @@ def evaluate(config, model=None, reward=None) -> Path:
     return folder
 
 
-def evaluate_soup(config, model=None, reward=None) -> Path:
+def evaluate_soup(config, reward_function=None, model=None) -> Path:
     """Rewards of c·`resume_from` + (1-c)·`resume_from_2` for every c of `mixing_coef_1`.
 
     Returns:
@@ -62,7 +62,7 @@ def evaluate_soup(config, model=None, reward=None) -> Path:
     if config.resume_from_2 != BASE_MODEL:
         second_path = find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2")
         second = read_lora(second_path)
-    run = Run(config, model, reward)
+    run = Run(config, reward_function, model)
     c = run.config
     first = read_lora(run.checkpoint)
     if second_path:
@@ -86,7 +86,7 @@ def evaluate_soup(config, model=None, reward=None) -> Path:
     return folder
 
 
-def guide(config, model=None, reward=None) -> Path:
+def guide(config, reward_function=None, model=None) -> Path:
     """Reward guidance while sampling, beside the plain model and, with `resume_from`, beside the fine-tuned one.
 
     Returns:
@@ -96,7 +96,7 @@ def guide(config, model=None, reward=None) -> Path:
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
-    run = Run(config, model, reward, needs_gradient=True)
+    run = Run(config, reward_function, model, needs_gradient=True)
     c, plain = run.config, run.evaluator.sample
     guided = RewardGuidance(run.rollout, run.reward, enter=run.residency.enter, **c.guide.to_dict())
     name = run.checkpoint.name if run.checkpoint else "base"

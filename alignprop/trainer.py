@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from alignprop import estimators
+from alignprop.callbacks import check_given
 from alignprop.divergence import base_distance
 from alignprop.estimators import ESTIMATORS, build_estimator
 from alignprop.loop import TrainingLoop, now
@@ -24,16 +25,17 @@ class AlignPropTrainer(TrainingLoop):
 
     Args:
         config: see config/align_prop.py.
-        model: used instead of loading `config.pretrained.model`.
-        reward: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
+        reward_function, prompt_function, model, image_samples_hook: used instead of what the configuration names; see
+            TrainingLoop (loop.py).
 
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
 
-    def __init__(self, config, model=None, reward=None):
+    def __init__(self, config, reward_function=None, prompt_function=None, model=None, image_samples_hook=None):
+        check_given(config, model, image_samples_hook)
         one_of("estimator", config.estimator, [name for name in ESTIMATORS if name != "none"])
-        super().__init__(config, model, reward, needs_gradient=True)
+        super().__init__(config, reward_function, prompt_function, model, image_samples_hook, needs_gradient=True)
         self.estimator = build_estimator(config.estimator, **estimator_options(self.config))
         self.loss = LOSSES[config.loss]
 

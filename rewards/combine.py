@@ -69,7 +69,9 @@ def try_reward(reward: WeightedReward, images: torch.Tensor, prompts, metadata, 
 
 
 class CustomReward(Reward):
-    """A person's own callable: `function(images, prompts, metadata) -> scores [B]`.
+    """A person's own callable: `function(images, prompts, metadata) -> scores [B]`, or (scores, anything).
+
+    What comes with the scores, such as the metadata that TRL's trainers want beside them, is not looked at.
 
     Raises: RewardError with type, text and place of whatever the callable raises.
     """
@@ -81,11 +83,12 @@ class CustomReward(Reward):
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
         try:
-            return self.function(images, prompts, metadata)
+            answer = self.function(images, prompts, metadata)
         except (RewardError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise RewardError(f"reward {self.name!r} failed: {describe(error, self.function)}") from error
+        return answer[0] if isinstance(answer, tuple) and len(answer) == 2 else answer
 
 
 def load_custom(spec: str) -> CustomReward:

@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     [
-        "alignprop",
         "alignprop.effects",
         "alignprop.fields",
         "alignprop.policies",
@@ -44,6 +43,7 @@ LAYERS = [
         "alignprop.tracking",
     ],
     [
+        "alignprop.callbacks",
         "alignprop.divergence",
         "alignprop.guidance",
         "alignprop.guide",
@@ -71,6 +71,7 @@ LAYERS = [
     ],
     ["alignprop.records", "alignprop.run"],
     ["alignprop.ddpo", "alignprop.loop", "alignprop.tasks", "alignprop.trainer"],
+    ["alignprop"],  # the package itself: the names that it fetches for a library's user
     ["main", "scripts", "tests"],  # with everything inside them, which may import each other
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -98,8 +99,10 @@ SIDEWAYS = {
 }
 REWARD_USERS = {
     f"alignprop.{name}"
-    for name in ("ddpo", "forecast", "guards", "guide", "judges", "loop", "planner", "run", "tasks", "trainer")
-} | {*LAYERS[-1]}
+    for name in (
+        "callbacks", "ddpo", "forecast", "guards", "guide", "judges", "loop", "planner", "run", "tasks", "trainer",
+    )
+} | {*LAYERS[-1]}  # fmt: skip
 OPTIONAL = {"hpsv2", "matplotlib", "tensorboard", "wandb"}  # to be imported where they are used
 
 

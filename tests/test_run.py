@@ -32,7 +32,7 @@ def test_a_broken_reward_of_the_evaluation_is_refused_too(toy_config, reward):
 def test_a_gradient_that_is_only_the_rewards_own_is_none(toy_config):
     weight = torch.ones((), requires_grad=True)
     with pytest.raises(RewardError, match="do not depend on the images"):
-        AlignPropTrainer(toy_config(), reward=lambda images, *_: weight * images.detach().mean(dim=(1, 2, 3)))
+        AlignPropTrainer(toy_config(), reward_function=lambda images, *_: weight * images.detach().mean(dim=(1, 2, 3)))
 
 
 def test_a_reward_without_gradient_is_refused_before_the_first_batch(toy_config):

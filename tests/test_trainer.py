@@ -48,16 +48,16 @@ def test_stopping_and_resuming_changes_nothing(toy_config, overrides):
 
 def test_a_reward_that_draws_global_random_numbers_resumes_too(toy_config):
     options = dict(eval_reward_fn="", train__total_samples_per_epoch=12, num_epochs=1)
-    whole = AlignPropTrainer(toy_config(run_name="whole", **options), reward=shaken)
+    whole = AlignPropTrainer(toy_config(run_name="whole", **options), reward_function=shaken)
     whole.train()
-    parts = AlignPropTrainer(toy_config(run_name="parts", **options), reward=shaken)
+    parts = AlignPropTrainer(toy_config(run_name="parts", **options), reward_function=shaken)
     parts.run.open_folder(0)
     parts.evaluate()
     parts.run.log(parts.step())
     parts.save()
     parts.run.records.close()
     np.random.seed(1)
-    parts = AlignPropTrainer(toy_config(run_name="parts", resume_from="latest", **options), reward=shaken)
+    parts = AlignPropTrainer(toy_config(run_name="parts", resume_from="latest", **options), reward_function=shaken)
     parts.train()
     assert rows(parts) == rows(whole)
 
@@ -69,13 +69,13 @@ def test_a_reward_that_draws_global_random_numbers_resumes_too(toy_config):
 ])  # fmt: skip
 def test_asked_to_stop_anywhere_a_run_saves_and_goes_on_as_if_nothing_had_been(toy_config, call, saved):
     options = dict(eval_reward_fn="", num_epochs=2, eval_freq=1, train__total_samples_per_epoch=12, eta=1.0)
-    whole = AlignPropTrainer(toy_config(run_name="whole", **options), reward=redness)
+    whole = AlignPropTrainer(toy_config(run_name="whole", **options), reward_function=redness)
     whole.train()
     number = signal.SIGINT if call % 2 else signal.SIGTERM
     with pytest.raises(SystemExit) as stopped:
-        AlignPropTrainer(toy_config(run_name="parts", **options), reward=asks_to_stop(call, number)).train()
+        AlignPropTrainer(toy_config(run_name="parts", **options), reward_function=asks_to_stop(call, number)).train()
     assert stopped.value.code == STOPPED == 75
-    parts = AlignPropTrainer(toy_config(run_name="parts", resume_from="latest", **options), reward=redness)
+    parts = AlignPropTrainer(toy_config(run_name="parts", resume_from="latest", **options), reward_function=redness)
     assert parts.global_step == saved
     parts.train()
     assert rows(parts) == rows(whole) and [r["step"] for r in rows(parts, "eval")] == [0, 3, 6]
@@ -96,7 +96,7 @@ def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(toy_config):
         return redness(images, prompts, metadata)
 
     with pytest.raises(SystemExit):
-        AlignPropTrainer(toy_config(eval_reward_fn="", num_eval_images=16), reward=reward).train()
+        AlignPropTrainer(toy_config(eval_reward_fn="", num_eval_images=16), reward_function=reward).train()
     assert len(calls) == 2
 
 
@@ -292,5 +292,5 @@ def test_no_estimator_without_gradient_trains(toy_config):
 
 
 def test_any_callable_is_a_reward_for_the_library(toy_config):
-    trainer = AlignPropTrainer(toy_config(), reward=lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)))
+    trainer = AlignPropTrainer(toy_config(), lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)))
     assert trainer.step()["grad_norm"] > 0

@@ -75,7 +75,7 @@ def build_trainer(case: Case, device: str, log_dir: str) -> AlignPropTrainer:
     model = random_model(find_config(config.pretrained.model), half, device)
     model.knows, model.encode_prompts = lambda prompts: True, lambda prompts: model.blank_conditioning(len(prompts))
     reward = WeightedReward("aesthetic", {"aesthetic": RandomAesthetic(config, device)}, {"aesthetic": 1.0})
-    return AlignPropTrainer(config, model, reward)
+    return AlignPropTrainer(config, reward, model=model)
 
 
 def expected(case: Case, done: dict) -> Forecast:

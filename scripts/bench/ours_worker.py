@@ -27,7 +27,7 @@ def build(settings: dict):
         "train.max_grad_norm": problem["max_grad_norm"],
     }
     c.update_from_flattened_dict({**fields, **settings["overrides"]})
-    trainer = AlignPropTrainer(c, reward=lambda images, prompts, metadata: blueness(images))
+    trainer = AlignPropTrainer(c, lambda images, prompts, metadata: blueness(images))
     model = trainer.run.model
     start_lora(model.denoiser, problem["lora_rank"])
     noise = noise_source(model.denoiser)
