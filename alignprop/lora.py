@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from alignprop import kohya
 from alignprop.seeding import generator
 from alignprop.settings import ConfigError
 
@@ -38,6 +39,11 @@ class LoraWeights:
 
     def rank(self, module: str) -> int:
         return self.tensors[f"{module}.lora_A.weight"].shape[0]
+
+    def delta(self, module: str) -> torch.Tensor:
+        """ΔW, in the shape of the module's weight."""
+        a, b = self.tensors[f"{module}.lora_A.weight"], self.tensors[f"{module}.lora_B.weight"]
+        return self.scale * (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
 
 
 def add_lora(denoiser, rank: int, alpha: float, target_modules, seed: int) -> None:
@@ -90,7 +96,7 @@ def set_lora(denoiser, weights: LoraWeights | None) -> None:
         denoiser.delete_adapters(ADAPTER)
     if weights is None:
         return
-    _check_modules(denoiser, weights)
+    check_modules(denoiser, weights)
     rank = {f"^{re.escape(m)}$": weights.rank(m) for m in weights.modules}
     alpha = {pattern: weights.scale * r for pattern, r in rank.items()}
     largest = max(rank.values())
@@ -146,26 +152,24 @@ def save_lora(model, weights: LoraWeights, folder) -> None:
     model.save_lora(folder, weights.tensors, None if weights.scale == 1 else metadata)
 
 
-def read_lora(path) -> LoraWeights:
+def read_lora(path, denoiser=None) -> LoraWeights:
     """Reads an adapter from a file or from the folder that holds `pytorch_lora_weights.safetensors`.
 
     Also reads the attention-processor keys (`….processor.to_q_lora.down.weight`) of AlignProp's released
-    checkpoints, which diffusers' `load_lora_weights` silently ignores.
+    checkpoints, which diffusers' `load_lora_weights` silently ignores, and kohya's format (kohya.py).
+
+    Args:
+        denoiser: that it is for, on any device; what kohya's names mean depends on it.
 
     Raises:
-        ConfigError: no such file, not a whole safetensors file, no LoRA tensors in it, or an alpha per layer.
+        ConfigError: no such file, not a whole safetensors file, no LoRA tensors in it, or an alpha per layer in the
+            header of diffusers' format.
     """
     path = Path(path)
     path = path / LORA_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise ConfigError(f"no LoRA file at {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            raw = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        # A pickle (.bin, .pt, .ckpt) could run code, so it is not even tried.
-        raise ConfigError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+    raw, metadata = _read_tensors(path)
+    if denoiser is not None and any(name.startswith(kohya.PREFIX) for name in raw):
+        return LoraWeights(kohya.unpack(raw, denoiser), 1.0)
     tensors = {_canonical_key(name): tensor for name, tensor in raw.items()}
     unknown = [name for name in raw if not _PAIR.search(_canonical_key(name))]
     single = [name for name in tensors if _PAIR.search(name) and _partner(name) not in tensors]
@@ -175,6 +179,18 @@ def read_lora(path) -> LoraWeights:
             f"{len(unknown) + len(single)} are not, for example {(unknown + single + ['none at all'])[0]!r}"
         )
     return LoraWeights(tensors, _read_scale(metadata, path))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors in float32, and the header."""
+    if not path.is_file():
+        raise ConfigError(f"no LoRA file at {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        # A pickle (.bin, .pt, .ckpt) could run code, so it is not even tried.
+        raise ConfigError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
 
 
 def _partner(name: str) -> str:
@@ -203,19 +219,20 @@ def _read_scale(metadata: dict[str, str], path: Path) -> float:
     return scale
 
 
-def _check_modules(denoiser, weights: LoraWeights) -> None:
-    layers = dict(denoiser.named_modules())
-    absent = [m for m in weights.modules if getattr(layers.get(m), "weight", None) is None]
+def check_modules(denoiser, weights: LoraWeights) -> None:
+    """Raises: ConfigError, unless every factor has a place in the denoiser, of its shape."""
+    layers = {name: getattr(layer, "weight", None) for name, layer in denoiser.named_modules()}
+    absent = [m for m in weights.modules if layers.get(m) is None or layers[m].dim() < 2]
     if absent:
         raise ConfigError(
             f"LoRA: {2 * (len(weights.modules) - len(absent))} of its {2 * len(weights.modules)} keys match a layer of "
             f"this model, {2 * len(absent)} do not, for example those of {absent[0]!r} — is it from another base model?"
         )
     for module in weights.modules:
-        outputs, inputs = layers[module].weight.shape[:2]
+        outputs, inputs, *kernel = shape = layers[module].shape
         a, b = weights.tensors[f"{module}.lora_A.weight"], weights.tensors[f"{module}.lora_B.weight"]
-        if min(a.ndim, b.ndim) < 2 or (b.shape[0], a.shape[1], a.shape[0]) != (outputs, inputs, b.shape[1]):
+        if a.shape[1:] != (inputs, *kernel) or b.shape != (outputs, a.shape[0], *(1 for _ in kernel)):
             raise ConfigError(
-                f"LoRA: {module!r} is {outputs}×{inputs} in this model; the file's factors are {list(b.shape)} and "
-                f"{list(a.shape)} — is it from another base model?"
+                f"LoRA: {module!r} is {'×'.join(map(str, shape))} in this model; the file's factors are "
+                f"{list(b.shape)} and {list(a.shape)} — is it from another base model?"
             )

@@ -61,11 +61,11 @@ def evaluate_soup(config, reward_function=None, model=None) -> Path:
     second_path = second = None
     if config.resume_from_2 != BASE_MODEL:
         second_path = find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2")
-        second = read_lora(second_path)
     run = Run(config, reward_function, model)
     c = run.config
-    first = read_lora(run.checkpoint)
+    first = read_lora(run.checkpoint, run.model.denoiser)
     if second_path:
+        second = read_lora(second_path, run.model.denoiser)
         check_base(second_path, run.base, "resume_from_2")
     folder = _new_folder(run, f"soup_{c.soup_mode}")
     results: list[dict] = []
@@ -190,7 +190,7 @@ def _load_checkpoint(run: Run) -> None:
             )
         load_denoiser(denoiser, run.checkpoint / "denoiser")
     elif run.checkpoint:
-        set_lora(denoiser, read_lora(run.checkpoint))
+        set_lora(denoiser, read_lora(run.checkpoint, denoiser))
         scale_lora(denoiser, c.lora_scale)
         if c.lora_schedule == "linear":
             anneal_lora(run.rollout.f, denoiser, run.rollout.sampler.timesteps, c.lora_scale)

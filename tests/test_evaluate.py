@@ -4,7 +4,9 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from alignprop import kohya
 from alignprop.divergence import chain_distance
 from alignprop.evaluate import statistics, write_report
 from alignprop.judges import diversity
@@ -233,6 +235,17 @@ def test_soup_with_the_base_model(toy_config, pipeline_folder, tmp_path):
     first = save_random_lora(pipeline_folder, tmp_path / "first", 1)
     folder = evaluate_soup(toy_config("tiny_soup", run_name="soup", resume_from=first, mixing_coef_1=(0.0,)))
     assert pictures(folder / "c_0") == pictures(evaluate(toy_config("tiny_evaluate", run_name="base")))
+
+
+def test_a_file_in_kohyas_format_is_a_checkpoint_like_any_other(toy_config, pipeline_folder, tmp_path):
+    own = save_random_lora(pipeline_folder, tmp_path / "own", 1)
+    denoiser, kohyas = StableDiffusion.load(str(pipeline_folder)).denoiser, tmp_path / "kohya.safetensors"
+    save_file(kohya.pack(read_lora(own).tensors, 1.0, denoiser)[0], kohyas)
+    options = dict(run_name="soup", resume_from=own, resume_from_2=str(kohyas), mixing_coef_1=(1.0, 0.0))
+    soup = evaluate_soup(toy_config("tiny_soup", **options))
+    assert pictures(soup / "c_0") == pictures(soup / "c_1")
+    alone = evaluate(toy_config("tiny_evaluate", run_name="x", resume_from=str(kohyas)))
+    assert pictures(alone) == pictures(soup / "c_1")
 
 
 def test_soup_needs_a_checkpoint(toy_config):
