@@ -37,15 +37,19 @@ def imagereward_state(
         return {f"{name}.weight": 1 + weight, f"{name}.bias": bias}
 
     image, words = "blip.visual_encoder", "blip.text_encoder"
+    def small(*shape):
+        """So small that the epsilon of the norm after it shows in the scores."""
+        return torch.randn(*shape, generator=generator) * 0.02
+
     state = {
-        f"{image}.cls_token": torch.randn(1, 1, vision, generator=generator),
-        f"{image}.pos_embed": torch.randn(1, (image_size // patch) ** 2 + 1, vision, generator=generator),
-        f"{image}.patch_embed.proj.weight": torch.randn(vision, 3, patch, patch, generator=generator) / patch,
-        f"{image}.patch_embed.proj.bias": torch.randn(vision, generator=generator) * 0.1,
+        f"{image}.cls_token": small(1, 1, vision),
+        f"{image}.pos_embed": small(1, (image_size // patch) ** 2 + 1, vision),
+        f"{image}.patch_embed.proj.weight": small(vision, 3, patch, patch) / patch,
+        f"{image}.patch_embed.proj.bias": small(vision),
         **norm(f"{image}.norm", vision),
         f"{words}.embeddings.position_ids": torch.arange(positions).unsqueeze(0),
-        f"{words}.embeddings.word_embeddings.weight": torch.randn(vocab, text, generator=generator),
-        f"{words}.embeddings.position_embeddings.weight": torch.randn(positions, text, generator=generator),
+        f"{words}.embeddings.word_embeddings.weight": small(vocab, text),
+        f"{words}.embeddings.position_embeddings.weight": small(positions, text),
         **norm(f"{words}.embeddings.LayerNorm", text),
         **linear("blip.vision_proj", 256, vision),
         **linear("blip.text_proj", 256, text),

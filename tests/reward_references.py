@@ -105,7 +105,10 @@ def compare(case: Case) -> Difference:
 
 
 def pictures(side: int) -> list[torch.Tensor]:
-    """uint8 [H, W, 3] with edges and flat parts: two that fit, then down, up, and two that are not square, the last with an odd number of rows to cut."""
+    """uint8 [H, W, 3] with edges and flat parts: two that fit, then down, up, and two that are not square.
+
+    The last leaves an odd number of columns to cut away, half of which torchvision rounds up, transformers down.
+    """
     found = []
     for i, (height, width) in enumerate([(side, side), (side, side), (512, 512), (40, 40), (300, 200), (157, 398)]):
         coarse = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(i))
