@@ -26,7 +26,7 @@ class SiglipReward(Reward):
     """
 
     def __init__(
-        self, model: str = "google/siglip-so400m-patch14-384", revision: str | None = None, dtype: str = "float32"
+        self, model: str = "google/siglip-base-patch16-224", revision: str | None = None, dtype: str = "float32"
     ):
         super().__init__()
         self.tower = load_siglip(model, revision, dtype, field="siglip.model")
