@@ -63,6 +63,8 @@ _ALIGN_PROP_ONLY = (
     "truncated_backprop_minmax", "reward_noise", "kl_coeff", "memory.keep_steps", "memory.decoder_checkpointing",
     "train.loss_coeff", *(f"plan.{field}" for field in PLAN_FIELDS),
 )  # fmt: skip
+# Options of one reward, or of several whose names begin with it; `clip` also measures diversity.
+_REWARD_OPTIONS = ("aesthetic", "hps", "pickscore", "imagereward", "siglip", "count", "colour", "jpeg")
 _AFTER_TRAINING = ("lora_scale", "lora_schedule")
 _OF_GRADIENTS = ("guidance_grad", "memory.block_checkpointing", "memory.decoder_checkpointing")
 
@@ -83,6 +85,14 @@ def warnings_for(config: ConfigDict, overridden: Iterable[str]) -> list[str]:
             lines.append(f"{field} has no effect: it needs algorithm = 'ddpo'")
         elif config.task == "train" and config.algorithm == "ddpo" and field in _ALIGN_PROP_ONLY:
             lines.append(f"{field} has no effect: algorithm = 'ddpo' does not use it")
+        elif field.startswith(tuple(f"{name}." for name in _REWARD_OPTIONS)) and not _is_named(config, field):
+            lines.append(f"{field} has no effect: it needs that reward in reward_fn or eval_reward_fn")
         elif not works(config):
             lines.append(f"{field} has no effect: it needs {needs}")
     return lines
+
+
+def _is_named(config: ConfigDict, field: str) -> bool:
+    """Whether a reward is named that has this option."""
+    rewards = f"{config.reward_fn},{config.eval_reward_fn}".split(",")
+    return any(reward.strip().startswith(field.partition(".")[0]) for reward in rewards)

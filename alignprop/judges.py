@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from alignprop.guards import MEASURES
 from alignprop.prompts import PromptSet
-from rewards import WeightedReward, as_reward, build_reward, parse_spec, try_reward
+from rewards import OPTIONS_OF, REWARDS, WeightedReward, as_reward, build_reward, parse_spec, try_reward
 from rewards.towers import ClipTower, load_clip
 
 
@@ -55,7 +55,7 @@ def build_judges(config: ConfigDict, prompts: PromptSet, reward_function=None) -
         rewards.RewardError: one of them is unknown, or its files cannot be had.
     """
     c = config
-    options = {name: c[name].to_dict() for name in ("aesthetic", "hps", "clip", "count", "colour", "jpeg")}
+    options = {name: c[name].to_dict() for name in {*REWARDS, *OPTIONS_OF.values()} if name in c}
     reward = as_reward(reward_function) if reward_function else build_reward(c.reward_fn, options)
     reward.combination = c.reward_combine
     named = parse_spec(c.eval_reward_fn) if c.eval_reward_fn else []

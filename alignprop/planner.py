@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from alignprop.accounting import on_meta
 from alignprop.forecast import CONTEXT, GIB, Forecast, Parts, forecast
 from alignprop.models.base import Model
-from alignprop.models.configs import find_clip_config, find_config
+from alignprop.models.configs import find_config, find_tower_config
 from alignprop.models.skeleton import skeleton
 from alignprop.policies import POLICIES, MemoryPolicy
 from alignprop.settings import parts_left_out
@@ -26,8 +26,8 @@ def skeletons(config: ConfigDict) -> Parts:
     half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     options = {name: config[name].to_dict() for name in REWARDS if name in config}
 
-    def tower_config(name: str, field: str) -> dict:
-        return {k: v for k, v in find_clip_config(name, field)["model"].items() if k != "_class_name"}
+    def tower_config(name: str, field: str, family: str) -> dict:
+        return {k: v for k, v in find_tower_config(name, field, family)["model"].items() if k != "_class_name"}
 
     def parts() -> tuple[Model, WeightedReward]:
         model = skeleton(

@@ -80,9 +80,9 @@ def base() -> ConfigDict:
     c.adjoint_clip = 0.0  # largest growth of a sample's ∂R/∂x on its way down the chain, as a ratio; 0: off
 
     # -- the reward ------------------------------------------------------------------------------------------------
-    c.reward_fn = "aesthetic"  # "aesthetic", "hps", "clip", "count", "colour", "jpeg_proxy"; without gradient
-    # "jpeg_compressibility", "jpeg_incompressibility", "count_hard"; of the bundled model "tiny_count"; your own
-    # "package.module:callable"; or a sum "hps:1,aesthetic:0.1"
+    c.reward_fn = "aesthetic"  # "aesthetic", "hps", "pickscore", "imagereward", "clip", "siglip", "count", "colour",
+    # "jpeg_proxy"; without gradient "jpeg_compressibility", "jpeg_incompressibility", "count_hard"; of the bundled
+    # model "tiny_count"; your own "package.module:callable"; or a sum "hps:1,aesthetic:0.1"; docs/rewards.md
     c.eval_reward_fn = ""  # further rewards measured at evaluation only, comma-separated
     c.loss = "maximise"  # "maximise", "target" (|r - target|) or "ceiling" (max(0, target - r))
     c.loss_target = config_dict.placeholder(float)  # target and ceiling: in units of the reward
@@ -103,9 +103,21 @@ def base() -> ConfigDict:
     c.hps.tokenizer = "openai/clip-vit-large-patch14"  # hub name or folder with CLIP's vocabulary
     c.hps.dtype = "float32"  # as aesthetic.dtype
     c.hps.backend = "transformers"  # "transformers", or "hpsv2" for the package itself
+    c.pickscore = ConfigDict()
+    c.pickscore.model = "yuvalkirstain/PickScore_v1"  # hub name or folder of a transformers CLIP trained on picks
+    c.pickscore.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # hub name or folder of its tokenizer and
+    # preprocessing
+    c.pickscore.dtype = "float32"  # as aesthetic.dtype
+    c.imagereward = ConfigDict()
+    c.imagereward.checkpoint = config_dict.placeholder(str)  # local ImageReward.pt; None: from the hub
+    c.imagereward.tokenizer = "google-bert/bert-base-uncased"  # hub name or folder with uncased BERT's vocabulary
+    c.imagereward.dtype = "float32"  # as aesthetic.dtype
     c.clip = ConfigDict()
     c.clip.model = "openai/clip-vit-large-patch14"  # hub name or folder of any transformers CLIP
     c.clip.dtype = "float32"  # as aesthetic.dtype
+    c.siglip = ConfigDict()
+    c.siglip.model = "google/siglip-base-patch16-224"  # hub name or folder of a SigLIP, or SigLIP 2 of a fixed size
+    c.siglip.dtype = "float32"  # as aesthetic.dtype
     c.count = ConfigDict()
     c.count.model = "google/owlvit-base-patch32"  # hub name or folder of an OWL-ViT, OWLv2, YOLOS or DETR detector
     c.count.threshold = config_dict.placeholder(float)  # score from which a box counts; None: the detector's usual

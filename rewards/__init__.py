@@ -21,13 +21,19 @@ from rewards.colour import ColourReward
 from rewards.combine import CustomReward, WeightedReward, load_custom, try_reward
 from rewards.count import CountReward, HardCountReward, TinyCountReward
 from rewards.hps import HPSReward
+from rewards.imagereward import ImageReward
 from rewards.jpeg import JpegCompressibility, JpegIncompressibility, JpegProxy
+from rewards.pickscore import PickScoreReward
+from rewards.siglip import SiglipReward
 
 # Importing these costs nothing: each fetches transformers or hpsv2 when it is built.
 REWARDS = {
     "aesthetic": AestheticReward,
     "hps": HPSReward,
+    "pickscore": PickScoreReward,
+    "imagereward": ImageReward,
     "clip": ClipReward,
+    "siglip": SiglipReward,
     "jpeg_compressibility": JpegCompressibility,
     "jpeg_incompressibility": JpegIncompressibility,
     "jpeg_proxy": JpegProxy,

@@ -18,7 +18,8 @@ DROPOUT_AT = {1: 0.2, 3: 0.2, 5: 0.1}
 class AestheticHead(nn.Module):
     """Five linear layers on a normalised CLIP image embedding, in the layout of LAION's published files.
 
-    input_dim: width of the embedding (768 for ViT-L/14). widths: outputs of the five layers.
+    ImageReward's head has the same layers. input_dim: width of the embedding (768 for ViT-L/14). widths: outputs of
+    the five layers.
     """
 
     def __init__(self, input_dim: int, widths: Sequence[int] = LAION_WIDTHS):
@@ -32,7 +33,7 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Scores [B] of unit vectors [B, input_dim]."""
+        """Scores [B] of vectors [B, input_dim]."""
         return self.layers(embeddings).squeeze(-1)
 
     @classmethod
@@ -41,15 +42,15 @@ class AestheticHead(nn.Module):
         expected = {f"layers.{i}.{kind}" for i in LINEAR_AT for kind in ("weight", "bias")}
         missing, unknown = sorted(expected - set(weights)), sorted(set(weights) - expected)
         if missing or unknown:
-            raise RewardError(f"{source} is not a LAION aesthetic head: missing {missing}, unknown {unknown[:4]}")
+            raise RewardError(f"{source} holds no head of LAION's layout: missing {missing}, unknown {unknown[:4]}")
         matrices = [weights[f"layers.{i}.weight"] for i in LINEAR_AT]
         if any(not isinstance(m, torch.Tensor) or m.ndim != 2 for m in matrices) or len(matrices[-1]) != 1:
-            raise RewardError(f"{source} is not a LAION aesthetic head: its layers do not end in one score")
+            raise RewardError(f"{source} holds no head of LAION's layout: its layers do not end in one score")
         head = cls(matrices[0].shape[1], [len(m) for m in matrices])
         try:
             head.load_state_dict({name: weight.float() for name, weight in weights.items()})
         except RuntimeError as error:
-            raise RewardError(f"{source} is not a LAION aesthetic head: its layers do not fit each other") from error
+            raise RewardError(f"{source} holds no head of LAION's layout: its layers do not fit each other") from error
         return head
 
 

@@ -8,7 +8,7 @@ import torch
 
 from rewards.base import Reward, RewardError, did_you_mean
 from rewards.preprocess import PadPreprocess
-from rewards.towers import ClipTower, find_file, first_line, load_tokenizer, load_weights
+from rewards.towers import ClipTower, check_weights, find_file, first_line, load_tokenizer, load_weights
 
 CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
@@ -217,12 +217,4 @@ def check_fit(converted: Mapping[str, torch.Tensor], config, source: str) -> Non
     from transformers import CLIPModel
 
     with torch.device("meta"):
-        expected = CLIPModel(config).state_dict()
-    missing, unknown = sorted(set(expected) - set(converted)), sorted(set(converted) - set(expected))
-    if missing or unknown:
-        raise RewardError(
-            f"{source} is not in open_clip's ViT-H-14 layout: missing {missing[:2]}, unknown {unknown[:2]}"
-        )
-    for name, weight in converted.items():
-        if weight.shape != expected[name].shape:
-            raise RewardError(f"{source}: {name} has shape {list(weight.shape)}, expected {list(expected[name].shape)}")
+        check_weights(converted, CLIPModel(config), source, "open_clip's ViT-H-14")

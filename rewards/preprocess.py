@@ -1,4 +1,4 @@
-"""From images in [0, 1] to the pixels a CLIP tower expects, differentiably and without torchvision."""
+"""From images in [0, 1] to the pixels an image tower expects, differentiably and without torchvision."""
 
 import json
 from collections.abc import Sequence
@@ -26,20 +26,26 @@ class ClipPreprocess(nn.Module):
 
     Equals transformers' CLIPImageProcessor on PIL images but for rounding: PIL keeps 8 bits after each of its two
     resize passes, this keeps float32; the pixels differ by at most about 1/255 before normalising.
+
+    size: side in pixels of the square that the tower wants. mean, std: per channel; None is the class's usual.
+    resize_to: the shortest side before the crop; None is `size`. mode: "bicubic" or "bilinear".
     """
+
+    usual_mean, usual_std = CLIP_MEAN, CLIP_STD
+    crops = True
 
     def __init__(
         self,
         size: int,
-        mean: Sequence[float] = CLIP_MEAN,
-        std: Sequence[float] = CLIP_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         resize_to: int | None = None,
         mode: str = "bicubic",
     ):
         super().__init__()
         self.size, self.resize_to, self.mode = size, resize_to or size, mode
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        for name, values in (("mean", mean or self.usual_mean), ("std", std or self.usual_std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_json(cls, text: str, size: int, source: str) -> "ClipPreprocess":
@@ -55,10 +61,9 @@ class ClipPreprocess(nn.Module):
         resample = config.get("resample", 3)
         if resample not in PIL_FILTERS:
             raise RewardError(f"{source}: resample={resample!r} is not supported; allowed: {PIL_FILTERS}")
-        if resize_to < size:
+        if resize_to < size or (resize_to > size and not cls.crops):
             raise RewardError(f"{source}: resizes to {resize_to} pixels, but the image tower wants {size}")
-        mean, std = config.get("image_mean") or CLIP_MEAN, config.get("image_std") or CLIP_STD
-        return cls(size, mean, std, resize_to, PIL_FILTERS[resample])
+        return cls(size, config.get("image_mean"), config.get("image_std"), resize_to, PIL_FILTERS[resample])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, size, size] float32, normalised, of images [B, 3, H, W] in [0, 1]."""
@@ -68,12 +73,35 @@ class ClipPreprocess(nn.Module):
     def fit(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         short = min(height, width)
-        new_height, new_width = int(self.resize_to * height / short), int(self.resize_to * width / short)
-        # One side after the other, as PIL does, which saturates bicubic overshoot after each.
-        images = resize(images, height, new_width, self.mode).clamp(0, 1)
-        images = resize(images, new_height, new_width, self.mode).clamp(0, 1)
-        top, left = ((side - self.size) // 2 for side in images.shape[-2:])
+        images = self.resize_like_pil(images, *(int(self.resize_to * side / short) for side in (height, width)))
+        top, left = (self.margin(side - self.size) for side in images.shape[-2:])
         return images[..., top : top + self.size, left : left + self.size]
+
+    def resize_like_pil(self, images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """One side after the other, saturating bicubic overshoot after each."""
+        images = resize(images, images.shape[-2], width, self.mode).clamp(0, 1)
+        return resize(images, height, width, self.mode).clamp(0, 1)
+
+    def margin(self, surplus: int) -> int:
+        """Of `surplus` rows or columns that a crop cuts away, those at the top or the left."""
+        return surplus // 2
+
+
+class TorchvisionPreprocess(ClipPreprocess):
+    """As torchvision's Resize and CenterCrop, which round half a row or column to the even number."""
+
+    def margin(self, surplus: int) -> int:
+        return round(surplus / 2)
+
+
+class SquashPreprocess(ClipPreprocess):
+    """SigLIP's preprocessing: both sides to `size`, whatever shape that gives the picture; values to [-1, 1]."""
+
+    usual_mean = usual_std = (0.5, 0.5, 0.5)
+    crops = False
+
+    def fit(self, images: torch.Tensor) -> torch.Tensor:
+        return self.resize_like_pil(images, self.size, self.size)
 
 
 class PadPreprocess(ClipPreprocess):

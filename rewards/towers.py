@@ -1,10 +1,10 @@
-"""Frozen CLIP towers: finding the files, loading, embedding. Shared by every CLIP-based reward."""
+"""Frozen image and text towers: finding the files, loading, embedding. Shared by all rewards that have some."""
 
 import json
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,10 +27,9 @@ class ClipTower(nn.Module):
 
     def __init__(self, model: nn.Module, preprocess: ClipPreprocess, tokenizer=None, dtype: str = "float32"):
         super().__init__()
-        if dtype not in DTYPES:
-            hint = did_you_mean(dtype, DTYPES)
-            raise RewardError(f"dtype={dtype!r} is not known; allowed: {', '.join(DTYPES)}{hint}")
-        self.dtype = DTYPES[dtype]
+        self.dtype = dtype_of(dtype)
+        # What the model multiplies a cosine by, before bfloat16 would make 98.9 of 100.
+        self.register_buffer("scale", model.logit_scale.detach().float().exp(), persistent=False)
         self.model = model.to(self.dtype).requires_grad_(False).eval()
         self.preprocess = preprocess
         self.tokenizer = tokenizer
@@ -64,10 +63,26 @@ class ClipTower(nn.Module):
         ).input_ids
 
 
-def load_clip(name: str, revision: str | None, dtype: str, with_text: bool, field: str) -> ClipTower:
+def dtype_of(name: str) -> torch.dtype:
+    """The value of a key of DTYPES. Raises: RewardError."""
+    if name not in DTYPES:
+        hint = did_you_mean(name, DTYPES)
+        raise RewardError(f"dtype={name!r} is not known; allowed: {', '.join(DTYPES)}{hint}")
+    return DTYPES[name]
+
+
+def load_clip(
+    name: str,
+    revision: str | None,
+    dtype: str,
+    with_text: bool,
+    field: str,
+    processor: tuple[str, str] | None = None,
+) -> ClipTower:
     """The CLIP `name`: a hub name ("openai/clip-vit-large-patch14") or a folder written by `save_pretrained`.
 
     with_text: load tokenizer and text tower as well. field: the option to name in an error.
+    processor: (hub name or folder, option that names it) of tokenizer and preprocessor file; None: the model's own.
     Raises: RewardError if it cannot be found, is no CLIP, lacks weights, or its tokenizer belongs to another model.
     """
     from transformers import CLIPModel
@@ -77,10 +92,13 @@ def load_clip(name: str, revision: str | None, dtype: str, with_text: bool, fiel
     if kind != "clip":
         raise RewardError(f"{field}={name!r} is a {kind!r} model, expected 'clip' (both towers of a CLIPModel)")
     model = load_whole(CLIPModel, name, revision, "CLIP", field)
+    files, files_field = processor or (name, field)
+    files_revision = None if processor else revision
     size = model.config.vision_config.image_size
-    preprocess = _preprocess_of(name, revision, size, field)
+    preprocess = load_preprocess(ClipPreprocess, files, files_revision, size, files_field)
     if with_text:
-        return ClipTower(model, preprocess, load_tokenizer(name, revision, model.config.text_config, field), dtype)
+        tokenizer = load_tokenizer(files, files_revision, model.config.text_config, files_field)
+        return ClipTower(model, preprocess, tokenizer, dtype)
     del model.text_model, model.text_projection
     return ClipTower(model, preprocess, dtype=dtype)
 
@@ -179,12 +197,32 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _preprocess_of(name: str, revision: str | None, size: int, field: str) -> ClipPreprocess:
-    # transformers 5 writes processor_config.json when it saves a whole CLIPProcessor.
+def check_weights(weights: Mapping[str, torch.Tensor], model: nn.Module, source: str, layout: str) -> None:
+    """Refuse a converted checkpoint with a weight too many, too few or of another shape. Raises: RewardError.
+
+    model: with the expected weights, on any device. source, layout: to name in an error.
+    """
+    expected = model.state_dict()
+    missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing or unknown:
+        raise RewardError(f"{source} is not in {layout} layout: missing {missing[:2]}, unknown {unknown[:2]}")
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise RewardError(f"{source}: {name} has shape {list(weight.shape)}, expected {list(expected[name].shape)}")
+
+
+def load_preprocess(
+    kind: type[ClipPreprocess], name: str, revision: str | None, size: int, field: str
+) -> ClipPreprocess:
+    """A `kind` for pictures of `size` pixels a side, as the model's own file says, or with the kind's usual values.
+
+    Raises: RewardError for a file that is not supported.
+    """
+    # transformers 5 writes processor_config.json when it saves a whole processor.
     for filename in ("preprocessor_config.json", "processor_config.json"):
         try:
             path = find_file(name, filename, revision, field)
         except RewardError:
             continue
-        return ClipPreprocess.from_json(path.read_text(), size, f"{field}={name!r}, {filename}")
-    return ClipPreprocess(size)
+        return kind.from_json(path.read_text(), size, f"{field}={name!r}, {filename}")
+    return kind(size)

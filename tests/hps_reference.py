@@ -12,21 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-
-def import_torchvision():
-    """torchvision, also where its compiled operators do not load: nothing here uses them, but it registers them."""
-    try:
-        import torchvision
-    except (RuntimeError, OSError):
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-
-        torchvision.operators_without_kernels = library  # it must live as long as the process
-    return torchvision
+from tests.aside import load_torchvision
 
 
 def score_with_hpsv2(folder, request):
@@ -70,7 +56,7 @@ def save_tokenizer(folder):
 def main(packages, folder):
     sys.path.insert(0, packages)
     torch.set_num_threads(1)
-    import_torchvision()
+    load_torchvision()
     folder = Path(folder)
     request = json.loads((folder / "request.json").read_text())
     scores, pixels, model = score_with_hpsv2(folder, request)

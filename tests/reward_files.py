@@ -1,7 +1,30 @@
-"""Small files in the formats that the rewards read: a CLIP folder, an aesthetic head, an HPSv2 checkpoint."""
+"""Small files in the formats that the rewards read: CLIP and SigLIP folders, an aesthetic head, HPSv2 checkpoints."""
+
+import json
+import math
+import string
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from tests.imagereward_files import imagereward_state, make_bert_tokenizer
+
+
+def randomise(model, seed=0):
+    """Weights from a generator of our own, so that golden values do not depend on how transformers draws them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if name == "logit_scale":
+                weight.fill_(math.log(100))
+            elif name == "logit_bias":
+                weight.fill_(-10.0)
+            else:
+                std = 0.1 if weight.ndim < 2 else math.prod(weight.shape[1:]) ** -0.5
+                values = std * torch.randn(weight.shape, generator=generator)
+                weight.copy_(values + (weight.ndim == 1 and name.endswith("weight")))
+    return model
 
 
 def byte_symbols() -> list[str]:
@@ -22,8 +45,13 @@ def make_tokenizer(merges=(), size=None):
     return CLIPTokenizer({symbol: i for i, symbol in enumerate(symbols)}, list(merges))
 
 
-def make_clip(folder, width=32, projection_dim=24, image_size=64, patch_size=16, preprocessor=True, **config):
-    """A random CLIPModel with tokenizer and preprocessor file, as `save_pretrained` writes them."""
+def make_clip(
+    folder, width=32, projection_dim=24, image_size=64, patch_size=16, preprocessor=True, seed=None, **config
+):
+    """A random CLIPModel with tokenizer and preprocessor file, as `save_pretrained` writes them.
+
+    seed: of `randomise`; None leaves the weights that transformers draws.
+    """
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     tokenizer = make_tokenizer()
@@ -45,6 +73,8 @@ def make_clip(folder, width=32, projection_dim=24, image_size=64, patch_size=16,
     vision = dict(tower, image_size=image_size, patch_size=patch_size)
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim, **config))
+    if seed is not None:
+        randomise(model, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if preprocessor:
@@ -110,3 +140,71 @@ def open_clip_state(
                 f"{block}.mlp.c_proj.bias": normal(width),
             }
     return state
+
+
+# ---- SigLIP
+
+
+def make_siglip(folder, image_size=64, sentencepiece=None, resample=3, length=16):
+    """A random SiglipModel with its processor's files; sentencepiece: a spiece.model's bytes, else a small one."""
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+
+    sentencepiece = sentencepiece or small_sentencepiece()
+    folder = Path(folder)
+    size = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)
+    text = dict(size, vocab_size=len(pieces_of(sentencepiece)), max_position_embeddings=length)
+    text |= dict(bos_token_id=1, eos_token_id=1)
+    config = SiglipConfig(text_config=text, vision_config=dict(size, image_size=image_size, patch_size=16))
+    randomise(SiglipModel(config), seed=4).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": image_size, "width": image_size}, resample=resample).save_pretrained(folder)
+    (folder / "spiece.model").write_bytes(sentencepiece)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
+    return folder
+
+
+def pieces_of(sentencepiece: bytes):
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    file = import_protobuf().ModelProto()
+    file.ParseFromString(sentencepiece)
+    return file.pieces
+
+
+def small_sentencepiece() -> bytes:
+    """A unigram model of letters and a few words in sentencepiece's format, without its package."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    file = import_protobuf().ModelProto()
+    file.trainer_spec.model_type, file.trainer_spec.unk_id = 1, 2
+    words = ["▁", *string.ascii_lowercase, *string.digits, "▁a", "▁red", "▁cat", "▁dogs", "▁two", "▁so", "fa"]
+    kinds = {"<pad>": 3, "</s>": 3, "<unk>": 2}
+    for rank, piece in enumerate([*kinds, *words]):
+        score = 0.0 if piece in kinds else -3.0 - 0.1 * rank + 2 * len(piece)
+        file.pieces.add(piece=piece, score=score, type=kinds.get(piece, 1))
+    return file.SerializeToString()
+
+
+# ---- all of them
+
+
+def make_options(name, folder) -> dict:
+    """The options of the reward `name` for files of its format that this writes into `folder`."""
+    folder = Path(folder)
+    if name == "clip":
+        return {"model": str(make_clip(folder / "clip", seed=1))}
+    if name == "aesthetic":
+        torch.save(laion_head(24), folder / "head.pth")
+        return {"clip": str(make_clip(folder / "clip", seed=1)), "head_file": str(folder / "head.pth")}
+    if name == "pickscore":
+        model = make_clip(folder / "pickscore", seed=2, preprocessor=False)
+        return {"model": str(model), "processor": str(make_clip(folder / "processor"))}
+    if name == "siglip":
+        return {"model": str(make_siglip(folder / "siglip"))}
+    if name == "hps":
+        torch.save({"state_dict": open_clip_state(vocab=600)}, folder / "hps.pt")
+        make_tokenizer(size=600).save_pretrained(folder / "tokenizer")
+        return {"checkpoint": str(folder / "hps.pt"), "tokenizer": str(folder / "tokenizer")}
+    assert name == "imagereward"
+    vocabulary = make_bert_tokenizer(folder / "bert") + 2
+    torch.save(imagereward_state(vocabulary), folder / "ImageReward.pt")
+    return {"checkpoint": str(folder / "ImageReward.pt"), "tokenizer": str(folder / "bert")}

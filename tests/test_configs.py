@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from alignprop.models.configs import BUNDLED, bundled_config, find_clip_config, find_config, folder_config
+from alignprop.models.configs import BUNDLED, bundled_config, find_config, find_tower_config, folder_config
 from alignprop.models.skeleton import build_module
 from alignprop.settings import ConfigError
 
@@ -26,7 +26,15 @@ PARAMETERS = {  # denoiser, VAE, text encoders
     "flux2_klein_4b": (3_875_544_576, 84_046_115, [QWEN3_4B]),
     "z_image": (6_154_908_736, 83_819_683, [QWEN3_4B]),
 }
-TOWERS = {"clip_vit_l_14": (303_179_776, CLIP_L), "clip_vit_h_14": (630_766_080, 352_984_064)}  # vision, text
+TOWERS = {  # vision, text
+    "clip_vit_l_14": (303_179_776, CLIP_L),
+    "clip_vit_h_14": (630_766_080, 352_984_064),
+    "siglip_base": (92_884_224, 110_271_744),  # with scale and bias 203,155,970
+    "siglip_so400m": (428_225_600, 449_734_896),  # 877,960,498
+    "siglip2_base": (92_884_224, 282_303_744),
+    "siglip2_so400m": (428_225_600, 707_782_896),
+    "imagereward": (303_301_632, 141_977_088),  # ViT-L/16 without its classes; BERT with cross-attention, no pooler
+}
 
 
 def read(stem):
@@ -53,7 +61,8 @@ def test_models_have_the_published_numbers_of_parameters(stem):
 @pytest.mark.parametrize("stem", TOWERS)
 def test_towers_have_the_published_numbers_of_parameters(stem):
     model = build_module(read(stem)["model"], torch.bfloat16, "meta")
-    assert (count(model.vision_model), count(model.text_model)) == TOWERS[stem]
+    text = model.text_encoder if stem == "imagereward" else model.text_model
+    assert (count(model.vision_model), count(text)) == TOWERS[stem]
 
 
 def test_sd35_has_its_table_of_positions():
@@ -68,9 +77,11 @@ def test_every_file_is_one_of_these():
 
 
 def parts(facts):
-    if facts["family"] == "clip":
-        text, vision = facts["model"].pop("text_config"), facts["model"].pop("vision_config")
-        return [facts["model"], {"_class_name": "CLIPTextModel", **text}, {"_class_name": "CLIPVisionModel", **vision}]
+    prefix = {"clip": "CLIP", "siglip": "Siglip", "blip": "Blip"}.get(facts["family"])
+    if prefix:
+        text, vision = facts["model"].pop("text_config", {}), facts["model"].pop("vision_config", {})
+        named = {"TextModel": text, "VisionModel": vision}
+        return [facts["model"], *({"_class_name": prefix + name, **part} for name, part in named.items())]
     return [facts["denoiser"], facts["vae"], facts["scheduler"], *facts["text_encoders"]]
 
 
@@ -227,23 +238,35 @@ def test_nothing_found_says_what_is_bundled(name, cache):
 
 
 def test_a_clip_is_found_in_the_same_places(cache, tmp_path, monkeypatch):
-    assert find_clip_config("openai/CLIP-vit-large-patch14", "clip.model") == read("clip_vit_l_14")
+    assert find_tower_config("openai/CLIP-vit-large-patch14", "clip.model") == read("clip_vit_l_14")
     tiny = BUNDLED.parent / "tiny" / "clip"
-    facts = find_clip_config(str(tiny), "clip.model")
+    facts = find_tower_config(str(tiny), "clip.model")
     built = build_module(facts["model"], torch.float32, "meta")
     assert count(built) == count(transformers.CLIPModel.from_pretrained(tiny))
     cache(tiny, "some/clip")
-    assert find_clip_config("some/clip", "clip.model") == facts
+    assert find_tower_config("some/clip", "clip.model") == facts
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, tmp_path / "openai" / "clip-vit-large-patch14")
-    assert find_clip_config("openai/clip-vit-large-patch14", "clip.model") == facts
+    assert find_tower_config("openai/clip-vit-large-patch14", "clip.model") == facts
+
+
+def test_other_towers_are_found_by_their_family(tmp_path):
+    name = "google/siglip-base-patch16-224"
+    assert find_tower_config(name, "siglip.model", "siglip") == read("siglip_base")
+    with pytest.raises(ConfigError, match=r"^clip\.model = 'google/siglip.*': no such folder, .*laion"):
+        find_tower_config(name, "clip.model")
+    with pytest.raises(ConfigError, match=r"expected 'siglip'"):
+        find_tower_config(str(BUNDLED.parent / "tiny" / "clip"), "siglip.model", "siglip")
+    transformers.SiglipConfig().save_pretrained(tmp_path)
+    facts = find_tower_config(str(tmp_path), "siglip.model", "siglip")
+    assert count(build_module(facts["model"], torch.float32, "meta")) == sum(TOWERS["siglip_base"]) + 2
 
 
 def test_what_is_no_clip_is_refused(cache, pipeline_folder):
     with pytest.raises(ConfigError, match=r"^aesthetic\.clip = 'some/clip': no such folder, .*laion"):
-        find_clip_config("some/clip", "aesthetic.clip")
+        find_tower_config("some/clip", "aesthetic.clip")
     with pytest.raises(ConfigError, match=r"^clip\.model = 'runwayml/stable-diffusion-v1-5': no such folder"):
-        find_clip_config("runwayml/stable-diffusion-v1-5", "clip.model")
+        find_tower_config("runwayml/stable-diffusion-v1-5", "clip.model")
     folder = str(pipeline_folder / "text_encoder")
     with pytest.raises(ConfigError, match="is a 'clip_text_model' model, expected 'clip'"):
-        find_clip_config(folder, "clip.model")
+        find_tower_config(folder, "clip.model")

@@ -2,10 +2,11 @@ import inspect
 
 import pytest
 
-from alignprop.effects import PLAN_FIELDS, warnings_for
+from alignprop.effects import _REWARD_OPTIONS, PLAN_FIELDS, warnings_for
 from alignprop.estimators import ESTIMATORS
 from alignprop.fields import FIELDS
 from alignprop.settings import resolve
+from rewards import OPTIONS_OF, REWARDS
 from tests.test_settings import preset
 
 
@@ -44,7 +45,20 @@ def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
     (dict(algorithm="ddpo", eta=1.0, ddpo__per_prompt_buffer=8), "ddpo.per_prompt_min_count", "at least as many"),
     (dict(algorithm="ddpo", eta=1.0), "estimator", "algorithm = 'ddpo' does not use it"),
     (dict(reward_fn="hps"), "reward_combine", "several rewards"),
+    (dict(reward_fn="hps", eval_reward_fn="aesthetic"), "siglip.model", "that reward in reward_fn or eval_reward_fn"),
 ])  # fmt: skip
 def test_newer_fields_without_effect_are_told(config, field, told):
     (line,) = warnings_for(preset(**config), [field])
     assert line.startswith(f"{field} has no effect") and told in line
+
+
+def test_options_of_rewards_that_are_named_have_an_effect():
+    c = preset(reward_fn="imagereward:2, jpeg_proxy", eval_reward_fn="count_hard,my_rewards:brightness")
+    used = ["imagereward.dtype", "jpeg.quality", "count.model", "clip.model"]
+    unused = ["hps.version", "pickscore.model"]
+    assert [line.split()[0] for line in warnings_for(c, used + unused)] == unused
+
+
+def test_every_reward_with_options_is_known_here():
+    groups = {name.partition(".")[0] for name in FIELDS if "." in name}
+    assert {*_REWARD_OPTIONS, "clip"} == groups & {*REWARDS, *OPTIONS_OF.values()}

@@ -306,7 +306,10 @@ def test_registry_is_explicit():
     assert {name: cls.__name__ for name, cls in rewards.REWARDS.items()} == {
         "aesthetic": "AestheticReward",
         "hps": "HPSReward",
+        "pickscore": "PickScoreReward",
+        "imagereward": "ImageReward",
         "clip": "ClipReward",
+        "siglip": "SiglipReward",
         "jpeg_compressibility": "JpegCompressibility",
         "jpeg_incompressibility": "JpegIncompressibility",
         "jpeg_proxy": "JpegProxy",

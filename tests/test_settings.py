@@ -101,6 +101,9 @@ REFUSED = {
     "aesthetic.dtype": ["fp32"], "hps.version": ["v3"], "hps.checkpoint": [""], "hps.tokenizer": [""],
     "hps.dtype": ["half"], "hps.backend": ["open_clip"], "clip.model": [""], "clip.dtype": ["int8"],
     "pretrained.vae": [""], "pretrained.without": [None, 3], "resolution": [8, 512.0], "true_cfg_scale": [0.5],
+    "pickscore.model": [""], "pickscore.processor": [None], "pickscore.dtype": ["fp8"],
+    "imagereward.checkpoint": [""], "imagereward.tokenizer": [""], "imagereward.dtype": ["float64"],
+    "siglip.model": [""], "siglip.dtype": [None],
     "count.model": [""], "count.threshold": [0.0, 1.0], "colour.target": [(0.5, 0.5), (0.0, 0.0, 2.0)],
     "jpeg.quality": [0, 101, 9.5],
     "prompt_fn": [""], "eval_prompt_fn": [None], "eval_freq": [-1], "resume_from_2": [""],
@@ -147,7 +150,8 @@ def test_choices_are_those_of_the_code_that_has_them():
     assert {name for name in FIELDS if name.startswith("memory.")} == {f"memory.{name}" for name in NAMES}
     assert set(FIELDS["hps.version"].choices) == set(CHECKPOINTS)
     assert set(FIELDS["hps.backend"].choices) == set(BACKENDS)
-    assert all(set(FIELDS[f"{name}.dtype"].choices) == set(DTYPES) for name in ("aesthetic", "hps", "clip"))
+    towers = [name for name in FIELDS if name.endswith(".dtype")]
+    assert len(towers) == 6 and all(set(FIELDS[name].choices) == set(DTYPES) for name in towers)
 
 
 def test_every_reward_option_has_a_field():

@@ -6,8 +6,8 @@ text-to-image model are
 
     {"family": …, "denoiser": {…}, "vae": {…}, "text_encoders": [{…}, …], "scheduler": {…}, "pipeline": {…}}
 
-where "pipeline" has what the pipeline itself is told, and those of a CLIP {"family": "clip", "model": {…}}, every other
-{…} with its class as "_class_name".
+where "pipeline" has what the pipeline itself is told, and those of a reward's towers {"family": "clip", "model": {…}},
+every other {…} with its class as "_class_name".
 """
 
 import json
@@ -21,6 +21,7 @@ from alignprop.models import FAMILIES
 from alignprop.settings import ConfigError
 
 BUNDLED = Path(__file__).resolve().parent.parent.parent / "assets" / "configs"
+TOWERS = {"clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTextRetrieval"}
 
 
 def find_config(name: str, revision: str | None = None) -> dict:
@@ -36,7 +37,7 @@ def find_config(name: str, revision: str | None = None) -> dict:
     if os.path.isdir(name):
         return folder_config(name)
     facts = bundled_config(name)
-    if facts is not None and facts["family"] != "clip":
+    if facts is not None and facts["family"] not in TOWERS:
         return facts
     index = _cached(name, "model_index.json", revision)
     if index is not None:
@@ -44,30 +45,31 @@ def find_config(name: str, revision: str | None = None) -> dict:
     raise ConfigError(f"pretrained.model = {name!r}: {_nowhere(FAMILIES)}")
 
 
-def find_clip_config(name: str, field: str) -> dict:
-    """The facts of a CLIP with both towers, from the same places.
+def find_tower_config(name: str, field: str, family: str = "clip") -> dict:
+    """The facts of a reward's image and text towers, from the same places.
 
     Args:
         name: a folder or hub name.
         field: of the configuration, to name in an error.
+        family: a key of TOWERS, what it must be.
 
     Raises:
-        ConfigError: none is found, or the files are damaged or no CLIP's.
+        ConfigError: none is found, or the files are damaged or of another family.
     """
     facts = bundled_config(name)
-    if not os.path.isdir(name) and facts is not None and facts["family"] == "clip":
+    if not os.path.isdir(name) and facts is not None and facts["family"] == family:
         return facts
     path = Path(name, "config.json") if os.path.isdir(name) else _cached(name, "config.json", None)
     if path is None:
-        raise ConfigError(f"{field} = {name!r}: {_nowhere(['clip'])}")
+        raise ConfigError(f"{field} = {name!r}: {_nowhere([family])}")
     config = _read(path)
-    if config.get("model_type") != "clip":
-        raise ConfigError(f"{field} = {name!r} is a {config.get('model_type')!r} model, expected 'clip'")
-    return {"family": "clip", "model": {"_class_name": "CLIPModel", **config}}
+    if config.get("model_type") != family:
+        raise ConfigError(f"{field} = {name!r} is a {config.get('model_type')!r} model, expected {family!r}")
+    return {"family": family, "model": {"_class_name": TOWERS[family], **config}}
 
 
 def bundled_config(name: str) -> dict | None:
-    """The bundled facts of the model or CLIP with that hub name, in capitals or not; None if there are none."""
+    """The bundled facts of the model or towers with that hub name, in capitals or not; None if there are none."""
     return next((facts for facts in _bundled() if name.lower() in map(str.lower, facts["hub_names"])), None)
 
 

@@ -45,7 +45,7 @@ from alignprop.accounting import Account  # noqa: E402
 from alignprop.forecast import GIB, encode, forecast  # noqa: E402
 from alignprop.lora import add_lora, trainable_parameters  # noqa: E402
 from alignprop.models.base import Model  # noqa: E402
-from alignprop.models.configs import find_clip_config  # noqa: E402
+from alignprop.models.configs import find_tower_config  # noqa: E402
 from alignprop.models.skeleton import build_module  # noqa: E402
 from alignprop.planner import skeletons  # noqa: E402
 from alignprop.policies import POLICIES  # noqa: E402
@@ -196,7 +196,7 @@ def rows(model: str, name: str, batch: int, done: dict, ways=(THEIRS, *POLICIES)
 
 def text_half(config: ConfigDict) -> list[torch.nn.Module]:
     """What the aesthetic score's CLIP has and the score does not use."""
-    facts = find_clip_config(config.aesthetic.clip, "aesthetic.clip")["model"]
+    facts = find_tower_config(config.aesthetic.clip, "aesthetic.clip")["model"]
     clip = build_module(facts, getattr(torch, config.aesthetic.dtype), "meta").requires_grad_(False)
     return [clip.text_model, clip.text_projection]
 

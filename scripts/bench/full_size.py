@@ -7,7 +7,7 @@ import torch
 from ml_collections import ConfigDict
 
 from alignprop.forecast import Forecast, forecast
-from alignprop.models.configs import find_clip_config, find_config
+from alignprop.models.configs import find_config, find_tower_config
 from alignprop.models.skeleton import build_module, random_model
 from alignprop.planner import skeletons
 from alignprop.settings import memory_policy, resolve
@@ -60,7 +60,7 @@ class RandomAesthetic(AestheticReward):
 
     def __init__(self, config: ConfigDict, device):
         Reward.__init__(self)
-        clip = build_module(find_clip_config(config.aesthetic.clip, "aesthetic.clip")["model"], torch.float32, device)
+        clip = build_module(find_tower_config(config.aesthetic.clip, "aesthetic.clip")["model"], torch.float32, device)
         del clip.text_model, clip.text_projection
         size = clip.config.vision_config.image_size
         self.tower = ClipTower(clip, ClipPreprocess(size), dtype=config.aesthetic.dtype).to(device)

@@ -1,0 +1,193 @@
+"""ImageReward (arXiv 2304.05977): a BLIP (2201.12086) fine-tuned on people's ranking of pictures of a prompt."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from rewards.aesthetic import AestheticHead
+from rewards.base import Reward, RewardError
+from rewards.preprocess import TorchvisionPreprocess
+from rewards.towers import check_weights, dtype_of, find_file, first_line, load_weights
+
+FILE = "ImageReward.pt"
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's outputs in the paper's data
+PROMPT_LENGTH = 35  # tokens, with the first and the last
+HEAD_WIDTH = 64  # of attention, in both of BLIP's towers: what the sizes in a checkpoint cannot say
+
+# BLIP's own names after "blip.", and transformers' for the same weights; those of the text encoder are the same.
+RENAMES = (
+    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
+    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
+    (r"^visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
+    (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
+)
+# In the file, but not in the score: BLIP's contrastive projections, and a table of 0, 1, 2, …
+UNUSED = re.compile(r"(vision|text)_proj\.(weight|bias)|text_encoder\.embeddings\.position_ids")
+
+
+class ImageReward(Reward):
+    """How well people would rank this picture of this prompt, about -2.3 to 2: its training pictures had mean 0.
+
+    It is the score of the image-reward package, made differentiable: (head(BLIP's first token) - MEAN) / STD.
+
+    checkpoint: a local file, else `ImageReward.pt` in checkpoint_repo (hub name or folder, at checkpoint_revision).
+    tokenizer: a hub name or folder with the vocabulary of uncased BERT. dtype: of BLIP; the head runs in float32.
+    Raises: RewardError.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        checkpoint_repo: str = "THUDM/ImageReward",
+        checkpoint_revision: str | None = None,
+        tokenizer: str = "google-bert/bert-base-uncased",
+        dtype: str = "float32",
+    ):
+        super().__init__()
+        where = "imagereward.checkpoint=None, imagereward.checkpoint_repo"
+        path = checkpoint or find_file(checkpoint_repo, FILE, checkpoint_revision, where)
+        source = f"imagereward.checkpoint={str(path)!r}"
+        blip, head = split_checkpoint(load_weights(path, "imagereward.checkpoint"), source)
+        self.head = AestheticHead.from_weights(head, source).requires_grad_(False).eval()
+        self.blip = load_blip(blip, tokenizer, dtype, source)
+        wanted, given = self.head.layers[0].in_features, self.blip.text_encoder.config.hidden_size
+        if wanted != given:
+            raise RewardError(f"{source}: its head wants {wanted} numbers, its text encoder gives {given}")
+
+    def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
+        return (self.head(self.blip(images, prompts)) - MEAN) / STD
+
+
+class BlipTower(nn.Module):
+    """BLIP's image-grounded text encoder, frozen: a BERT that looks at the picture through cross-attention.
+
+    vision_model, text_encoder: transformers' BlipVisionModel and BlipTextModel. dtype: as of a ClipTower.
+    """
+
+    def __init__(self, vision_model: nn.Module, text_encoder: nn.Module, tokenizer=None, dtype: str = "float32"):
+        super().__init__()
+        self.dtype = dtype_of(dtype)
+        self.vision_model = vision_model.to(self.dtype).requires_grad_(False).eval()
+        self.text_encoder = text_encoder.to(self.dtype).requires_grad_(False).eval()
+        self.preprocess = TorchvisionPreprocess(vision_model.config.image_size)
+        self.tokenizer = tokenizer
+
+    def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """What the first token [B, D] float32 knows of images [B, 3, H, W] in [0, 1] and prompts; differentiable."""
+        patches = self.vision_model(pixel_values=self.preprocess(images).to(self.dtype)).last_hidden_state
+        tokens, mask = (tensor.to(images.device) for tensor in self.tokenize(prompts))
+        # Added to the attention's logits. Of a mask of ones and zeros transformers would look at the values first,
+        # which waits for the GPU, and there are none while memory is planned.
+        mask = (1 - mask[:, None, None].to(self.dtype)) * torch.finfo(self.dtype).min
+        states = self.text_encoder(input_ids=tokens, attention_mask=mask, encoder_hidden_states=patches)
+        return states.last_hidden_state[:, 0].float()
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [B, 35] int64, cut or padded to that length, and [B, 35] with 1 where there is no padding."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=PROMPT_LENGTH, return_tensors="pt"
+        )
+        return tokens.input_ids, tokens.attention_mask
+
+
+def split_checkpoint(weights: Mapping[str, torch.Tensor], source: str) -> tuple[dict, dict]:
+    """BLIP's part under transformers' names, without what no score needs, and the head's. Raises: RewardError."""
+    blip, head = {}, {}
+    for name, weight in weights.items():
+        part, _, rest = name.partition(".")
+        if part not in ("blip", "mlp"):
+            raise RewardError(f"{source} is not in ImageReward's layout: unknown {name!r}")
+        if part == "mlp":
+            head[rest] = weight
+        elif not UNUSED.fullmatch(rest):
+            blip[next((re.sub(old, new, rest) for old, new in RENAMES if re.match(old, rest)), rest)] = weight
+    return blip, head
+
+
+def load_blip(weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, source: str) -> BlipTower:
+    """The towers of `split_checkpoint`'s weights, of any size. Raises: RewardError for too many, too few or others."""
+    from transformers import BlipTextModel, BlipVisionModel
+
+    vision_config, text_config = configs_of(weights, source)
+    with torch.device("meta"):
+        shapes = BlipTower(*build_blip(vision_config, text_config))
+    check_weights(weights, shapes, source, "ImageReward's")
+    vision, text = ({k.removeprefix(f"{part}."): w for k, w in weights.items() if k.startswith(part)}
+                    for part in ("vision_model", "text_encoder"))  # fmt: skip
+    vision_model = BlipVisionModel.from_pretrained(None, config=vision_config, state_dict=vision)
+    text_encoder = BlipTextModel.from_pretrained(None, config=text_config, state_dict=text, add_pooling_layer=False)
+    return BlipTower(vision_model, text_encoder, load_bert_tokenizer(tokenizer, text_config.vocab_size), dtype)
+
+
+def build_blip(vision_config, text_config) -> tuple[nn.Module, nn.Module]:
+    """(BlipVisionModel, BlipTextModel) with fresh weights."""
+    from transformers import BlipTextModel, BlipVisionModel
+
+    return BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
+
+
+def configs_of(weights: Mapping[str, torch.Tensor], source: str) -> tuple:
+    """(BlipVisionConfig, BlipTextConfig) that the weights were made with. Raises: RewardError for another layout."""
+    from transformers import BlipTextConfig, BlipVisionConfig
+
+    try:
+        vision_width, _, patch, _ = weights["vision_model.embeddings.patch_embedding.weight"].shape
+        patches = weights["vision_model.embeddings.position_embedding"].shape[1] - 1
+        vision_mlp = len(weights["vision_model.encoder.layers.0.mlp.fc1.bias"])
+        vocabulary, text_width = weights["text_encoder.embeddings.word_embeddings.weight"].shape
+        positions = len(weights["text_encoder.embeddings.position_embeddings.weight"])
+        text_mlp = len(weights["text_encoder.encoder.layer.0.intermediate.dense.bias"])
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise RewardError(f"{source} is not in ImageReward's layout: no usable {error}") from error
+    if vision_width % HEAD_WIDTH or text_width % HEAD_WIDTH:
+        raise RewardError(
+            f"{source}: towers {vision_width} and {text_width} wide are not BLIP's, whose attention heads are "
+            f"{HEAD_WIDTH} wide"
+        )
+    return (
+        BlipVisionConfig(
+            hidden_size=vision_width, intermediate_size=vision_mlp, num_attention_heads=vision_width // HEAD_WIDTH,
+            num_hidden_layers=_depth(weights, r"vision_model\.encoder\.layers"), patch_size=patch,
+            image_size=patch * round(patches**0.5), hidden_act="gelu", layer_norm_eps=1e-6,
+        ),
+        BlipTextConfig(
+            vocab_size=vocabulary, max_position_embeddings=positions, hidden_size=text_width,
+            encoder_hidden_size=vision_width, intermediate_size=text_mlp, num_attention_heads=text_width // HEAD_WIDTH,
+            num_hidden_layers=_depth(weights, r"text_encoder\.encoder\.layer"), hidden_act="gelu",
+            layer_norm_eps=1e-12, is_decoder=True, bos_token_id=vocabulary - 2,
+        ),
+    )  # fmt: skip
+
+
+def _depth(weights: Mapping[str, torch.Tensor], layers: str) -> int:
+    found = [re.match(rf"{layers}\.(\d+)\.", name) for name in weights]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def load_bert_tokenizer(name: str, vocab_size: int):
+    """Uncased BERT's tokenizer with BLIP's [DEC] and [ENC] behind its vocabulary. Raises: RewardError."""
+    from transformers import AddedToken, BertTokenizer
+
+    name = os.path.expanduser(name)
+    find_file(name, "tokenizer_config.json", None, "imagereward.tokenizer")
+    try:
+        tokenizer = BertTokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise RewardError(
+            f"imagereward.tokenizer={name!r} holds no usable BERT tokenizer: {first_line(error)}"
+        ) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_tokens([AddedToken("[ENC]", special=True)], special_tokens=True)
+    if len(tokenizer) != vocab_size:
+        raise RewardError(
+            f"imagereward.tokenizer={name!r}: its {len(tokenizer)} tokens, with BLIP's two, do not fit the text "
+            f"encoder's {vocab_size}"
+        )
+    return tokenizer

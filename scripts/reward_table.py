@@ -1,0 +1,54 @@
+"""How equal each reward is to its reference, with random weights of tiny sizes: a Markdown table.
+
+    python scripts/reward_table.py [hps clip pickscore imagereward siglip aesthetic]
+
+The references are published code (the packages hpsv2 and image-reward, installed aside in `work/` the first time) and
+transformers' processors and models; `tests/reward_references.py` has them. Columns, of pictures that need no resize
+unless it says "resized":
+
+- pixels: largest difference in 1/255, before normalising; in brackets, of resized pictures: PIL rounds to 8 bits
+  after each of its two passes, the rewards keep float32
+- tokens: whether all ids are equal, also of odd prompts
+- scores: largest difference, relative; in brackets, of all pictures, relative to the scores' standard deviation
+- gradient: norm of the difference to autograd through the reference, relative
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on the hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.reward_references import CASES, compare
+
+
+def main(names: list[str]) -> None:
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        sys.exit(f"no reward {unknown[0]!r}; allowed: {', '.join(CASES)}")
+    rows = []
+    for i, name in enumerate(names):
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            difference = compare(CASES[name](Path(folder)))
+        print(f"{i + 1}/{len(names)} {name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+        rows.append(row(name, difference))
+    print("| reward | pixels (resized) | tokens | scores (resized) | gradient |\n|---|---|---|---|---|")
+    print("\n".join(rows))
+
+
+def row(name, d) -> str:
+    tokens = {None: "–", True: "equal", False: "differ"}[d.tokens]
+    return (
+        f"| {name} | {d.pixels:.1e} ({d.resized:.2g}) | {tokens} | {d.scores:.1e} ({d.resized_scores:.1e}) | "
+        f"{d.gradient:.1e} |"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(CASES))
