@@ -64,7 +64,7 @@ LAYERS = [
         "alignprop.planner",
         "alignprop.weights",
     ],
-    ["alignprop.records", "alignprop.run"],
+    ["alignprop.card", "alignprop.hub", "alignprop.records", "alignprop.run"],
     ["alignprop.ddpo", "alignprop.loop", "alignprop.tasks", "alignprop.trainer"],
     ["main", "scripts", "tests"],  # with everything inside them, which may import each other
 ]
@@ -83,7 +83,8 @@ SIDEWAYS = {
     "alignprop.planner": {"alignprop.forecast"},
     "alignprop.quadrature": {"alignprop.samplers"},
     "alignprop.rollout": {"alignprop.guidance"},
-    "alignprop.run": {"alignprop.records"},
+    "alignprop.hub": {"alignprop.card"},
+    "alignprop.run": {"alignprop.hub", "alignprop.records"},
     "alignprop.scaling": {"alignprop.lora"},
     "alignprop.settings": {"alignprop.fields", "alignprop.policies"},
     "alignprop.soups": {"alignprop.lora"},
