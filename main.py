@@ -8,6 +8,7 @@
 import math
 import os
 import re
+import shlex
 import sys
 from contextlib import contextmanager
 
@@ -86,6 +87,8 @@ def main(argv):
         raise ConfigError(f"--plan is about training, and task = {config.task!r} does not train")
     if flags.FLAGS.plan and config.algorithm == "ddpo":
         raise ConfigError("--plan is about back-propagation, and algorithm = 'ddpo' has none")
+    with config.unlocked():
+        config.command = shlex.join(["python", *sys.argv])  # for the run's config.json
     run_task(config, flags.FLAGS.plan, flags.FLAGS.gpu_memory)
 
 

@@ -44,6 +44,7 @@ _HAS_EFFECT = {
     "eval_base_distance": (lambda c: c.use_lora, "use_lora = True"),
     "lora_scale": (lambda c: bool(c.resume_from), "resume_from"),
     "lora_schedule": (lambda c: bool(c.resume_from), "resume_from"),
+    "hub.private": (lambda c: bool(c.hub.repo), "hub.repo"),
     "ddpo.per_prompt_min_count": (
         lambda c: c.ddpo.per_prompt_buffer >= c.ddpo.per_prompt_min_count,
         "ddpo.per_prompt_buffer of at least as many"),
@@ -56,7 +57,7 @@ _TRAINING_ONLY = (
     "loss_target", "grad_scale", "log_with", "use_lora", "lora_rank", "lora_alpha", "lora_target_modules",
     "trunc_backprop_timestep", "truncated_backprop_minmax", "guidance_grad", "memory.keep_steps",
     "memory.block_checkpointing", "memory.decoder_checkpointing", "algorithm", "reward_noise", "kl_coeff", "stop_when",
-    "best_by", *(f"plan.{field}" for field in PLAN_FIELDS),
+    "best_by", "hub.repo", "hub.private", *(f"plan.{field}" for field in PLAN_FIELDS),
 )  # fmt: skip
 _ALIGN_PROP_ONLY = (
     "estimator", "adjoint_clip", "loss", "loss_target", "grad_scale", "trunc_backprop_timestep",

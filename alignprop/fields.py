@@ -6,6 +6,7 @@ module further up can know (does this file exist, is there such a reward) is tha
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -90,6 +91,13 @@ def _is_folder_name(value) -> bool:
     return not any(character in "/\\" or ord(character) < 32 for character in value)
 
 
+def is_repo_name(value) -> bool:
+    """Whether the Hugging Face hub would have a repository of that name, "user/name"."""
+    part = r"\w([\w.-]{0,94}\w)?"
+    named = isinstance(value, str) and re.fullmatch(f"{part}/{part}", value, re.ASCII) is not None
+    return named and not ("--" in value or ".." in value or value.endswith(".git"))
+
+
 COUNT = integer(1)
 PRECISION = choice("float32", "bfloat16", "float16")
 HUB_NAME = text(checked_by="rewards.towers")
@@ -109,6 +117,11 @@ FIELDS: dict[str, Rule] = {
     "channels_last": optional(boolean()),
     "compile": boolean(),
     "timeout_minutes": number(above=0, at_most=7 * 24 * 60),
+    "hub.repo": Rule(
+        "empty or 'user/name', each of at most 96 letters, digits, '_', '-' and '.', such as the hub allows",
+        lambda value: value == "" or is_repo_name(value), checked_by="alignprop.hub",
+    ),
+    "hub.private": boolean(),
 
     "pretrained.model": text(checked_by="alignprop.models.loading"),
     "pretrained.revision": optional(text(checked_by="alignprop.models.loading")),
@@ -229,5 +242,5 @@ FIELDS: dict[str, Rule] = {
     "train.max_skipped_steps": COUNT,
 }  # fmt: skip
 
-# Fields that no person sets: the preset's name, and what `settings.resolve` derives.
-DERIVED = ("preset", "train.gradient_accumulation_steps", "train.steps_per_epoch")
+# Fields that no person sets: the preset's name, main.py's command line, and what `settings.resolve` derives.
+DERIVED = ("preset", "command", "train.gradient_accumulation_steps", "train.steps_per_epoch")

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from alignprop.callbacks import PromptFunction, call_hook, check_given, with_names
 from alignprop.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
 from alignprop.evaluate import Evaluation
+from alignprop.hub import push_finished
 from alignprop.memory import apply_policy
 from alignprop.processes import on_main
 from alignprop.prompts import load_prompts
@@ -83,6 +84,7 @@ class TrainingLoop:
 
         Raises:
             SystemExit: the process was asked to stop (SIGTERM, SIGINT) and has saved; its code is `STOPPED`.
+            ConfigError: of the main process, when everything is done and saved: `hub.repo` did not get it.
         """
         run, progress = self.run, {"total": self.last_step, "initial": self.global_step, "unit": "step"}
         run.open_folder(self.global_step)
@@ -99,6 +101,9 @@ class TrainingLoop:
         if self.reason_to_stop:
             run.say(f"ended after optimizer step {self.global_step} of {self.last_step}: {self.reason_to_stop}")
         run.finish()
+        hub = self.config.hub
+        if hub.repo and run.is_main:  # the others have ended: none would wait for longer than timeout_minutes
+            run.say(f"uploaded to {push_finished(run.folder, hub.repo, hub.private)}")
 
     def step(self) -> dict:
         """The next step, `global_step` + 1, which it counts; returns its metrics row."""

@@ -1,5 +1,6 @@
 """Labelled picture grids (PNG), and the curves of a run or of a soup (matplotlib)."""
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+CONTENTS = "contents"  # what a grid's PNG says of its pictures: [[label, [left, top, right, bottom]], …] in JSON
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
@@ -23,6 +27,12 @@ def save_image(image: torch.Tensor, path: str | os.PathLike) -> None:
 def save_grid(images: torch.Tensor, labels: Sequence[str], path: str | os.PathLike, columns: int | None = None) -> None:
     """Write pictures [B, 3, H, W] in [0, 1] as one PNG, with ``labels`` under them; see `draw_grid`."""
     _save_png(draw_grid(images, labels, columns), path)
+
+
+def read_grid(path: str | os.PathLike) -> list[tuple[str, Image.Image]]:
+    """Label and picture, as large as it is drawn, of everything in a PNG of `save_grid`; nothing from any other PNG."""
+    with Image.open(path) as grid:
+        return [(label, grid.crop(box)) for label, box in json.loads(grid.info.get(CONTENTS, "[]"))]
 
 
 def save_before_after(
@@ -78,16 +88,18 @@ def draw_grid(
     total_height = gap + sum(height + text_height + 2 * gap for text_height in text_heights)
     canvas = Image.new("RGB", (margin + gap + columns * (width + gap), total_height), "white")
     draw = ImageDraw.Draw(canvas)
-    top = gap
+    top, contents = gap, []
     for r, row in enumerate(rows):
         if r < len(row_titles):
             draw.text((gap, top + (height - line_height) // 2), row_titles[r], "black", font)
         for column, j in enumerate(row):
             left = margin + gap + column * (width + gap)
             canvas.paste(to_pil(images[j]).resize((width, height), Image.Resampling.BICUBIC), (left, top))
+            contents.append([labels[j], [left, top, left + width, top + height]])
             for n, line in enumerate(texts[j]):
                 draw.text((left, top + height + gap // 2 + n * line_height), line, "black", font)
         top += height + text_heights[r] + 2 * gap
+    canvas.info[CONTENTS] = json.dumps(contents)
     return canvas
 
 
@@ -126,7 +138,10 @@ def _shorten(text: str, font, width: int) -> str:
 
 def _save_png(picture: Image.Image, path: str | os.PathLike) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG")
+    texts = PngInfo()
+    if CONTENTS in picture.info:
+        texts.add_text(CONTENTS, picture.info[CONTENTS])
+    picture.save(path, format="PNG", pnginfo=texts)
 
 
 def plot_curves(rows: Sequence[dict], path: str | os.PathLike) -> None:

@@ -17,6 +17,7 @@ from alignprop.callbacks import FROM_FUNCTION, PromptFunction, with_names
 from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, Evaluator
 from alignprop.guards import parse_stop_when, reason_to_stop, values
+from alignprop.hub import check_hub
 from alignprop.judges import build_judges, measured
 from alignprop.manifest import base_model, check_base
 from alignprop.memory import Residency
@@ -77,6 +78,8 @@ class Run:
         if c.resume_from and not self.checkpoint and c.task != "train":
             raise ConfigError(f"resume_from = {c.resume_from!r}, but run_name = {c.run_name!r} has no checkpoint")
         self.folder = on_main(lambda: choose_folder(c, self.checkpoint))
+        if c.task == "train" and c.hub.repo:
+            on_main(lambda: check_hub(c.hub.repo, c.hub.private))
         self.records = Records(self.folder, c, self.checkpoint)
         self.accelerator = Accelerator(
             cpu=on_cpu,

@@ -203,7 +203,7 @@ def flatten(config: dict, prefix: str = "") -> dict:
 def changes(before: dict, now: dict) -> list[str]:
     """One line for each field that two (nested) configurations have with different values; where a run lies aside."""
     before, now = flatten(before), flatten(now)
-    aside = ("run_name", "log_dir", "resume_from")
+    aside = ("run_name", "log_dir", "resume_from", "command")
     shared = [name for name in now if name in before and name not in aside]
     return [f"{name}: {before[name]!r} → {now[name]!r}" for name in shared if before[name] != now[name]]
 

@@ -36,6 +36,11 @@ def base() -> ConfigDict:
     c.channels_last = config_dict.placeholder(bool)  # convolutions in NHWC order; None: on a CPU, where it saves 2 to
     # 4 % of the time; on your GPU scripts/bench/gpu.py measures it
     c.compile = False  # torch.compile of the denoiser's repeated blocks: a minute or more at first, then faster steps
+    c.hub = ConfigDict()
+    c.hub.repo = ""  # "user/name" on the Hugging Face hub, which gets the best weights and a model card after training;
+    # the token is that of HF_TOKEN or of `hf auth login`; empty: no upload
+    c.hub.private = False  # True: for its owners' eyes alone; False: for everybody's, but where an organisation's
+    # new repositories are private
 
     # -- the model -------------------------------------------------------------------------------------------------
     c.pretrained = ConfigDict()

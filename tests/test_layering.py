@@ -72,7 +72,7 @@ LAYERS = [
         "alignprop.rereading",
         "alignprop.weights",
     ],
-    ["alignprop.export", "alignprop.records", "alignprop.run"],
+    ["alignprop.card", "alignprop.export", "alignprop.hub", "alignprop.records", "alignprop.run"],
     ["alignprop.ddpo", "alignprop.loop", "alignprop.tasks", "alignprop.trainer"],
     ["alignprop"],  # the package itself: the names that it fetches for a library's user
     ["main", "scripts", "tests"],  # with everything inside them, which may import each other
@@ -92,7 +92,8 @@ SIDEWAYS = {
     "alignprop.planner": {"alignprop.forecast"},
     "alignprop.quadrature": {"alignprop.samplers"},
     "alignprop.rollout": {"alignprop.guidance"},
-    "alignprop.run": {"alignprop.records"},
+    "alignprop.hub": {"alignprop.card"},
+    "alignprop.run": {"alignprop.hub", "alignprop.records"},
     "alignprop.scaling": {"alignprop.lora"},
     "alignprop.settings": {"alignprop.fields", "alignprop.policies"},
     "alignprop.soups": {"alignprop.lora"},

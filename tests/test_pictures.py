@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alignprop.pictures import draw_grid, plot_curves, plot_soup, save_before_after, save_grid, save_image
+from alignprop.pictures import draw_grid, plot_curves, plot_soup, read_grid, save_before_after, save_grid, save_image
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -62,6 +62,17 @@ def test_grid_places_pictures_row_by_row_with_text_under_them(tmp_path):
         assert ink(grid, (green[0], green[3], green[2], blue[1])) == 0
         assert ink(grid, (blue[0], blue[3], blue[2], grid.height)) > 50
         assert ink(grid, (green[0], blue[1], grid.width, grid.height)) == 0
+
+
+def test_pictures_are_found_again_in_a_grid_with_their_labels(tmp_path):
+    labels = ["a red cat\n1.50", "熊 →", 'a "blue" cat']
+    save_grid(flat(RED, GREEN, BLUE), labels, tmp_path / "grid.png", columns=2)
+    found = read_grid(tmp_path / "grid.png")
+    assert [label for label, _ in found] == labels
+    for (_, picture), colour in zip(found, (RED, GREEN, BLUE), strict=True):
+        assert picture.size == (128, 128) and picture.getcolors() == [(128 * 128, colour)]
+    save_image(flat(RED)[0], tmp_path / "image.png")
+    assert read_grid(tmp_path / "image.png") == []
 
 
 def test_large_pictures_keep_their_pixels():

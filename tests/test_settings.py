@@ -14,6 +14,7 @@ from alignprop.losses import LOSSES
 from alignprop.policies import NAMES, POLICIES
 from alignprop.settings import (
     ConfigError,
+    changes,
     flatten,
     memory_policy,
     one_of,
@@ -83,6 +84,7 @@ REFUSED = {
     "timeout_minutes": [0.0, math.nan, math.inf, 1e9], "mixed_precision": ["fp8"], "allow_tf32": ["yes", 1],
     "pretrained.model": [""], "pretrained.revision": [""], "pretrained.config": [""], "use_lora": [None],
     "lora_rank": [0, 2.0], "lora_alpha": [0.0, math.inf], "lora_target_modules": [(), ("to_q", ""), (3,)],
+    "hub.repo": ["me", "me/", "a/b/c", "me/a b", "me/a--b", "me/é", None], "hub.private": ["yes", 1],
     "channels_last": ["NHWC"], "compile": ["reduce-overhead"], "num_inference_steps": [0],
     "guidance_scale": [0.5, math.nan], "eta": [-0.5, 1.5],
     "estimator": [""], "trunc_backprop_timestep": [-1], "truncated_backprop_minmax": [(1,), (0, 1.5), (0, 1, 2)],
@@ -284,3 +286,9 @@ def test_saved_configuration_has_values_and_versions(tmp_path):
     save_config(resolve(preset(), 2), tmp_path / "config.json")
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["train"]["gradient_accumulation_steps"] == 16 and saved["versions"]["torch"]
+
+
+def test_what_tells_where_a_run_lies_and_how_it_was_called_is_no_change():
+    before = {"run_name": "a", "command": "python main.py", "train": {"learning_rate": 1e-3}}
+    now = {"run_name": "b", "command": "python main.py --config.seed=1", "train": {"learning_rate": 1e-4}}
+    assert changes(before, now) == ["train.learning_rate: 0.001 → 0.0001"]
