@@ -17,6 +17,7 @@ from alignprop.fields import is_repo_name
 from alignprop.guards import MEASURES
 from alignprop.lora import LORA_FILE
 from alignprop.manifest import damage_of
+from alignprop.models import FAMILIES, OLDEST
 from alignprop.settings import ConfigError, flatten
 from alignprop.tracking import MetricsLog
 
@@ -130,7 +131,7 @@ def usage(run: RunFolder, repo: str, prompts: list[str]) -> str:
     c, base = run.config, _base_model(run.config)
     pipeline_class, load = "AutoPipelineForText2Image", "from_pretrained"
     if base.endswith((".safetensors", ".ckpt")):
-        pipeline_class, load = "StableDiffusionPipeline", "from_single_file"
+        pipeline_class, load = FAMILIES[OLDEST].pipeline, "from_single_file"
     revision = f', revision="{c["pretrained.revision"]}"' if c.get("pretrained.revision") else ""
     options = f"num_inference_steps={c['num_inference_steps']}, guidance_scale={c['guidance_scale']}"
     image = f"image = pipeline({json.dumps((prompts or ['a cat'])[0], ensure_ascii=False)}, {options}).images[0]"
