@@ -64,7 +64,7 @@ def claims(curves: dict, budget, reward: str, summary: dict) -> tuple[list[str],
             f"- (b) randomized - {other}, paired by seed: {shown(found['reward_at_samples'])} at {budget.samples} "
             f"samples, {shown(found['reward_at_seconds'])} at {budget.seconds:g} s"
         )
-    for title in ("reward_at_samples", "reward_at_seconds", "obedience", "diversity"):
+    for title in ("reward_at_samples", "reward_at_seconds", "rating", "obedience", "diversity"):
         name = best(estimators, title)
         if name:
             near = [m for m in estimators if m != name and _overlaps(estimators[m][title], estimators[name][title])]
