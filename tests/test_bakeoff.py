@@ -304,6 +304,16 @@ def test_samples_against_ddpo():
     assert "nothing to reach" in lines[0] and "did not reach DDPO's 50" in lines[1] and lines[2].endswith("no")
 
 
+def test_ddpo_counts_until_it_collapses():
+    curves = made_up(seeds=1)
+    for worse in curves["jpeg", "ddpo", 0][5:]:
+        worse["reward"] = -3
+    (found,) = against_ddpo(curves, "jpeg", "randomized")
+    assert found["ddpo_samples"] == 768 and found["target"] == pytest.approx(1.2) and found["samples"] == 64
+    lines = claims(curves, BUDGET, "jpeg", summarise(curves, BUDGET)["jpeg"])[0]
+    assert "to DDPO's 1.2 after 768 samples, from 0 (its end: -3): 12.0×" in lines[0]
+
+
 @pytest.mark.parametrize(("gain", "answer"), [(3.0, "yes"), (2.0, "no")])
 def test_the_claim_of_fewer_samples(gain, answer):
     curves = made_up(seeds=1)

@@ -9,22 +9,25 @@ FEWER = 25  # times
 
 
 def against_ddpo(curves: dict, reward: str, method: str) -> list[dict]:
-    """For each seed that both have: the samples with which `method` reaches DDPO's last held-out reward.
+    """For each seed that both have: the samples with which `method` reaches DDPO's highest held-out reward.
 
-    `ratio` is DDPO's samples over these, with no interpolation (so it is a lower bound, no finer than evaluations
-    are), `interpolated` with it. Both are None where it was not reached, or where DDPO ended no higher than it began.
+    That is its last one, unless the run collapses. `ratio` is DDPO's samples up to there over these, with no
+    interpolation (so it is a lower bound, no finer than evaluations are), `interpolated` with it. Both are None where
+    it was not reached, or where DDPO was never higher than it began.
     """
     found = []
     for (r, m, seed), points in curves.items():
         ddpo = curves.get((reward, "ddpo", seed))
         if (r, m) != (reward, method) or not points or not ddpo or not ddpo[-1]["samples"]:
             continue
-        last, gained = ddpo[-1], ddpo[-1]["reward"] > ddpo[0]["reward"]
-        reached = samples_to_reach(points, last["reward"]) if gained else None
+        top = max(ddpo, key=lambda point: point["reward"])
+        gained = top["reward"] > ddpo[0]["reward"]
+        reached = samples_to_reach(points, top["reward"]) if gained else None
         found.append({
-            "seed": seed, "ddpo_samples": last["samples"], "start": ddpo[0]["reward"], "target": last["reward"],
-            "samples": reached and reached[0], "ratio": reached and last["samples"] / reached[0],
-            "interpolated": reached and last["samples"] / reached[1], "ddpo_gained": gained,
+            "seed": seed, "ddpo_samples": top["samples"], "start": ddpo[0]["reward"], "target": top["reward"],
+            "samples": reached and reached[0], "ratio": reached and top["samples"] / reached[0],
+            "interpolated": reached and top["samples"] / reached[1], "ddpo_gained": gained,
+            "ddpo_end": ddpo[-1]["reward"],
         })  # fmt: skip
     return found
 
@@ -61,7 +64,7 @@ def claims(curves: dict, budget, reward: str, summary: dict) -> tuple[list[str],
             f"- (b) randomized - {other}, paired by seed: {shown(found['reward_at_samples'])} at {budget.samples} "
             f"samples, {shown(found['reward_at_seconds'])} at {budget.seconds:g} s"
         )
-    for title in ("reward_at_samples", "reward_at_seconds", "obedience", "diversity"):
+    for title in ("reward_at_samples", "reward_at_seconds", "rating", "obedience", "diversity"):
         name = best(estimators, title)
         if name:
             near = [m for m in estimators if m != name and _overlaps(estimators[m][title], estimators[name][title])]
@@ -73,8 +76,10 @@ def claims(curves: dict, budget, reward: str, summary: dict) -> tuple[list[str],
 
 def _told(row: dict) -> str:
     goal = f"DDPO's {row['target']:.4g} after {row['ddpo_samples']} samples, from {row['start']:.4g}"
+    if row["ddpo_end"] < row["target"]:
+        goal += f" (its end: {row['ddpo_end']:.4g})"
     if not row["ddpo_gained"]:
-        return f"nothing to reach, DDPO ended no higher than it began ({goal})"
+        return f"nothing to reach, DDPO was never higher than it began ({goal})"
     if row["ratio"] is None:
         return f"did not reach {goal}"
     return f"{row['samples']} samples to {goal}: {row['ratio']:.1f}× (interpolated {row['interpolated']:.1f}×)"

@@ -6,6 +6,7 @@ STEP = 8  # samples
 COLUMNS = {  # title: measure, and whether more or less is better
     "reward at {samples} samples": ("reward_at_samples", max),
     "reward at {seconds:g} s": ("reward_at_seconds", max),
+    "judge's rating": ("rating", max),
     "obedience": ("obedience", max),
     "diversity": ("diversity", max),
     "base distance": ("base_distance", min),
