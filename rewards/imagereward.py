@@ -119,11 +119,14 @@ def load_blip(weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, s
     with torch.device("meta"):
         shapes = BlipTower(*build_blip(vision_config, text_config))
     check_weights(weights, shapes, source, "ImageReward's")
-    vision, text = ({k.removeprefix(f"{part}."): w for k, w in weights.items() if k.startswith(part)}
-                    for part in ("vision_model", "text_encoder"))  # fmt: skip
+    words = load_bert_tokenizer(tokenizer, text_config.vocab_size)
+    vision, text = (
+        {name.removeprefix(part): weight for name, weight in weights.items() if name.startswith(part)}
+        for part in ("vision_model.", "text_encoder.")
+    )
     vision_model = BlipVisionModel.from_pretrained(None, config=vision_config, state_dict=vision)
     text_encoder = BlipTextModel.from_pretrained(None, config=text_config, state_dict=text, add_pooling_layer=False)
-    return BlipTower(vision_model, text_encoder, load_bert_tokenizer(tokenizer, text_config.vocab_size), dtype)
+    return BlipTower(vision_model, text_encoder, words, dtype)
 
 
 def build_blip(vision_config, text_config) -> tuple[nn.Module, nn.Module]:

@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.reward_references import CASES, compare
+from tests.reward_references import CASES, Difference, compare
 
 
 def main(names: list[str]) -> None:
@@ -42,12 +42,16 @@ def main(names: list[str]) -> None:
     print("\n".join(rows))
 
 
-def row(name, d) -> str:
+def row(name: str, d: Difference) -> str:
     tokens = {None: "–", True: "equal", False: "differ"}[d.tokens]
     return (
-        f"| {name} | {d.pixels:.1e} ({d.resized:.2g}) | {tokens} | {d.scores:.1e} ({d.resized_scores:.1e}) | "
-        f"{d.gradient:.1e} |"
+        f"| {name} | {number(d.pixels)} ({d.resized:.2f}) | {tokens} | {number(d.scores)} ({number(d.resized_scores)}) "
+        f"| {number(d.gradient)} |"
     )
+
+
+def number(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
 
 
 if __name__ == "__main__":
