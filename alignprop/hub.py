@@ -5,6 +5,7 @@ nowhere else.
 """
 
 import io
+import re
 import shlex
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,12 +136,14 @@ def _plain_errors(what: str):
         token = get_token() or ""
         if not token:
             raise ConfigError(f"{what} needs a token: set HF_TOKEN, or log in with `hf auth login`")
+        if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):  # RFC 6750, 2.1; the client would quote it, escaped
+            raise ConfigError(f"{what}: HF_TOKEN or the login has characters that no token has")
         yield token
     except ConfigError:
         raise
     except Exception as error:  # the hub, the network, the disk and the hub's client have all kinds
         reason = _reason(error)
-        # Without its cause: what the client says may quote the request.
+        # Without its cause: what the client or the hub says may quote the request.
         raise ConfigError(f"{what}: {reason.replace(token, '…') if token else reason}") from None
     finally:
         session.timeout = before

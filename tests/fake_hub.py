@@ -27,7 +27,7 @@ class FakeHub:
         users: {token: what whoami answers}.
         repositories: by name; "me/x" may be written to by the user or the organisations "me".
         requests: (method, path, token or None) of all that came.
-        failures: {(method, pattern of the path): status} of what is to fail.
+        failures: {(method, pattern of the path): status} of what is to fail, with `complaint`.
         url: where it listens.
     """
 
@@ -35,6 +35,7 @@ class FakeHub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     failures: dict[tuple[str, str], int] = field(default_factory=dict)
+    complaint: str = "out of order"
     large: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
 
@@ -50,7 +51,7 @@ class FakeHub:
         """Status and JSON."""
         for (wanted, pattern), status in self.failures.items():
             if wanted == method and re.search(pattern, path):
-                return status, {"error": "out of order"}
+                return status, {"error": self.complaint}
         if upload := re.fullmatch(r"/large/(\w+)", path):  # elsewhere: the address itself is the permission
             assert token is None and hashlib.sha256(body).hexdigest() == upload[1]
             self.large[upload[1]] = body

@@ -195,11 +195,19 @@ def test_offline(hub, monkeypatch):
         check_hub("me/toy", private=False)
 
 
-def test_a_token_that_cannot_be_sent_is_not_shown(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_s3cret\x01")
-    with pytest.raises(ConfigError) as told:
+@pytest.mark.parametrize("token", ["hf_s3cret\x0bx", "hf_s3crét", "hf s3cret", "hf_'s3cret"])
+def test_what_cannot_be_a_token_is_neither_sent_nor_shown(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ConfigError, match=r"has characters that no token has$") as told:
         check_hub("me/toy", private=False)
-    assert "s3cret" not in str(told.value) and told.value.__cause__ is None
+    assert "s3" not in str(told.value) and hub.requests == []
+
+
+def test_a_hub_that_quotes_the_token_is_not_quoted(hub):
+    hub.failures, hub.complaint = {("GET", "whoami"): 500}, f"Bearer {TOKEN} is odd"
+    with pytest.raises(ConfigError, match=r"the hub answers 500: Bearer … is odd") as told:
+        check_hub("me/toy", private=False)
+    assert told.value.__cause__ is None and told.value.__suppress_context__
 
 
 # ---- uploading
