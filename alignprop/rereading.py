@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from alignprop.lora import LoraWeights
-from alignprop.models.configs import FAMILIES
+from alignprop.models import FAMILIES
 from alignprop.models.skeleton import build_module
 from alignprop.settings import ConfigError
 
@@ -131,7 +131,7 @@ def pipeline_around(denoiser: torch.nn.Module, family: str):
     """A diffusers pipeline that has a denoiser and nothing else, which is enough to load a LoRA."""
     import diffusers
 
-    cls = getattr(diffusers, next(name for name, own in FAMILIES.items() if own == family))
+    cls = getattr(diffusers, FAMILIES[family].pipeline)
     parameters = inspect.signature(cls.__init__).parameters.values()
     parts = {p.name: None for p in parameters if p.default is p.empty and p.name != "self"}
     return cls(**parts | {"unet" if "unet" in parts else "transformer": denoiser})

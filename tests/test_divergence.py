@@ -39,7 +39,7 @@ def toy(guidance_scale=3.0):
     )
     zeros = torch.zeros(3)
     sampler = Sampler(TIMES, zeros, zeros, zeros, alpha=ALPHA, sigma=SIGMA)
-    f = SimpleNamespace(scale=guidance_scale, autocast=nullcontext)
+    f = SimpleNamespace(guidance_scale=guidance_scale, autocast=nullcontext)
     return SimpleNamespace(model=model, denoiser=layer, sampler=sampler, f=f)
 
 

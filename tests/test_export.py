@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from alignprop import kohya
 from alignprop.export import export_lora
 from alignprop.lora import LORA_FILE, LoraWeights, read_lora, set_lora
-from alignprop.models.configs import FAMILIES, bundled_config, folder_config
+from alignprop.models import FAMILIES
+from alignprop.models.configs import bundled_config, folder_config
 from alignprop.rereading import hollow, pipeline_around
 from alignprop.seeding import generator
 from alignprop.settings import ConfigError, resolve, save_config
@@ -33,7 +34,7 @@ JOINT = (*ATTENTION, "add_q_proj", "add_v_proj", "to_add_out", "ff.net.2", "ff_c
 
 def write_facts(facts, folder) -> Path:
     """A pipeline's folder without weights: what `folder_config` reads the facts from."""
-    family = next(name for name, own in FAMILIES.items() if own == facts["family"])
+    family = FAMILIES[facts["family"]].pipeline
     part = "unet" if "UNet" in facts["denoiser"]["_class_name"] else "transformer"
     encoders = {f"text_encoder{'' if i == 0 else f'_{i + 1}'}": e for i, e in enumerate(facts["text_encoders"])}
     parts = {part: facts["denoiser"], "vae": facts["vae"], "scheduler": facts["scheduler"], **encoders}

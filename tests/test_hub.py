@@ -121,7 +121,7 @@ def test_other_processes_upload_nothing(toy_config, hub, monkeypatch):
 
 def test_a_run_that_was_stopped_is_not_uploaded(toy_config, hub):
     with pytest.raises(SystemExit):
-        AlignPropTrainer(toy_config(hub__repo="me/toy"), reward=asks_to_stop(6)).train()
+        AlignPropTrainer(toy_config(hub__repo="me/toy"), reward_function=asks_to_stop(6)).train()
     assert hub.repositories == {}
 
 

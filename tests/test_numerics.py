@@ -146,7 +146,7 @@ def test_a_lora_with_b_zero_gives_the_base_pictures_to_the_byte(tiny_config, tmp
     config = tiny_config(num_inference_steps=4, mixed_precision=precision)
     model = StableDiffusion.load(PIPELINE, dtype={"no": torch.float32, "bf16": torch.bfloat16}[precision])
     base = pictures(model, config)
-    add_lora(model.denoiser, 4, 8.0, config.lora_target_modules, seed=0)
+    add_lora(model.denoiser, 4, 8.0, model.lora_targets, seed=0)
     weights = get_lora(model.denoiser)
     assert all(tensor.any() == ("lora_A" in name) for name, tensor in weights.tensors.items())
     assert pictures(model, config) == base

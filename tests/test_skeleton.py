@@ -8,7 +8,7 @@ from alignprop.models.configs import bundled_config, folder_config
 from alignprop.models.sd import StableDiffusion
 from alignprop.models.skeleton import build_module, random_model, skeleton
 from alignprop.settings import ConfigError
-from tests.tiny_families import TINY
+from tests.tiny_families import SIDE, TINY
 
 FULL_SIZE = {  # latents, side of the picture, TFLOP of one sample's network call
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ((4, 64, 64), 512, 0.803),
@@ -68,7 +68,7 @@ def test_a_skeleton_of_a_folder_is_the_model_that_it_loads_as(pipeline_folder):
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_weights_give_finite_gradients_in_any_precision(family, dtype):
-    model = random_model(TINY[family], dtype, "cpu")
+    model = random_model(TINY[family], dtype, "cpu", resolution=SIDE.get(family))
     assert {p.dtype for module in modules(model) for p in module.parameters()} == {dtype}
     assert torch.get_default_dtype() == torch.float32
     latents = model.init_latents([torch.Generator().manual_seed(0)]).requires_grad_()

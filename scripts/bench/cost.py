@@ -93,7 +93,8 @@ def their_step(model: Model, reward, idle: list, config: ConfigDict, samples: in
     account = Account(model.device.type)
     account.track(model.denoiser, model.decoder, *model.text_encoders, reward, *idle, latents)
     with account:
-        add_lora(model.denoiser, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
+        targets = config.lora_target_modules or model.lora_targets
+        add_lora(model.denoiser, config.lora_rank, config.lora_alpha, targets, config.seed)
         parameters = list(trainable_parameters(model.denoiser).values())
         optimizer = torch.optim.AdamW(parameters)
         for parameter in parameters:
