@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from alignprop.card import model_card, read_run, usage
 from alignprop.checkpoint import checkpoints_of
 from alignprop.hub import contents_of
 from alignprop.lora import LORA_FILE
-from alignprop.pictures import read_grid, save_grid
+from alignprop.pictures import save_grid
 from alignprop.settings import ConfigError, resolve, save_config
 from config import ddpo
 from tests.test_pictures import BLUE, RED, flat
@@ -93,16 +94,22 @@ def test_the_card_of_a_whole_run(tmp_path):
     assert "license" not in header and "license" not in text.lower()
 
 
-def test_the_gallery_has_the_pictures_of_the_uploaded_weights(tmp_path):
-    folder = make_run(tmp_path / "r", WHOLE, best=2, grids=(0, 2))
-    save_grid(flat(BLUE, BLUE, RED), ["a cat\n1", "a dog\n2", "a cow\n3"], folder / "samples" / "step_000004.png")
+def test_the_gallery_has_the_uploaded_weights_first_picture_of_each_prompt(tmp_path):
+    folder = make_run(tmp_path / "r", WHOLE, best=2)
+    for step, colours in ((0, (RED, RED, RED)), (2, (BLUE, RED, RED)), (4, (RED, BLUE, BLUE))):
+        labels = ["a cat\n1.00", "a cat\n2.00", "a dog\n3.00"]
+        save_grid(flat(*colours), labels, folder / "samples" / f"step_{step:06d}.png")
     contents = contents_of(read_run(folder), "me/toy")
     pictures = [path for path in contents if path.startswith("images/")]
-    for name, colour in zip(pictures, (RED, BLUE), strict=True):
-        (tmp_path / "picture.png").write_bytes(contents[name])
-        assert read_grid(tmp_path / "picture.png") == []
-        with Image.open(tmp_path / "picture.png") as picture:
+    for name, colour in zip(pictures, (BLUE, RED), strict=True):
+        with Image.open(io.BytesIO(contents[name])) as picture:
             assert picture.size == (128, 128) and picture.getcolors() == [(128 * 128, colour)]
+
+
+def test_a_gallery_is_no_longer_than_a_reader_likes(tmp_path):
+    folder = make_run(tmp_path / "r", WHOLE, best=2)
+    save_grid(flat(*[RED] * 12), [f"{n} cats\n1" for n in range(12)], folder / "samples" / "step_000002.png")
+    assert [one["text"] for one in card_of(folder)[0]["widget"]] == [f"{n} cats" for n in range(8)]
 
 
 def test_where_the_last_step_is_the_best_one_picture_says_it(tmp_path):

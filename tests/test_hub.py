@@ -101,6 +101,8 @@ def test_an_upload_that_fails_loses_nothing_and_tells_how_to_repeat_it(toy_confi
 
     hub.failures = {}
     command = shlex.split(str(told.value).rpartition("repeat the upload with: ")[2])
+    folder = str(trainer.run.folder)
+    assert command == ["python", "scripts/push_to_hub.py", folder, "--repo", "me/toy", "--private"]
     before = everything_in(trainer.run.folder)
     monkeypatch.setattr("sys.argv", command[1:])
     push_to_hub.main()
