@@ -8,10 +8,11 @@ import torch
 
 from alignprop.lora import read_lora
 from alignprop.models import FAMILIES
-from alignprop.models.configs import folder_config
+from alignprop.models.configs import find_config, folder_config
 from alignprop.models.loading import load_model
 from alignprop.models.skeleton import skeleton
-from alignprop.settings import ConfigError
+from alignprop.settings import ConfigError, resolve
+from config import models
 from scripts.bench.families import (
     GUIDED,
     PROMPTS,
@@ -177,6 +178,14 @@ def test_smaller_pictures(folders, family):
     assert our_pictures(model, 1.0).shape == (2, 3, 8, 8)
     with pytest.raises(ConfigError, match=r"^resolution = 9 must be a multiple of 4"):
         load_model(str(folders(family)), resolution=9)
+
+
+@pytest.mark.parametrize("preset", models.PRESETS)
+def test_a_preset_is_of_its_family_and_of_a_model_whose_size_is_known(preset):
+    config = resolve(models.get_config(preset), num_processes=4)
+    assert find_config(config.pretrained.model)["family"] == preset
+    with pytest.raises(ConfigError, match=r"^preset = 'sdx' is not one of 'sdxl', "):
+        models.get_config("sdx")
 
 
 def test_a_pipeline_of_no_known_family(folders, tmp_path):
