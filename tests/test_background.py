@@ -76,12 +76,12 @@ def test_what_was_submitted_after_a_failed_job_is_dropped():
 
 
 def test_an_interrupted_wait_can_be_taken_up_again():
-    background, done, waiting = Background(), [], threading.Event()
+    background, done, waiting, interrupted = Background(), [], threading.Event(), threading.Event()
 
     def interrupt():
         waiting.wait(60)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)
+        interrupted.wait(60)
         done.append("all")
 
     background.submit(interrupt)
@@ -89,6 +89,7 @@ def test_an_interrupted_wait_can_be_taken_up_again():
         waiting.set()
         background.wait()
     assert done == []
+    interrupted.set()
     background.wait()
     assert done == ["all"]
 
