@@ -80,6 +80,7 @@ def test_an_interrupted_wait_can_be_taken_up_again():
 
     def interrupt():
         waiting.wait(60)
+        time.sleep(0.3)  # a signal just before the main thread falls asleep would not wake it
         os.kill(os.getpid(), signal.SIGINT)
         interrupted.wait(60)
         done.append("all")
