@@ -97,38 +97,33 @@ def run_task(config, plan_only=False, gpu_memory=None):
     import diffusers
     import transformers
 
-    from rewards.base import RewardError
-
     # Loading takes seconds; downloads and the run keep their progress bars.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
-    try:
-        if plan_only:
-            from alignprop.tasks import plan
+    if plan_only:
+        from alignprop.tasks import plan
 
-            plan(config, gpu_memory)
-        elif config.task == "evaluate":
-            from alignprop.tasks import evaluate
+        plan(config, gpu_memory)
+    elif config.task == "evaluate":
+        from alignprop.tasks import evaluate
 
-            evaluate(config)
-        elif config.task == "guide":
-            from alignprop.tasks import guide
+        evaluate(config)
+    elif config.task == "guide":
+        from alignprop.tasks import guide
 
-            guide(config)
-        elif config.task == "evaluate_soup":
-            from alignprop.tasks import evaluate_soup
+        guide(config)
+    elif config.task == "evaluate_soup":
+        from alignprop.tasks import evaluate_soup
 
-            evaluate_soup(config)
-        elif config.algorithm == "ddpo":
-            from alignprop.ddpo import DDPOTrainer
+        evaluate_soup(config)
+    elif config.algorithm == "ddpo":
+        from alignprop.ddpo import DDPOTrainer
 
-            DDPOTrainer(config).train()
-        else:
-            from alignprop.trainer import AlignPropTrainer
+        DDPOTrainer(config).train()
+    else:
+        from alignprop.trainer import AlignPropTrainer
 
-            AlignPropTrainer(config).train()
-    except RewardError as error:
-        raise ConfigError(str(error)) from error
+        AlignPropTrainer(config).train()
 
 
 if __name__ == "__main__":

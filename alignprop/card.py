@@ -18,6 +18,7 @@ from alignprop.guards import MEASURES
 from alignprop.lora import LORA_FILE
 from alignprop.manifest import damage_of
 from alignprop.models import FAMILIES, OLDEST
+from alignprop.models.configs import find_config
 from alignprop.settings import ConfigError, flatten
 from alignprop.tracking import MetricsLog
 
@@ -133,7 +134,7 @@ def usage(run: RunFolder, repo: str, prompts: list[str]) -> str:
     if base.endswith((".safetensors", ".ckpt")):
         pipeline_class, load = FAMILIES[OLDEST].pipeline, "from_single_file"
     revision = f', revision="{c["pretrained.revision"]}"' if c.get("pretrained.revision") else ""
-    options = f"num_inference_steps={c['num_inference_steps']}, guidance_scale={c['guidance_scale']}"
+    options = ", ".join(f"{name}={value}" for name, value in _call_options(c).items())
     image = f"image = pipeline({json.dumps((prompts or ['a cat'])[0], ensure_ascii=False)}, {options}).images[0]"
     if run.has_lora:
         return "\n".join([
@@ -150,6 +151,23 @@ def usage(run: RunFolder, repo: str, prompts: list[str]) -> str:
         f'pipeline = {pipeline_class}.{load}("{base}"{revision}, {name}={name})',
         image,
     ])  # fmt: skip
+
+
+def _call_options(c: dict) -> dict[str, object]:
+    """What the pipeline is told for pictures like the run's."""
+    try:
+        family = find_config(c["pretrained.model"], c.get("pretrained.revision"))["family"]
+    except ConfigError:  # a single file, or on another machine
+        family = OLDEST
+    options = {
+        "num_inference_steps": c["num_inference_steps"],
+        "guidance_scale": c["guidance_scale"] + FAMILIES[family].guidance_offset,
+    }
+    if c.get("true_cfg_scale", 1) != 1:
+        options |= {"true_cfg_scale": c["true_cfg_scale"], "negative_prompt": "''"}
+    if c.get("resolution"):
+        options |= {"height": c["resolution"], "width": c["resolution"]}
+    return options
 
 
 def _results(run: RunFolder) -> str:

@@ -33,6 +33,8 @@ _HAS_EFFECT = {
     "lora_target_modules": (lambda c: c.use_lora, "use_lora = True"),
     "pretrained.config": (
         lambda c: c.pretrained.model.endswith((".safetensors", ".ckpt")), "a single file as pretrained.model"),
+    "pretrained.without": (
+        lambda c: not c.pretrained.model.endswith((".safetensors", ".ckpt")), "a pipeline as pretrained.model"),
     "pretrained.revision": (lambda c: not os.path.exists(c.pretrained.model), "a hub name as pretrained.model"),
     "guidance_grad": (lambda c: c.guidance_scale != 1, "guidance_scale > 1"),
     "memory.guidance_batching": (lambda c: c.guidance_scale != 1, "guidance_scale > 1"),

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from alignprop.callbacks import PromptFunction, call_hook, check_given, with_names
+from alignprop.callbacks import PromptFunction, call_hook, with_names
 from alignprop.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
 from alignprop.evaluate import Evaluation
 from alignprop.hub import push_finished
@@ -48,7 +48,6 @@ class TrainingLoop:
         self, config, reward_function=None, prompt_function=None, model=None, image_samples_hook=None,
         needs_gradient=False,
     ):  # fmt: skip
-        check_given(config, model, image_samples_hook)
         self.image_samples_hook = image_samples_hook
         own = PromptFunction(prompt_function) if prompt_function else None
         self.prompts = own or load_prompts(config.prompt_fn, "prompt_fn")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -35,8 +36,9 @@ def skeleton_reward(spec: str, options: Mapping[str, Mapping], tower_config: Tow
     """
     weights = parse_spec(spec)
     make = {
-        "aesthetic": _aesthetic, "hps": _hps, "pickscore": _pickscore, "imagereward": _imagereward,
-        "clip": _clip, "siglip": _siglip,
+        "aesthetic": _aesthetic, "hps": _hps, "imagereward": _imagereward, "siglip": _siglip,
+        "clip": partial(_of_a_clip, "clip", ClipReward),
+        "pickscore": partial(_of_a_clip, "pickscore", PickScoreReward),
     }  # fmt: skip
     terms = {n: make[n](options[n], tower_config) if n in make else BlankReward() for n in weights}
     return WeightedReward(spec, terms, weights).to("meta")
@@ -70,12 +72,6 @@ def _hps(options: Mapping, tower_config: TowerConfig) -> HPSReward:
     return reward
 
 
-def _pickscore(options: Mapping, tower_config: TowerConfig) -> PickScoreReward:
-    reward = _blank(PickScoreReward)
-    reward.tower = _clip_tower(tower_config(options["model"], "pickscore.model", "clip"), options["dtype"])
-    return reward
-
-
 def _imagereward(options: Mapping, tower_config: TowerConfig) -> ImageReward:
     from transformers import BlipTextConfig, BlipVisionConfig
 
@@ -88,9 +84,9 @@ def _imagereward(options: Mapping, tower_config: TowerConfig) -> ImageReward:
     return reward
 
 
-def _clip(options: Mapping, tower_config: TowerConfig) -> ClipReward:
-    reward = _blank(ClipReward)
-    reward.tower = _clip_tower(tower_config(options["model"], "clip.model", "clip"), options["dtype"])
+def _of_a_clip(name: str, kind: type, options: Mapping, tower_config: TowerConfig) -> ClipReward | PickScoreReward:
+    reward = _blank(kind)
+    reward.tower = _clip_tower(tower_config(options["model"], f"{name}.model", "clip"), options["dtype"])
     return reward
 
 

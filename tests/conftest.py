@@ -34,6 +34,14 @@ def fresh_accelerate():
 
 
 @pytest.fixture
+def offline(monkeypatch):
+    """Nothing may reach for the hub; transformers and huggingface_hub fail at once instead."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
 def no_plots(request, monkeypatch):
     """Drawing curves costs more than the toy runs; the test of the run folder keeps it."""
     if "complete" not in request.node.name:

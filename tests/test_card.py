@@ -212,6 +212,16 @@ def test_a_revision_belongs_to_the_base_model(tmp_path):
     assert 'from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", revision="abc")' in code
 
 
+def test_the_pipeline_is_called_for_pictures_like_the_runs(tmp_path):
+    """Z-Image's pipeline counts guidance from 0; a size and FLUX.1's second guidance are said where they are set."""
+    options = dict(pretrained__model="Tongyi-MAI/Z-Image", guidance_scale=5.0, resolution=512)
+    code = usage(read_run(make_run(tmp_path / "z", config=preset(**options))), "me/toy", [])
+    assert "guidance_scale=4.0, height=512, width=512)" in code
+    options = dict(pretrained__model="black-forest-labs/FLUX.1-dev", guidance_scale=3.5, true_cfg_scale=2.0)
+    code = usage(read_run(make_run(tmp_path / "f", config=preset(**options))), "me/toy", [])
+    assert "guidance_scale=3.5, true_cfg_scale=2.0, negative_prompt='')" in code
+
+
 # ---- what is no run
 
 

@@ -11,7 +11,9 @@ from rewards import RewardError, build_reward
 from rewards.count import parse_count, survivors, wanted_count
 from rewards.detectors import DetectorPreprocess
 from scripts.tiny import world
-from tests.reward_files import laion_head, make_clip, make_tokenizer
+from tests.reward_files import error_of, laion_head, make_clip, make_tokenizer
+
+pytestmark = pytest.mark.usefixtures("offline")
 
 LABELS = {0: "N/A", 1: "person", 2: "apple", 3: "bear", 4: "teddy bear"}
 
@@ -90,13 +92,6 @@ def detr(tmp_path_factory):
     return str(make_detr(tmp_path_factory.mktemp("detr")))
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
 def pictures(number, height=64, width=64, seed=0):
     """Pictures of 8-bit values, coarse patches on noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -106,13 +101,6 @@ def pictures(number, height=64, width=64, seed=0):
 
 def as_pil(image):
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def error_of(function, *arguments) -> str:
-    with pytest.raises(RewardError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def detector_of(model):

@@ -47,6 +47,7 @@ def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
     (dict(reward_fn="hps"), "reward_combine", "several rewards"),
     (dict(reward_fn="hps", eval_reward_fn="aesthetic"), "siglip.model", "that reward in reward_fn or eval_reward_fn"),
     (dict(), "hub.private", "hub.repo"),
+    (dict(pretrained__model="sd3.safetensors"), "pretrained.without", "a pipeline as pretrained.model"),
     (dict(task="evaluate", hub__repo="me/toy"), "hub.repo", "does not train"),
 ])  # fmt: skip
 def test_newer_fields_without_effect_are_told(config, field, told):

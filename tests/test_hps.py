@@ -1,6 +1,7 @@
 """HPSv2's checkpoint format, its prompts and its gradient; equality with the hpsv2 package is tested beside this."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from rewards import RewardError, build_reward
+from rewards import build_reward
 from rewards.hps import check_fit, clean, config_of, convert_open_clip
 from rewards.preprocess import PadPreprocess
-from tests.reward_files import make_tokenizer, open_clip_state
+from tests.reward_files import make_tokenizer, open_clip_state, refusal
+
+pytestmark = pytest.mark.usefixtures("offline")
 
 PROMPTS = ["a red cat", "two dogs on a sofa"]
 
@@ -30,25 +33,13 @@ def reward(files):
     return build_reward("hps", {"hps": files})
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def images():
     coarse = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return nn.functional.interpolate(coarse, (256, 256), mode="nearest")
 
 
-def error_of(**options) -> str:
-    with pytest.raises(RewardError) as caught:
-        build_reward("hps", {"hps": options})
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+error_of = partial(refusal, "hps")
 
 
 def test_full_size_checkpoint_converts_strictly():

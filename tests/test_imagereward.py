@@ -1,15 +1,18 @@
 """ImageReward's checkpoint and prompts; equality with the image-reward package is in test_reward_references.py."""
 
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 
-from rewards import RewardError, build_reward
+from rewards import build_reward
 from rewards.imagereward import MEAN, STD, build_blip, configs_of, split_checkpoint
 from rewards.towers import check_weights
 from tests.imagereward_files import imagereward_state, make_bert_tokenizer
-from tests.reward_files import make_options
+from tests.reward_files import make_options, refusal
+
+pytestmark = pytest.mark.usefixtures("offline")
 
 PROMPTS = ["a red cat", "two dogs on a sofa"]
 
@@ -24,23 +27,12 @@ def reward(options):
     return build_reward("imagereward", {"imagereward": options})
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def images():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def error_of(**options) -> str:
-    with pytest.raises(RewardError) as caught:
-        build_reward("imagereward", {"imagereward": options})
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+error_of = partial(refusal, "imagereward")
 
 
 def test_full_size_checkpoint_converts_strictly():

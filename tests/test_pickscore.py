@@ -1,12 +1,15 @@
 """PickScore's own files and scale; equality with transformers is tested in test_reward_references.py."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from rewards import RewardError, build_reward
-from tests.reward_files import make_clip, make_options, make_tokenizer
+from rewards import build_reward
+from tests.reward_files import make_clip, make_options, make_tokenizer, refusal
+
+pytestmark = pytest.mark.usefixtures("offline")
 
 PROMPTS = ["a red cat", "two dogs"]
 
@@ -16,23 +19,12 @@ def options(tmp_path_factory):
     return make_options("pickscore", tmp_path_factory.mktemp("pickscore"))
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def images():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def error_of(**options) -> str:
-    with pytest.raises(RewardError) as caught:
-        build_reward("pickscore", {"pickscore": options})
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+error_of = partial(refusal, "pickscore")
 
 
 def test_score_is_the_files_own_scale_times_the_cosine(options, images, tmp_path):

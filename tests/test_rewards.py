@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import rewards
-from rewards import RewardError, build_reward, check_rewards, parse_spec, require_differentiable
+from rewards import build_reward, check_rewards, parse_spec, require_differentiable
 from rewards.base import Reward
+from tests.reward_files import error_of
 
 MODULE = """
     import torch
@@ -84,14 +85,6 @@ def images():
 
 
 PROMPTS = ["a", "bb", "ccc", "dddd"]
-
-
-def error_of(function, *arguments, **keywords) -> str:
-    with pytest.raises(RewardError) as caught:
-        function(*arguments, **keywords)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(

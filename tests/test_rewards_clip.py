@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import RewardError, build_reward
+from rewards import build_reward
 from rewards.aesthetic import AestheticHead, AestheticReward
 from rewards.clip import ClipReward
 from rewards.preprocess import CLIP_MEAN, ClipPreprocess, PadPreprocess
-from tests.reward_files import laion_head, make_clip
+from tests.reward_files import laion_head, make_clip, refusal
+
+pytestmark = pytest.mark.usefixtures("offline")
 
 PROMPTS = ["a red cat", "two dogs"]
 
@@ -34,22 +36,6 @@ def head_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / "aesthetic-model.pth"
     torch.save(laion_head(), path)
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """No test of these may reach for the hub; transformers and huggingface_hub fail at once instead."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def error_of(spec, **options) -> str:
-    with pytest.raises(RewardError) as caught:
-        build_reward(spec, {spec: options})
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def random_image(height, width, seed=0, smooth=True):
@@ -144,7 +130,7 @@ def test_unusable_preprocessor_file_is_one_line(change, part, clip_folder, tmp_p
     shutil.copytree(clip_folder, folder)
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert part in error_of("clip", model=str(folder))
+    assert part in refusal("clip", model=str(folder))
 
 
 # ---------------------------------------------------------------- clip
@@ -378,39 +364,39 @@ def write_broken_head(path, kind):
 def test_broken_head_is_one_line(kind, part, tmp_path, capsys):
     path = tmp_path / "head.pth"
     write_broken_head(path, kind)
-    message = error_of("aesthetic", head_file=str(path))
+    message = refusal("aesthetic", head_file=str(path))
     assert "aesthetic.head_file" in message and str(path) in message and part in message
     assert "never run" not in capsys.readouterr().out
 
 
 def test_damaged_safetensors_is_one_line(tmp_path):
     (tmp_path / "head.safetensors").write_bytes(b"nonsense")
-    assert "cannot be read" in error_of("aesthetic", head_file=str(tmp_path / "head.safetensors"))
+    assert "cannot be read" in refusal("aesthetic", head_file=str(tmp_path / "head.safetensors"))
 
 
 def test_head_of_another_width_is_refused(clip_folder, head_file):
-    message = error_of("aesthetic", clip=clip_folder, head_file=head_file)
+    message = refusal("aesthetic", clip=clip_folder, head_file=head_file)
     assert "768" in message and "24" in message
 
 
 def test_missing_model_says_what_was_tried(head_file, tmp_path):
     for message in (
-        error_of("clip", model="nobody/absent-model"),
-        error_of("clip", model=str(tmp_path / "absent")),
-        error_of("aesthetic", clip="nobody/absent-model", head_file=head_file),
-        error_of("aesthetic", head_repo="nobody/absent-head"),
+        refusal("clip", model="nobody/absent-model"),
+        refusal("clip", model=str(tmp_path / "absent")),
+        refusal("aesthetic", clip="nobody/absent-model", head_file=head_file),
+        refusal("aesthetic", head_repo="nobody/absent-head"),
     ):
         assert "absent" in message and "HF_HOME" in message and "local folder" in message
-    assert "does not exist" in error_of("aesthetic", head_file=str(tmp_path / "absent.pth"))
+    assert "does not exist" in refusal("aesthetic", head_file=str(tmp_path / "absent.pth"))
 
 
 def test_folder_that_is_no_clip_is_one_line(clip_folder, tmp_path):
-    assert "config.json" in error_of("clip", model=str(tmp_path))
+    assert "config.json" in refusal("clip", model=str(tmp_path))
     folder = tmp_path / "other"
     shutil.copytree(clip_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "clip_vision_model"}))
-    assert "clip_vision_model" in error_of("clip", model=str(folder))
+    assert "clip_vision_model" in refusal("clip", model=str(folder))
 
 
 def test_incomplete_weights_are_refused(clip_folder, tmp_path):
@@ -421,18 +407,18 @@ def test_incomplete_weights_are_refused(clip_folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "visual_projection.weight" in error_of("clip", model=str(folder))
+    assert "visual_projection.weight" in refusal("clip", model=str(folder))
     (folder / "model.safetensors").unlink()
-    assert "cannot be loaded as a CLIP model" in error_of("clip", model=str(folder))
+    assert "cannot be loaded as a CLIP model" in refusal("clip", model=str(folder))
 
 
 def test_tokenizer_of_another_model_is_refused(clip_folder, tmp_path):
     folder = tmp_path / "clip"
     shutil.copytree(clip_folder, folder)
     (folder / "tokenizer.json").unlink()  # transformers would go on with an almost empty vocabulary
-    assert "does not fit the text tower" in error_of("clip", model=str(folder))
+    assert "does not fit the text tower" in refusal("clip", model=str(folder))
 
 
 def test_unknown_dtype_names_the_nearest(clip_folder):
-    message = error_of("clip", model=clip_folder, dtype="bfloat")
+    message = refusal("clip", model=clip_folder, dtype="bfloat")
     assert "'bfloat'" in message and "did you mean 'bfloat16'" in message

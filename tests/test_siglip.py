@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 
-from rewards import RewardError, build_reward
+from rewards import build_reward
 from rewards.siglip import canonical
-from tests.reward_files import make_siglip
+from tests.reward_files import make_siglip, refusal
+
+pytestmark = pytest.mark.usefixtures("offline")
 
 PROMPTS = ["a red cat", "two dogs on a sofa"]
 
@@ -16,13 +18,6 @@ PROMPTS = ["a red cat", "two dogs on a sofa"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_siglip(tmp_path_factory.mktemp("siglip"))
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -41,10 +36,7 @@ def build(folder, **options):
 
 
 def error_of(folder) -> str:
-    with pytest.raises(RewardError) as caught:
-        build(folder)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal("siglip", model=str(folder))
 
 
 def test_score_is_a_cosine_that_sees_image_and_prompt(folder, images):

@@ -111,9 +111,11 @@ class LatentDiffusion:
         return tokenizer, limit - len(tokenizer(empty).input_ids)
 
     def latent_channels(self) -> int:
+        """Of x[0]."""
         return self.decoder.config.latent_channels
 
     def latent_size(self, resolution: int | None) -> tuple[int, int]:
+        """Height and width of x[0] for pictures of `resolution` pixels a side; None is the model's own size."""
         if resolution is None:
             size = self.denoiser.config.sample_size
             return (size, size) if isinstance(size, int) else tuple(size)

@@ -62,8 +62,7 @@ def pipeline_pictures(family: str, pipeline, guidance_scale: float, **options) -
     """What a person gets who calls the family's own pipeline, [2, 3, H, W] in [0, 1]."""
     if family in WITHOUT_SIZE:
         options |= {"height": 16, "width": 16}
-    # Z-Image's pipeline counts guidance from 0, every other from 1.
-    guidance_scale -= family == "z_image"
+    guidance_scale += FAMILIES[family].guidance_offset
     return pipeline(
         prompt=list(PROMPTS), num_inference_steps=STEPS, guidance_scale=guidance_scale,
         generator=generators(range(2), "x"), output_type="pt", **options,
