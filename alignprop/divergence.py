@@ -2,13 +2,25 @@
 
 import torch
 
-from alignprop.models.base import Conditioning
+from alignprop.lora import has_lora
+from alignprop.models.base import Conditioning, Model
 from alignprop.rollout import Rollout
 from alignprop.scaling import without_lora
 from alignprop.sharding import is_sharded, release
 
 
-def base_distance(rollout: Rollout, latents, cond: Conditioning, steps, noise) -> torch.Tensor:
+def base_conditioning(model: Model, prompts: list[str], cond: Conditioning) -> Conditioning:
+    """What the base model makes of prompts of which the fine-tuned one has made `cond`."""
+    encoders = [encoder for encoder in model.lora_encoders.values() if has_lora(encoder)]
+    if not encoders:
+        return cond
+    with without_lora(*encoders):
+        return model.encode_prompts(prompts)
+
+
+def base_distance(
+    rollout: Rollout, latents, cond: Conditioning, base_cond: Conditioning, steps, noise
+) -> torch.Tensor:
     """Mean squared difference of the denoiser's output, with its adapter, to the base model's, [B].
 
     Both see x = α[i]·latents + σ[i]·noise, under the conditional branch alone. Two steps of a stochastic chain that
@@ -16,12 +28,12 @@ def base_distance(rollout: Rollout, latents, cond: Conditioning, steps, noise) -
     this, up to a factor of the step (DPOK, Fan et al. 2023, arXiv 2305.16381; the same weighting that Ho et al. 2020,
     arXiv 2006.11239, leave out of the loss). It has a meaning for a deterministic chain too.
 
-    Differentiable in the adapter where gradients are enabled; the latents are taken for constants.
+    Differentiable in the adapter and in `cond` where gradients are enabled; the latents are taken for constants.
 
     Args:
         rollout: of the model and the chain.
         latents: final ones, float32 [B, ...].
-        cond: of the B samples.
+        cond, base_cond: of the B samples, and what the base model has instead.
         steps: i of each sample, int [B].
         noise: standard normal, [B, ...].
     """
@@ -30,19 +42,20 @@ def base_distance(rollout: Rollout, latents, cond: Conditioning, steps, noise) -
     alpha, sigma = (level[steps].to(latents).view(shape) for level in (sampler.alpha, sampler.sigma))
     x = (alpha * latents + sigma * noise.to(latents)).detach()
     timesteps = sampler.timesteps[steps].to(latents.device)
-    conditional = model.branches(cond, f.guidance_scale)[-1]
 
-    def output():
+    def output(cond: Conditioning) -> torch.Tensor:
         with f.autocast():
-            return model.predict(x, timesteps, conditional).to(x.dtype)
+            return model.predict(x, timesteps, model.branches(cond, f.guidance_scale)[-1]).to(x.dtype)
 
     with torch.no_grad(), without_lora(rollout.denoiser):
-        base = output()
-    return (output() - base).square().flatten(1).mean(dim=1)
+        base = output(base_cond)
+    return (output(cond) - base).square().flatten(1).mean(dim=1)
 
 
 @torch.no_grad()
-def chain_distance(rollout: Rollout, latents, cond: Conditioning, generators: list[torch.Generator]) -> torch.Tensor:
+def chain_distance(
+    rollout: Rollout, latents, cond: Conditioning, base_cond: Conditioning, generators: list[torch.Generator]
+) -> torch.Tensor:
     """`base_distance` on average over 4 steps in the middle of equal parts of the chain, [B].
 
     Args:
@@ -52,7 +65,8 @@ def chain_distance(rollout: Rollout, latents, cond: Conditioning, generators: li
     shape = (len(steps), *latents.shape[1:])
     noises = torch.stack([torch.randn(shape, generator=g) for g in generators], dim=1)
     samples = torch.ones(len(latents), dtype=torch.long)
-    found = [base_distance(rollout, latents, cond, i * samples, z) for i, z in zip(steps, noises, strict=True)]
+    pairs = zip(steps, noises, strict=True)
+    found = [base_distance(rollout, latents, cond, base_cond, i * samples, noise) for i, noise in pairs]
     if is_sharded(rollout.denoiser):
         release(rollout.denoiser)
     return torch.stack(found).mean(dim=0)

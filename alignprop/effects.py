@@ -56,8 +56,8 @@ _HAS_EFFECT = {
 }  # fmt: skip
 _TRAINING_ONLY = (
     "num_epochs", "save_freq", "num_checkpoint_limit", "eval_freq", "prompt_fn", "estimator", "adjoint_clip", "loss",
-    "loss_target", "grad_scale", "log_with", "use_lora", "lora_rank", "lora_alpha", "lora_target_modules",
-    "trunc_backprop_timestep", "truncated_backprop_minmax", "guidance_grad", "memory.keep_steps",
+    "loss_target", "grad_scale", "log_with", "use_lora", "train_text_encoder", "lora_rank", "lora_alpha",
+    "lora_target_modules", "trunc_backprop_timestep", "truncated_backprop_minmax", "guidance_grad", "memory.keep_steps",
     "memory.block_checkpointing", "memory.decoder_checkpointing", "algorithm", "reward_noise", "kl_coeff", "stop_when",
     "best_by", "hub.repo", "hub.private", *(f"plan.{field}" for field in PLAN_FIELDS),
 )  # fmt: skip

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from alignprop.divergence import chain_distance
+from alignprop.adapters import adapted_modules
+from alignprop.divergence import base_conditioning, chain_distance
 from alignprop.judges import Judges, diversity
-from alignprop.lora import has_lora
 from alignprop.models.base import select
 from alignprop.pictures import save_grid
 from alignprop.policies import chunks
@@ -138,7 +138,7 @@ class Evaluator:
         size, n, accelerator = self.batch_size, self.num_images, self.accelerator
         at_once = size * accelerator.num_processes
         seed_global(self.seed, "evaluation", accelerator.process_index)
-        found, compares = [], self.base_distance and has_lora(self.rollout.denoiser)
+        found, compares = [], self.base_distance and bool(adapted_modules(self.rollout.model))
         for first in tqdm(range(0, n, at_once), "evaluating", leave=False, disable=not accelerator.is_main_process):
             if should_stop():
                 return None
@@ -173,10 +173,12 @@ class Evaluator:
         metadata = [self.prompts.metadata[self.order[j]] for j in batch]
         if not self.rollout.model.knows(prompts):
             self.enter("encode")
-        cond = self.rollout.model.encode_prompts(prompts)
+        model = self.rollout.model
+        cond = model.encode_prompts(prompts)
+        base_cond = base_conditioning(model, prompts, cond) if compare else None
         self.enter("denoise")
         latents = self.sample(generators(batch, self.seed, "evaluation"), cond, prompts, metadata)
-        distances = self._distances(batch, latents, cond) if compare else [None] * len(batch)
+        distances = self._distances(batch, latents, cond, base_cond) if compare else [None] * len(batch)
         self.enter("decode")
         parts = chunks(len(batch), self.decode_chunk)
         images = [self.rollout.model.decode(latents[part]) for part in parts]
@@ -191,11 +193,14 @@ class Evaluator:
         rows = [{name: column[row].item() for name, column in scores.items()} for row in range(len(batch))]
         return [*map(_Picture, batch, rows, torch.cat(images).cpu(), embeddings, distances)]
 
-    def _distances(self, batch: range, latents, cond) -> list[float | None]:
+    def _distances(self, batch: range, latents, cond, base_cond) -> list[float | None]:
         """Base distances of the pictures that are compared; where FSDP2 has spread the weights, of one at least."""
         rows = slice(max(sum(j < NUM_COMPARED for j in batch), is_sharded(self.rollout.denoiser)))
         noise = generators(batch[rows], self.seed, "base distance")
-        found = chain_distance(self.rollout, latents[rows], select(cond, rows), noise) if noise else torch.empty(0)
+        found = torch.empty(0)
+        if noise:
+            conds = select(cond, rows), select(base_cond, rows)
+            found = chain_distance(self.rollout, latents[rows], *conds, noise)
         return [d if j < NUM_COMPARED else None for j, d in zip_longest(batch, found.tolist())]
 
     def _score(self, reward, images: list[torch.Tensor], prompts, metadata) -> dict[str, torch.Tensor]:

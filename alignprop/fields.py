@@ -130,6 +130,7 @@ FIELDS: dict[str, Rule] = {
     "pretrained.without": text(empty=True, checked_by="alignprop.models.latent"),
     "resolution": optional(integer(16, checked_by="alignprop.models.latent")),
     "use_lora": boolean(),
+    "train_text_encoder": boolean(),
     "lora_rank": COUNT,
     "lora_alpha": optional(number(above=0)),
     "lora_target_modules": optional(sequence("names of layers", _is_name)),

@@ -24,11 +24,12 @@ class Graph:
     """A network call that waits for its backward pass.
 
     Attributes:
-        latents: what it was called with.
+        latents, cond: what it was called with.
         calls: what f was made of, as far as it carries gradient.
     """
 
     latents: torch.Tensor
+    cond: Conditioning
     calls: list[Call]
 
 
@@ -61,7 +62,7 @@ class GuidedDenoiser:
         return self._combine([output for outputs, _ in calls for output in outputs])
 
     def with_graph(self, latents, timestep, cond: Conditioning, needs_input: bool) -> tuple[torch.Tensor, Graph]:
-        """f without a graph, and the graph beside it; it reaches `latents` where `needs_input`."""
+        """f without a graph, and the graph beside it; it reaches `latents` where `needs_input`, and `cond`."""
         latents = latents.detach().requires_grad_(needs_input)
         with torch.enable_grad():
             calls = list(self._calls(latents, timestep, *self._differentiable(cond)))
@@ -69,32 +70,34 @@ class GuidedDenoiser:
         branches, _ = self._branches(cond)
         constant = branches[: len(branches) - len(outputs)]
         outputs = [*(self._call(latents, timestep, [branch])[0] for branch in constant), *outputs]
-        return self._combine(outputs), Graph(latents, calls)
+        return self._combine(outputs), Graph(latents, cond, calls)
 
-    def products(self, at: torch.Tensor | Graph, timestep, cond, vector, parameters) -> list[torch.Tensor | None]:
-        """vectorᵀ ∂f/∂θ for each of `parameters`, and at last vectorᵀ ∂f/∂x, None where it was not asked for.
+    def products(self, at: torch.Tensor | Graph, timestep, cond, vector, tensors) -> list[torch.Tensor | None]:
+        """vectorᵀ ∂f/∂θ for each of `tensors`, and at last vectorᵀ ∂f/∂x, None where it was not asked for.
 
         Args:
             at: latents, requiring a gradient where ∂f/∂x is asked for, or the graph of a call that was made before.
-            parameters: none where FSDP2 has spread them; it adds to their `.grad` by itself.
+            cond: what a new call is made with.
+            tensors: trained ones, or some of those in `cond`; none where FSDP2 has spread them: it adds to their
+                `.grad` by itself.
         """
         kept = at.calls if isinstance(at, Graph) else None
         latents = at.latents if isinstance(at, Graph) else at
         if kept is None:
             kept = self._calls(latents, timestep, *self._differentiable(cond))
-        inputs = [*parameters, latents] if latents.requires_grad else parameters
-        totals: list[torch.Tensor | None] = [None] * (len(parameters) + 1)
+        inputs = [*tensors, latents] if latents.requires_grad else tensors
+        totals: list[torch.Tensor | None] = [None] * (len(tensors) + 1)
         with torch.enable_grad():
             for outputs, factors in kept:
                 vectors = [factor * vector for factor in factors]
-                if not parameters:
+                if not tensors:
                     # `torch.autograd.grad` would bypass the hooks with which FSDP2 averages and spreads gradients.
                     torch.autograd.backward(outputs, vectors)
                     continue
                 for j, product in enumerate(torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)):
                     if product is not None:
                         totals[j] = product if totals[j] is None else totals[j] + product
-        return totals if parameters else [latents.grad]
+        return totals if tensors else [latents.grad]
 
     def _branches(self, cond: Conditioning) -> tuple[list[Conditioning], list[float]]:
         branches = self.model.branches(cond, self.guidance_scale)

@@ -1,4 +1,4 @@
-"""LoRA adapters of the denoiser: creating, reading, checking, writing.
+"""LoRA adapters of one module, a denoiser or a text encoder: creating, reading, checking, writing.
 
 Files are diffusers' own `pytorch_lora_weights.safetensors`. A file that does not fit the model is refused: an
 adapter that loads as a silent no-op costs its user days.
@@ -46,13 +46,14 @@ class LoraWeights:
         return self.scale * (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
 
 
-def add_lora(denoiser, rank: int, alpha: float, target_modules, seed: int) -> None:
+def add_lora(denoiser, rank: int, alpha: float, target_modules, seed: int, *name: str) -> None:
     """Adds a trainable float32 adapter whose ΔW is zero to a frozen denoiser.
 
     Args:
         rank: of each ΔW.
         alpha: ΔW = alpha / rank · B @ A.
         target_modules: endings of the names of the layers to adapt.
+        name: of a text encoder, so that it does not begin like another.
 
     Raises:
         ConfigError: no layer has such a name.
@@ -64,7 +65,7 @@ def add_lora(denoiser, rank: int, alpha: float, target_modules, seed: int) -> No
     if missing:
         raise ConfigError(f"lora_target_modules: the denoiser has no layer whose name ends in {missing}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "lora").initial_seed())
+        torch.manual_seed(generator(seed, "lora", *name).initial_seed())
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
         denoiser.add_adapter(config, adapter_name=ADAPTER)
     for parameter in trainable_parameters(denoiser).values():
@@ -93,7 +94,9 @@ def set_lora(denoiser, weights: LoraWeights | None) -> None:
     from peft import LoraConfig, set_peft_model_state_dict
 
     if has_lora(denoiser):
-        denoiser.delete_adapters(ADAPTER)
+        # What diffusers calls so, transformers calls otherwise.
+        delete = denoiser.delete_adapters if hasattr(denoiser, "delete_adapters") else denoiser.delete_adapter
+        delete(ADAPTER)
     if weights is None:
         return
     check_modules(denoiser, weights)
@@ -146,20 +149,18 @@ def update_lora(denoiser, weights: LoraWeights) -> None:
 
 def save_lora(model, weights: LoraWeights, folder) -> None:
     """Writes `weights` so that `model.pipeline_class.load_lora_weights(folder)` reads them."""
-    rank = max(weights.rank(m) for m in weights.modules)
-    metadata = {"r": rank, "lora_alpha": weights.scale * rank, "target_modules": weights.modules}
     # Readers take alpha = rank, layer by layer, from a file that says nothing.
-    model.save_lora(folder, weights.tensors, None if weights.scale == 1 else metadata)
+    model.save_lora(folder, weights.tensors, None if weights.scale == 1 else weights.scale)
 
 
-def read_lora(path, denoiser=None) -> LoraWeights:
+def read_lora(path, model=None) -> LoraWeights:
     """Reads an adapter from a file or from the folder that holds `pytorch_lora_weights.safetensors`.
 
     Also reads the attention-processor keys (`….processor.to_q_lora.down.weight`) of AlignProp's released
     checkpoints, which diffusers' `load_lora_weights` silently ignores, and kohya's format (kohya.py).
 
     Args:
-        denoiser: that it is for, on any device; what kohya's names mean depends on it.
+        model: that it is for, on any device; what kohya's names mean depends on it.
 
     Raises:
         ConfigError: no such file, not a whole safetensors file, no LoRA tensors in it, or an alpha per layer in the
@@ -168,8 +169,8 @@ def read_lora(path, denoiser=None) -> LoraWeights:
     path = Path(path)
     path = path / LORA_FILE if path.is_dir() else path
     raw, metadata = _read_tensors(path)
-    if denoiser is not None and any(name.startswith(kohya.PREFIX) for name in raw):
-        return LoraWeights(kohya.unpack(raw, denoiser), 1.0)
+    if model is not None and any(name.startswith(kohya.PREFIX) for name in raw):
+        return LoraWeights(kohya.unpack(raw, model), 1.0)
     tensors = {_canonical_key(name): tensor for name, tensor in raw.items()}
     unknown = [name for name in raw if not _PAIR.search(_canonical_key(name))]
     single = [name for name in tensors if _PAIR.search(name) and _partner(name) not in tensors]
@@ -203,6 +204,9 @@ def _canonical_key(name: str) -> str:
     name = re.sub(r"^(unet|transformer)\.", "", name)
     name = re.sub(r"\.processor\.(to_[qkv])_lora\.", r".\1.lora.", name)
     name = re.sub(r"\.processor\.to_out_lora\.", ".to_out.0.lora.", name)
+    if name.startswith("text_encoder"):
+        name = re.sub(r"^(text_encoder\w*)\.(?!text_model\.)", r"\1.text_model.", name)
+        name = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora.", name).replace(".lora_linear_layer.", ".lora.")
     return name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 
 
@@ -210,13 +214,14 @@ def _read_scale(metadata: dict[str, str], path: Path) -> float:
     """alpha / rank as diffusers writes it into a file's header; files without it mean alpha = rank."""
     try:
         packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        values = {name.split(".")[-1]: value for name, value in packed.items()}
-        scale = values["lora_alpha"] / values["r"] if "r" in values else 1.0
+        parts = [name.removesuffix("r") for name in packed.keys() if name.split(".")[-1] == "r"]  # noqa: SIM118
+        scales = {packed[f"{part}lora_alpha"] / packed[f"{part}r"] for part in parts} or {1.0}
+        patterns = [packed.get(f"{part}{kind}_pattern") for part in parts for kind in ("rank", "alpha")]
     except (ValueError, AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"{str(path)!r}: the lora_adapter_metadata in its header is damaged") from error
-    if values.get("rank_pattern") or values.get("alpha_pattern"):
-        raise ConfigError(f"{str(path)!r}: a rank or alpha of its own for each layer is not supported")
-    return scale
+    if any(patterns) or len(scales) > 1:
+        raise ConfigError(f"{str(path)!r}: an alpha / rank of its own for each layer or part is not supported")
+    return scales.pop()
 
 
 def check_modules(denoiser, weights: LoraWeights) -> None:

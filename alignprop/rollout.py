@@ -10,10 +10,10 @@ network is called once more, with gradient, at the stored latents:
     ∂R/∂θ += w[i] · (b[i]·λ)ᵀ ∂f/∂θ
     λ     ←  a[i]·λ + γ[i] · (b[i]·λ)ᵀ ∂f/∂x[i]
 
-and at any other step λ ← a[i]·λ. A sample that leaves the chain at step i has x̂0 = p[i]·x[i] + q[i]·f(x[i]) instead of
-x[N], so p and q take the place of a and b there. With w = γ = 1 this is exact back-propagation, and it never holds the
-activations of more than one network call, however many steps are active. Where there is memory to spare, calls of the
-rollout may keep their graph for the sweep instead.
+and at any other step λ ← a[i]·λ. Where text encoders are trained, ∂R/∂c is summed like ∂R/∂θ. A sample that leaves the
+chain at step i has x̂0 = p[i]·x[i] + q[i]·f(x[i]) instead of x[N], so p and q take the place of a and b there. With
+w = γ = 1 this is exact back-propagation, and it never holds the activations of more than one network call, however many
+steps are active. Where there is memory to spare, calls of the rollout may keep their graph for the sweep instead.
 """
 
 from contextlib import nullcontext
@@ -31,7 +31,8 @@ from alignprop.sharding import DTensor, is_sharded, on_any_process, release
 
 
 class Rollout(torch.nn.Module):
-    """Noise and conditioning in, final latents out, differentiable in the denoiser's trainable parameters.
+    """Noise and conditioning in, final latents out, differentiable in the denoiser's trainable parameters, and in
+    those tensors of the conditioning that require a gradient.
 
     Where FSDP2 has spread the denoiser's weights, all processes make the same network calls.
 
@@ -70,12 +71,14 @@ class Rollout(torch.nn.Module):
                 sample's are next to it: [B·(1 + copies), ...].
         """
         parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
-        with_sweep = plan is not None and parameters and torch.is_grad_enabled()
+        trained = [*parameters, *(tensor for tensor in cond.values() if tensor.requires_grad)]
+        with_sweep = plan is not None and trained and torch.is_grad_enabled()
         latents = []
         for rows in chunks(len(generators), self.memory.sweep_chunk):
             chunk = generators[rows], select(cond, rows)
             if with_sweep:
-                latents.append(_SampleWithSweep.apply(self, *chunk, plan.select(rows), *parameters))
+                tracked = [tensor for tensor in chunk[1].values() if tensor.requires_grad]
+                latents.append(_SampleWithSweep.apply(self, *chunk, plan.select(rows), *tracked, *parameters))
             else:
                 latents.append(self.sample(*chunk)[0])
         return torch.cat(latents)
@@ -88,7 +91,8 @@ class Rollout(torch.nn.Module):
         """
         active = [] if plan is None else calls[0].nonzero().squeeze(1).tolist()
         to_keep = active[max(len(active) - self.memory.keep_steps, 0) :] if plan and not plan.copies else []
-        trajectory = Trajectory(first=active[0] if active else self.sampler.num_steps)
+        tracked = [name for name, tensor in cond.items() if tensor.requires_grad]
+        trajectory = Trajectory(active[0] if active else self.sampler.num_steps, tracked)
         latents = self.model.init_latents(generators)
         for i in range(self.sampler.num_steps):
             if i >= trajectory.first:
@@ -97,7 +101,8 @@ class Rollout(torch.nn.Module):
             if rows is not None and not len(rows):
                 break
             if i in to_keep:
-                model_output, trajectory.kept[i] = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]))
+                kept = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]), tracked)
+                model_output, trajectory.kept[i] = kept
             elif rows is None:
                 model_output = self.f(latents, self._timestep(i, latents), cond)
             else:
@@ -155,11 +160,12 @@ class Rollout(torch.nn.Module):
     def _timestep(self, i, latents):
         return self.sampler.timesteps[i].to(latents.device)
 
-    def _keep(self, i, latents, cond, active, needs_input) -> tuple[torch.Tensor, Graph]:
+    def _keep(self, i, latents, cond, active, needs_input, tracked) -> tuple[torch.Tensor, Graph]:
         """f of all samples, and its graph for those that are active."""
         t, model_output = self._timestep(i, latents), torch.empty_like(latents)
         rows, others = (flags.nonzero().squeeze(1).to(latents.device) for flags in (active, ~active))
-        model_output[rows], graph = self.f.with_graph(latents[rows], t, select(cond, rows), needs_input)
+        given = _track(select(cond, rows), tracked)
+        model_output[rows], graph = self.f.with_graph(latents[rows], t, given, needs_input)
         if len(others):
             model_output[others] = self.f(latents[others], t, select(cond, others))
         return model_output, graph
@@ -172,7 +178,7 @@ class Rollout(torch.nn.Module):
         calls = torch.stack([plan.active.any(dim=1), torch.tensor(needs_input)])
         return on_any_process(calls, self.denoiser.device) if is_sharded(self.denoiser) else calls
 
-    def sweep(self, adjoint, trajectory, cond, plan: GradientPlan, calls, parameters) -> list[torch.Tensor | None]:
+    def sweep(self, adjoint, trajectory, cond, plan: GradientPlan, calls, parameters) -> tuple[list, list]:
         """Sweeps λ from x[N] down to the lowest step with a network call.
 
         Args:
@@ -183,11 +189,14 @@ class Rollout(torch.nn.Module):
             parameters: the trainable tensors.
 
         Returns:
-            ∂R/∂θ for each of `parameters`, summed over the samples; zeros where no step is active. None for those
-            that FSDP2 has spread: it adds their gradients, averaged over the processes, to `.grad` by itself.
+            ∂R/∂c of what the trajectory tracks, [B, ...], and ∂R/∂θ for each of `parameters`, summed over the
+            samples; zeros where no step is active. None for parameters that FSDP2 has spread: it adds their gradients,
+            averaged over the processes, to `.grad` by itself.
         """
         whole = [p for p in parameters if not isinstance(p, DTensor)]
         gradients = [torch.zeros_like(p, dtype=p.grad_dtype) for p in whole]
+        tracked = [cond[name] for name in trajectory.tracked]
+        into_cond = [torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32)) for c in tracked]
         limit = self.adjoint_clip * norms(adjoint)
         for i in sorted(trajectory.stored, reverse=True):
             self.adjoint_norms.add(i + 1, adjoint, plan.active[: i + 1].any(dim=0))
@@ -201,15 +210,15 @@ class Rollout(torch.nn.Module):
                 weight, coupling = (_per_sample(t[i], rows, adjoint) for t in (plan.weight, plan.coupling))
                 vector = weight * (b * adjoint)[rows] * bool(len(active))
                 at = trajectory.kept.pop(i, None) or latents[rows].requires_grad_(bool(calls[1, i]))
-                t = self._timestep(i, latents)
-                *products, into_latents = self.f.products(at, t, select(cond, rows), vector, whole)
-                for gradient, product in zip(gradients, products, strict=True):
-                    if product is not None:
-                        gradient += product
+                given = at.cond if isinstance(at, Graph) else _track(select(cond, rows), trajectory.tracked)
+                tensors = [*(given[name] for name in trajectory.tracked), *whole]
+                *products, into_latents = self.f.products(at, self._timestep(i, latents), given, vector, tensors)
+                _add(into_cond, products[: len(tracked)], rows)
+                _add(gradients, products[len(tracked) :])
                 if len(active) and calls[1, i]:
                     carried[rows] += coupling / weight * into_latents
             adjoint = limit_norms(carried, limit) if self.adjoint_clip else carried
-        return gradients or [None] * len(parameters)
+        return into_cond, gradients or [None] * len(parameters)
 
 
 @dataclass
@@ -218,23 +227,30 @@ class Trajectory:
 
     Attributes:
         first: the lowest step that the sweep goes down to.
+        tracked: the names of the tensors of the conditioning whose gradient is asked for.
         stored: x[i] from there on, by i.
         kept: graphs of the active samples' network calls, by i.
     """
 
     first: int
+    tracked: list[str] = field(default_factory=list)
     stored: dict[int, torch.Tensor] = field(default_factory=dict)
     kept: dict[int, Graph] = field(default_factory=dict)
 
 
 class _SampleWithSweep(torch.autograd.Function):
-    """x[N] as a function of the trainable parameters, with the sweep as its backward."""
+    """x[N] as a function of what is tracked of the conditioning and of the trainable parameters.
+
+    Its backward is the sweep.
+    """
 
     @staticmethod
-    def forward(ctx, rollout, generators, cond, plan, *parameters):
-        ctx.rollout, ctx.cond, ctx.plan, ctx.parameters = rollout, cond, plan, parameters
+    def forward(ctx, rollout, generators, cond, plan, *tensors):
+        ctx.rollout, ctx.cond, ctx.plan = rollout, cond, plan
         ctx.calls = rollout.network_calls(plan)
         latents, ctx.trajectory = rollout.sample(generators, cond, plan, ctx.calls)
+        ctx.parameters = tensors[len(ctx.trajectory.tracked) :]
+        ctx.copies = plan.copies
         if plan.copies:
             latents = rollout.add_copies(latents, ctx.trajectory, generators, cond, plan)
             samples = torch.arange(len(generators), device=latents.device).repeat_interleave(1 + plan.copies)
@@ -244,8 +260,25 @@ class _SampleWithSweep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, adjoint):
-        gradients = ctx.rollout.sweep(adjoint, ctx.trajectory, ctx.cond, ctx.plan, ctx.calls, ctx.parameters)
-        return None, None, None, None, *gradients
+        into_cond, gradients = ctx.rollout.sweep(
+            adjoint, ctx.trajectory, ctx.cond, ctx.plan, ctx.calls, ctx.parameters
+        )
+        into_cond = [total.unflatten(0, (-1, 1 + ctx.copies)).sum(dim=1) for total in into_cond]
+        return None, None, None, None, *into_cond, *gradients
+
+
+def _add(totals: list[torch.Tensor], products: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:
+    """Adds to all rows of each total, or to some."""
+    for total, product in zip(totals, products, strict=True):
+        if product is not None and rows is None:
+            total += product
+        elif product is not None:
+            total[rows] += product
+
+
+def _track(cond: Conditioning, names) -> Conditioning:
+    """The same values, of which those of `names` are where a gradient is asked for."""
+    return {name: tensor.detach().requires_grad_(name in names) for name, tensor in cond.items()}
 
 
 def _per_sample(values: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ class Run:
             log_with=log_with,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
         )
-        check_engine(self.accelerator, c.use_lora, c.train.optimizer)
+        check_engine(self.accelerator, c.use_lora, c.train.optimizer, c.train_text_encoder)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = c.allow_tf32
 
         self.judges = build_judges(c, self.eval_prompts, reward_function)

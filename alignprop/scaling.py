@@ -1,4 +1,4 @@
-"""How much a denoiser's adapter counts: as it was trained, not at all, or anything else."""
+"""How much a module's adapter counts: as it was trained, not at all, or anything else."""
 
 from contextlib import contextmanager
 
@@ -14,11 +14,12 @@ def scale_lora(denoiser, scale: float) -> None:
 
 
 @contextmanager
-def without_lora(denoiser):
-    """Within it the denoiser is the base model. What is trained stays so: peft's own switch would freeze it."""
-    layers = _adapted_layers(denoiser)
+def without_lora(*modules):
+    """Within it they are the base model's. What is trained stays so: peft's own switch would freeze it."""
+    layers = [layer for module in modules for layer in _adapted_layers(module)]
     before = [layer.scaling[ADAPTER] for layer in layers]
-    scale_lora(denoiser, 0.0)
+    for module in modules:
+        scale_lora(module, 0.0)
     try:
         yield
     finally:

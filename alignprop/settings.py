@@ -141,6 +141,10 @@ def _check_fields(c: ConfigDict) -> None:
 def _check_combinations(c: ConfigDict) -> None:
     if c.kl_coeff and not c.use_lora:
         raise ConfigError(f"kl_coeff = {c.kl_coeff} needs use_lora = True: without its adapter the model is the base")
+    if c.train_text_encoder and not c.use_lora:
+        raise ConfigError("train_text_encoder = True needs use_lora = True: a text encoder is trained by a LoRA only")
+    if c.train_text_encoder and c.algorithm == "ddpo":
+        raise ConfigError("train_text_encoder = True needs algorithm = 'align_prop': DDPO trains the denoiser alone")
     if c.guide.window[0] >= c.guide.window[1]:
         raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
     if c.task == "train" and c.algorithm == "ddpo" and not c.eta:

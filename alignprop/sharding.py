@@ -22,11 +22,11 @@ from alignprop.policies import MemoryPolicy
 from alignprop.settings import ConfigError
 
 
-def check_engine(accelerator: Accelerator, use_lora: bool, optimizer: str) -> None:
+def check_engine(accelerator: Accelerator, use_lora: bool, optimizer: str, train_text_encoder=False) -> None:
     """Refuses what an accelerate configuration asks for and training here cannot do; warns of what it overrules.
 
     Args:
-        use_lora, optimizer: the run's `use_lora` and `train.optimizer`.
+        use_lora, optimizer, train_text_encoder: the run's fields of these names.
 
     Raises:
         ConfigError: an engine other than FSDP2, or an option of FSDP2 that does not work with the sweep.
@@ -50,6 +50,8 @@ def check_engine(accelerator: Accelerator, use_lora: bool, optimizer: str) -> No
     ):
         if value != allowed:
             raise ConfigError(f"accelerate's {field} = {value} is not supported; it must be {allowed}{why}")
+    if train_text_encoder:
+        raise ConfigError("train_text_encoder = True is not supported under FSDP; use one of the other configurations")
     if optimizer == "adafactor" and not use_lora:
         raise ConfigError(
             "train.optimizer = 'adafactor' cannot train weights that FSDP2 has spread (use_lora = False); "

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from alignprop.adapters import adapted_modules, set_adapter
 from alignprop.background import Background
 from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, statistics, write_report
 from alignprop.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
 from alignprop.guide import RewardGuidance, Timed
-from alignprop.lora import read_lora, set_lora
+from alignprop.lora import read_lora
 from alignprop.manifest import check_base
 from alignprop.memory import apply_policy
 from alignprop.pictures import plot_bars, plot_soup, save_comparison, save_image
@@ -63,15 +64,15 @@ def evaluate_soup(config, reward_function=None, model=None) -> Path:
         second_path = find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2")
     run = Run(config, reward_function, model)
     c = run.config
-    first = read_lora(run.checkpoint, run.model.denoiser)
+    first = read_lora(run.checkpoint, run.model)
     if second_path:
-        second = read_lora(second_path, run.model.denoiser)
+        second = read_lora(second_path, run.model)
         check_base(second_path, run.base, "resume_from_2")
     folder = _new_folder(run, f"soup_{c.soup_mode}")
     results: list[dict] = []
     background = Background()
     for coefficient in dict.fromkeys(map(float, c.mixing_coef_1)):
-        set_lora(run.model.denoiser, mix(first, second, coefficient, c.soup_mode))
+        set_adapter(run.model, mix(first, second, coefficient, c.soup_mode))
         part = folder / f"c_{coefficient:.10g}"
         evaluation = _evaluate_into(part, run, background, f"c = {coefficient:g}: ")
         measured = {name: statistics(scores) for name, scores in evaluation.columns.items()}
@@ -180,7 +181,7 @@ def _load_checkpoint(run: Run) -> None:
     Raises:
         ConfigError: it does not fit the model, or is no weight change that could be scaled.
     """
-    c, denoiser = run.config, run.model.denoiser
+    c, model = run.config, run.model
     run.residency.leave()  # what is loaded into the host's weights comes along next time
     if run.checkpoint and (run.checkpoint / "denoiser").is_dir():
         if c.lora_scale != 1 or c.lora_schedule != "constant":
@@ -188,12 +189,13 @@ def _load_checkpoint(run: Run) -> None:
                 f"lora_scale = {c.lora_scale}, lora_schedule = {c.lora_schedule!r} must be 1 and 'constant': "
                 f"{str(run.checkpoint)!r} has no LoRA to scale, but whole weights"
             )
-        load_denoiser(denoiser, run.checkpoint / "denoiser")
+        load_denoiser(model.denoiser, run.checkpoint / "denoiser")
     elif run.checkpoint:
-        set_lora(denoiser, read_lora(run.checkpoint, denoiser))
-        scale_lora(denoiser, c.lora_scale)
+        set_adapter(model, read_lora(run.checkpoint, model))
+        for module in adapted_modules(model):
+            scale_lora(module, c.lora_scale)
         if c.lora_schedule == "linear":
-            anneal_lora(run.rollout.f, denoiser, run.rollout.sampler.timesteps, c.lora_scale)
+            anneal_lora(run.rollout.f, model.denoiser, run.rollout.sampler.timesteps, c.lora_scale)
 
 
 def _evaluate_into(folder: Path, run: Run, background: Background, prefix: str = "") -> Evaluation:

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from alignprop import estimators
 from alignprop.callbacks import check_given
-from alignprop.divergence import base_distance
+from alignprop.divergence import base_conditioning, base_distance
 from alignprop.estimators import ESTIMATORS, build_estimator
 from alignprop.loop import TrainingLoop, now
 from alignprop.losses import LOSSES
@@ -79,38 +79,51 @@ class AlignPropTrainer(TrainingLoop):
         if not model.knows(prompts):
             enter("encode")
         cond = model.encode_prompts(prompts)
+        if c.train_text_encoder:
+            cond = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in cond.items()}
         enter("denoise")
         latents = rollout(generators(indices, *key, "noise"), cond, plan)
-        prompts, metadata = ([one for one in some for _ in range(1 + plan.copies)] for some in (prompts, metadata))
+        copied = ([one for one in some for _ in range(1 + plan.copies)] for some in (prompts, metadata))
         enter("decode")
         noise = [generator(*key, "reward noise", int(j), n) for j in indices for n in range(1 + plan.copies)]
-        adjoint, scores = self.loss_gradient(latents.detach(), prompts, metadata, noise)
+        adjoint, scores = self.loss_gradient(latents.detach(), *copied, noise)
         adjoint, scores = adjoint / (1 + plan.copies), scores.unflatten(1, (-1, 1 + plan.copies)).mean(dim=2)
         enter("denoise")
         latents.backward(adjoint)  # the sweep
         if c.kl_coeff:
-            distances = self.hold_to_base(key, indices, cond, latents.detach()[:: 1 + plan.copies])
+            distances = self.hold_to_base(key, indices, prompts, cond, latents.detach()[:: 1 + plan.copies])
             scores = torch.cat([scores, distances[None]])
             scores[0] += c.kl_coeff * distances
+        if c.train_text_encoder:
+            enter("encode")
+            model.backward_prompts(prompts, {n: t.grad for n, t in cond.items() if t.grad is not None})
         return scores
 
-    def hold_to_base(self, key: tuple, indices, cond: Conditioning, latents: torch.Tensor) -> torch.Tensor:
+    def hold_to_base(
+        self, key: tuple, indices, prompts: list[str], cond: Conditioning, latents: torch.Tensor
+    ) -> torch.Tensor:
         """Adds ∂(kl_coeff · mean base distance of the global batch)/∂θ of some of its samples to θ's `.grad`.
 
-        At one step of the chain for each, any with the same probability; only θ gets this gradient.
+        At one step of the chain for each, any with the same probability; θ gets this gradient, and `cond` its part.
 
         Args:
-            latents: final ones of B samples.
+            prompts, cond: of B samples.
+            latents: their final ones.
 
         Returns:
             The base distance of each (divergence.py), [B].
         """
         c, run, streams = self.config, self.run, generators(indices, *key, "kl")
+        if c.train_text_encoder:
+            run.residency.enter("encode")
+        base_cond = base_conditioning(run.model, prompts, cond)
+        run.residency.enter("denoise")
         steps = torch.stack([torch.randint(run.rollout.sampler.num_steps, (), generator=g) for g in streams])
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in streams])
         found = []
         for rows in chunks(len(latents), c.memory.sweep_chunk):
-            distances = base_distance(run.rollout, latents[rows], select(cond, rows), steps[rows], noise[rows])
+            conds = select(cond, rows), select(base_cond, rows)
+            distances = base_distance(run.rollout, latents[rows], *conds, steps[rows], noise[rows])
             run.accelerator.backward(c.kl_coeff * distances.sum() / c.train.total_batch_size)
             found.append(distances.detach())
         return torch.cat(found)

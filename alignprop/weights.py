@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from alignprop.lora import add_lora, get_lora, read_lora, save_lora, trainable_parameters, update_lora
+from alignprop.adapters import add_adapter, get_adapter, trained_parameters, update_adapter
+from alignprop.lora import read_lora, save_lora
 from alignprop.models.base import Model
 from alignprop.settings import ConfigError
 from alignprop.sharding import DTensor, gather, shard, spread, whole_copy
@@ -28,10 +29,10 @@ OPTIMIZERS = {
 
 
 class TrainedWeights:
-    """The trained parameters of a model's denoiser, always float32.
+    """The trained parameters of a model, always float32.
 
     Args:
-        model: its denoiser gets a LoRA, or is trained whole.
+        model: its denoiser gets a LoRA, and its text encoders if they are to, or the denoiser is trained whole.
         config: a resolved configuration.
         accelerator: supplies the loss scaler and clips over all processes.
 
@@ -46,14 +47,14 @@ class TrainedWeights:
         self.model, self.config, self.accelerator = model, config, accelerator
         c, denoiser = config, model.denoiser
         if c.use_lora:
-            add_lora(denoiser, c.lora_rank, c.lora_alpha, c.lora_target_modules or model.lora_targets, c.seed)
+            add_adapter(model, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.seed, c.train_text_encoder)
         else:
             denoiser.float().requires_grad_(True)
-        self.parameters = list(trainable_parameters(denoiser).values())
+        self.parameters = list(trained_parameters(model).values())
         self.optimizer = OPTIMIZERS[c.train.optimizer](self.parameters, c.train)
         if accelerator.distributed_type == DistributedType.FSDP:
             self.optimizer = shard(accelerator, denoiser, self.optimizer)
-            self.parameters = list(trainable_parameters(denoiser).values())
+            self.parameters = list(trained_parameters(model).values())
         else:
             self.optimizer = accelerator.prepare(self.optimizer)
         self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
@@ -132,7 +133,7 @@ class TrainedWeights:
         """The (averaged) weights of `state` as diffusers reads them."""
         if self.config.use_lora:
             with self.averaged():
-                save_lora(self.model, get_lora(self.model.denoiser), folder)
+                save_lora(self.model, get_adapter(self.model), folder)
         else:
             usable = state["ema"]["shadow_params"] if self.ema else state["weights"].values()
             weights = dict(zip(state["weights"], usable, strict=True))
@@ -145,7 +146,7 @@ class TrainedWeights:
         """
         scaler = self.accelerator.scaler
         state = {
-            "weights": {name: p.detach() for name, p in trainable_parameters(self.model.denoiser).items()},
+            "weights": {name: p.detach() for name, p in trained_parameters(self.model).items()},
             "optimizer_name": self.config.train.optimizer,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
@@ -161,8 +162,8 @@ class TrainedWeights:
             ConfigError: it is the state of other weights or of another optimizer.
         """
         if self.config.use_lora and "weights" in state and any("lora" in name for name in state["weights"]):
-            update_lora(self.model.denoiser, read_lora(checkpoint))  # refuses another rank or other layers
-        own = trainable_parameters(self.model.denoiser)
+            update_adapter(self.model, read_lora(checkpoint))  # refuses another rank or other layers
+        own = trained_parameters(self.model)
         if {name: p.shape for name, p in own.items()} != {name: w.shape for name, w in state["weights"].items()}:
             raise ConfigError(
                 f"resume_from = {str(checkpoint)!r} trained other weights; use_lora or pretrained.model differ"

@@ -51,10 +51,12 @@ def base() -> ConfigDict:
     c.pretrained.without = ""  # what to leave out: "t5" of Stable Diffusion 3, 9 GB, at some loss of long prompts
     c.resolution = config_dict.placeholder(int)  # side of the pictures in pixels; None: the model's own
     c.use_lora = True  # False trains every weight of the denoiser, in float32
+    c.train_text_encoder = False  # True: a LoRA of the text encoders too, those that the pipeline's LoRA files hold;
+    # prompts are then encoded anew for every micro-batch, instead of once
     c.lora_rank = 4  # rank of each weight change
     c.lora_alpha = config_dict.placeholder(float)  # weight change = alpha / rank · B @ A; None: alpha = rank
     c.lora_target_modules = config_dict.placeholder(tuple)  # endings of the names of adapted layers; None: those of
-    # the model's family, its attention
+    # the model's family, its attention; of a text encoder, always the attention
 
     # -- sampling --------------------------------------------------------------------------------------------------
     c.num_inference_steps = 50  # sampler steps of evaluation, and of training unless train.num_inference_steps is set

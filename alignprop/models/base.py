@@ -28,6 +28,7 @@ class Model(Protocol):
         scheduler: the diffusers scheduler that the model came with.
         takes_guidance: whether `guidance_scale` changes anything.
         lora_targets: endings of the names of the layers that a LoRA adapts, unless the configuration names others.
+        lora_encoders: the text encoders that a LoRA file of the family has a place for, by their names in the pipeline.
     """
 
     denoiser: torch.nn.Module
@@ -37,12 +38,20 @@ class Model(Protocol):
     scheduler: Any
     takes_guidance: bool
     lora_targets: tuple[str, ...]
+    lora_encoders: dict[str, torch.nn.Module]
 
     def pipeline_class(self) -> type:
         """The diffusers pipeline that loads what `save_lora` writes."""
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of B prompts; each distinct prompt is encoded once and remembered."""
+        """Conditioning of B prompts, without graph; remembered, unless a text encoder has an adapter: it may change."""
+
+    def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
+        """Adds ∂R/∂θ to the `.grad` of what is trained of the text encoders.
+
+        Args:
+            gradients: ∂R/∂c, of any of the tensors of `encode_prompts(prompts)`.
+        """
 
     def knows(self, prompts: list[str]) -> bool:
         """Whether `encode_prompts` remembers all of them, and needs no text encoder."""
@@ -68,5 +77,5 @@ class Model(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W], float32 in [0, 1]; differentiable."""
 
-    def save_lora(self, folder, tensors: dict[str, torch.Tensor], metadata: dict | None) -> None:
-        """Writes the adapter so that `load_lora_weights(folder)` of its pipeline reads it."""
+    def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float | None) -> None:
+        """Writes an adapter (adapters.py) so that `load_lora_weights(folder)` of its pipeline reads it."""

@@ -21,6 +21,7 @@ class Flux(LatentDiffusion):
 
     pipeline_name = "FluxPipeline"
     unused = ("image_encoder", "feature_extractor")
+    adaptable = ("text_encoder",)
 
     def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
         self.true_cfg_scale, self.guides = true_cfg_scale, true_cfg_scale != 1

@@ -33,6 +33,7 @@ class LatentDiffusion:
         optional: what a user may leave out, and the parts that it is made of.
         load_options: what else the pipeline's `from_pretrained` is told.
         lora_targets: endings of the names of the layers that a LoRA adapts where the configuration names none.
+        adaptable: the text encoders that the pipeline's LoRA files have a place for.
         guides: whether it has an unconditional branch.
     """
 
@@ -41,6 +42,7 @@ class LatentDiffusion:
     optional: ClassVar[dict[str, tuple[str, ...]]] = {}
     load_options: ClassVar[dict] = {}
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    adaptable: tuple[str, ...] = ()
     guides = True
 
     def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
@@ -54,6 +56,7 @@ class LatentDiffusion:
         self.decoder = pipeline.vae
         encoders = (getattr(pipeline, name, None) for name in ENCODERS)
         self.text_encoders = [encoder for encoder in encoders if encoder is not None]
+        self.lora_encoders = {name: getattr(pipeline, name) for name in self.adaptable}
         self.decoder.encoder = self.decoder.quant_conv = None  # nothing here turns pictures into latents
         for module in (self.denoiser, self.decoder, *self.text_encoders):
             module.requires_grad_(False).eval()
@@ -143,26 +146,44 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Each distinct prompt is encoded once and remembered; of what is too long, the end is lost."""
+        """Each distinct prompt is encoded once; of what is too long, the end is lost."""
         wanted = [*prompts, ""] if self.guides else prompts
-        if new := [p for p in dict.fromkeys(wanted) if p not in self._remembered]:
+        known = {} if self._adapted else self._remembered
+        if new := [p for p in dict.fromkeys(wanted) if p not in known]:
             self._warn_of_truncation(new)
             # One by one: how it is rounded must not depend on the prompts that happen to come with it. On the host:
             # thousands would not fit beside the model.
             for prompt in new:
-                self._remembered[prompt] = {name: tensor[0].cpu() for name, tensor in self.encode([prompt]).items()}
-        cond = self._gather([self._remembered[p] for p in prompts])
+                known[prompt] = {name: tensor[0].cpu() for name, tensor in self.encode([prompt]).items()}
+        cond = self._gather([known[p] for p in prompts])
         if self.guides:
-            empty = {name: tensor[None] for name, tensor in self._remembered[""].items()}
+            empty = {name: tensor[None] for name, tensor in known[""].items()}
             instead = {name: tensor[0] for name, tensor in self.unconditional(empty).items()}
             cond |= {NEGATIVE + name: tensor for name, tensor in self._gather([instead] * len(prompts)).items()}
         return cond
+
+    def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
+        """One by one again, and encoded again: no graph but that of one prompt is ever held."""
+        for row, prompt in enumerate(prompts):
+            with torch.enable_grad():
+                cond = self.encode([prompt])
+                if self.guides:
+                    instead = self.unconditional(self.encode([""]))
+                    cond |= {NEGATIVE + name: tensor for name, tensor in instead.items()}
+            found = [name for name, tensor in cond.items() if tensor.requires_grad and name in gradients]
+            into = [gradients[name][row : row + 1].to(cond[name]) for name in found]
+            torch.autograd.backward([cond[name] for name in found], into)
+
+    @property
+    def _adapted(self) -> bool:
+        return any(getattr(encoder, "peft_config", None) for encoder in self.lora_encoders.values())
 
     def _gather(self, rows: list[Conditioning]) -> Conditioning:
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def knows(self, prompts: list[str]) -> bool:
-        return all(prompt in self._remembered for prompt in (*prompts, *([""] if self.guides else [])))
+        wanted = (*prompts, *([""] if self.guides else []))
+        return not self._adapted and all(prompt in self._remembered for prompt in wanted)
 
     def branches(self, cond: Conditioning, guidance_scale: float) -> list[Conditioning]:
         conditional = {name: tensor for name, tensor in cond.items() if not name.startswith(NEGATIVE)}
@@ -184,16 +205,22 @@ class LatentDiffusion:
         """Of latents in the VAE's own scale."""
         return (self.decoder.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def save_lora(self, folder, tensors: dict[str, torch.Tensor], metadata: dict | None) -> None:
+    def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float | None) -> None:
         """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads.
 
         Args:
-            tensors: the denoiser's adapter, as peft names it.
-            metadata: the adapter's configuration; None where alpha = rank, which is what readers assume.
+            tensors: the adapter, named as in adapters.py.
+            scale: alpha / rank; None where it is 1, which is what readers assume.
         """
-        kind = "unet" if hasattr(self.pipeline, "unet") else "transformer"
-        layers = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": metadata}
-        self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **layers)
+        kind, parts = "unet" if hasattr(self.pipeline, "unet") else "transformer", {}
+        for name, tensor in tensors.items():
+            part, _, inner = name.partition(".") if name.startswith(ENCODERS) else (kind, "", name)
+            parts.setdefault(part, {})[inner] = tensor
+        options = {}
+        for part, layers in parts.items():
+            options[f"{part}_lora_layers"] = layers
+            options[f"{part}_lora_adapter_metadata"] = _adapter_metadata(layers, scale, endings=part != kind)
+        self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **options)
 
     def _warn_of_truncation(self, prompts: list[str]) -> None:
         """Once for all prompts, not for each."""
@@ -215,6 +242,20 @@ class LatentDiffusion:
     def _zeros(self, *shape: int) -> torch.Tensor:
         """In the precision of the text encoders, where the model is."""
         return torch.zeros(shape, dtype=self.text_encoders[0].dtype, device=self.device)
+
+
+def _adapter_metadata(layers: dict[str, torch.Tensor], scale: float | None, endings: bool) -> dict | None:
+    """What diffusers makes a `LoraConfig` of.
+
+    Args:
+        endings: name layers by their endings: versions of transformers differ in a text encoder's full names.
+    """
+    if scale is None:
+        return None
+    modules = sorted(name.removesuffix(".lora_A.weight") for name in layers if name.endswith("lora_A.weight"))
+    rank = max(len(tensor) for name, tensor in layers.items() if name.endswith("lora_A.weight"))
+    targets = sorted({name.split(".")[-1] for name in modules}) if endings else modules
+    return {"r": rank, "lora_alpha": scale * rank, "target_modules": targets}
 
 
 def resolution_shift(scheduler, tokens: int, max_shift: float = 1.15) -> float:

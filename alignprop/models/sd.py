@@ -17,6 +17,7 @@ class StableDiffusion(LatentDiffusion):
 
     pipeline_name = "StableDiffusionPipeline"
     unused = ("safety_checker", "feature_extractor", "image_encoder")
+    adaptable = ("text_encoder",)
     load_options: ClassVar[dict] = {"requires_safety_checker": False}
 
     @classmethod

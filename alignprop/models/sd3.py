@@ -22,6 +22,7 @@ class StableDiffusion3(LatentDiffusion):
 
     pipeline_name = "StableDiffusion3Pipeline"
     unused = ("image_encoder", "feature_extractor")
+    adaptable = ("text_encoder", "text_encoder_2")
     optional: ClassVar[dict] = {"t5": ("text_encoder_3", "tokenizer_3")}
 
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -21,6 +21,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     pipeline_name = "StableDiffusionXLPipeline"
     unused = ("feature_extractor", "image_encoder")
+    adaptable = ("text_encoder", "text_encoder_2")
 
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm  # noqa: E402
 
 from alignprop import estimators  # noqa: E402
 from alignprop.checkpoint import checkpoints_of  # noqa: E402
-from alignprop.lora import add_lora, read_lora, set_lora, trainable_parameters  # noqa: E402
+from alignprop.adapters import add_adapter, set_adapter, trained_parameters  # noqa: E402
+from alignprop.lora import read_lora  # noqa: E402
 from alignprop.models import FAMILIES  # noqa: E402
 from alignprop.models.loading import load_model  # noqa: E402
 from alignprop.rollout import Rollout  # noqa: E402
@@ -80,39 +81,59 @@ def our_pictures(model, guidance_scale: float) -> torch.Tensor:
 
 
 def gradient_by_autograd(model, guidance_scale: float, weight: torch.Tensor) -> torch.Tensor:
-    """∂(sum of weight · images)/∂LoRA through the scheduler's own steps."""
-    scheduler, schedule, cond = model.scheduler, model.schedule(STEPS), model.encode_prompts(PROMPTS)
+    """∂(sum of weight · images)/∂LoRA through the scheduler's own steps, and the text encoders if they have one."""
+    scheduler, schedule, cond = model.scheduler, model.schedule(STEPS), encode_with_graph(model, PROMPTS)
     scheduler.set_timesteps(None if "sigmas" in schedule else STEPS, **schedule)
     latents, branches = model.init_latents(generators(range(2), "x")), model.branches(cond, guidance_scale)
     for t in scheduler.timesteps:
         outputs = [model.predict(latents, t, branch) for branch in branches]
         mixed = outputs[0] if len(outputs) == 1 else outputs[0] + guidance_scale * (outputs[1] - outputs[0])
         latents = scheduler.step(mixed, t, latents).prev_sample
-    parameters = list(trainable_parameters(model.denoiser).values())
-    gradients = torch.autograd.grad((weight * model.decode(latents)).sum(), parameters)
-    return torch.cat([gradient.flatten() for gradient in gradients])
+    (weight * model.decode(latents)).sum().backward()
+    return take_gradients(model)
 
 
 def gradients(family: str, folder: Path, guidance_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(by the sweep, by autograd) of a LoRA that is not zero."""
     model, noise = load(family, folder), torch.Generator().manual_seed(0)
-    add_lora(model.denoiser, 2, 2.0, model.lora_targets, seed=0)
-    parameters = trainable_parameters(model.denoiser).values()
-    for parameter in parameters:
+    add_adapter(model, 2, 2.0, None, seed=0, text_encoders=bool(model.lora_encoders))
+    for parameter in trained_parameters(model).values():
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=noise)
     weight = torch.randn(2, 3, 16, 16, generator=noise)
     expected = gradient_by_autograd(model, guidance_scale, weight)
-    rollout = rollout_of(model, guidance_scale)
-    latents = rollout(generators(range(2), "x"), model.encode_prompts(PROMPTS), estimators.full(rollout.sampler, 2))
+    rollout, cond = rollout_of(model, guidance_scale), model.encode_prompts(PROMPTS)
+    tracked = {name: tensor for name, tensor in cond.items() if model.lora_encoders and tensor.is_floating_point()}
+    for tensor in tracked.values():
+        tensor.requires_grad_()
+    latents = rollout(generators(range(2), "x"), cond, estimators.full(rollout.sampler, 2))
     (weight * model.decode(latents)).sum().backward()
-    return torch.cat([p.grad.flatten() for p in parameters]), expected
+    model.backward_prompts(PROMPTS, {n: t.grad for n, t in tracked.items()} if tracked else {})
+    return take_gradients(model), expected
+
+
+def encode_with_graph(model, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """`encode_prompts`, as autograd sees it."""
+    cond = model.encode(prompts)
+    if model.guides:
+        empty = model.unconditional(model.encode([""] * len(prompts)))
+        cond |= {f"negative_{name}": tensor for name, tensor in empty.items()}
+    return cond
+
+
+def take_gradients(model) -> torch.Tensor:
+    """Of all that is trained, in a row; zeros where there is none."""
+    found = []
+    for parameter in trained_parameters(model).values():
+        found.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        parameter.grad = None
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 def lora_there(family: str, folder: Path, checkpoint: Path) -> tuple[float, float]:
     """(difference of pictures with the checkpoint loaded here and in the plain pipeline, how much it changes them)."""
     model, pipeline = load(family, folder), plain_pipeline(family, folder)
     before = pipeline_pictures(family, pipeline, GUIDED)
-    set_lora(model.denoiser, read_lora(checkpoint))
+    set_adapter(model, read_lora(checkpoint))
     pipeline.load_lora_weights(checkpoint)
     after = pipeline_pictures(family, pipeline, GUIDED)
     return (our_pictures(model, GUIDED) - after).abs().max().item(), (after - before).abs().max().item()
