@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from alignprop import kohya
+from alignprop.adapters import split
 from alignprop.checkpoint import find_checkpoint, run_folder_of
-from alignprop.lora import LoraWeights, check_modules, read_lora
+from alignprop.lora import LoraWeights, read_lora
 from alignprop.merging import INDEX, merge, merged_deltas, pipeline_folder
+from alignprop.models.base import Model
 from alignprop.models.configs import find_config
 from alignprop.rereading import (
     Check,
@@ -25,8 +27,6 @@ from alignprop.rereading import (
     diffusers_deltas,
     hollow,
     own_deltas,
-    part_of,
-    pipeline_around,
     rounding,
 )
 from alignprop.settings import ConfigError, one_of
@@ -60,30 +60,30 @@ def export_lora(checkpoint, out, form: str, *, base: str = "", dtype: str = "", 
         facts = find_config(name, revision)
     except ConfigError as error:
         raise ConfigError(f"base = {name!r}: {error}") from error
-    denoiser = hollow(facts["denoiser"])
-    weights = _read(checkpoint, denoiser)
+    model = hollow(facts)
+    weights = _read(checkpoint, model)
     if form == "merged":
         folder = pipeline_folder(name, revision)
         _check_apart(out, folder)
         with _in_place_of(out) as temporary:
             merge(weights, folder, temporary)
             return compare(weights, *merged_deltas(weights, folder, temporary))
-    pipeline = pipeline_around(denoiser, facts["family"])
-    tensors, header = _contents(weights, denoiser, form, part_of(pipeline))
+    tensors, header = _contents(weights, model, form)
     stored = {k: t if k.endswith(".alpha") else t.to(dtype).contiguous() for k, t in tensors.items()}
     with _in_place_of(out) as temporary:
         save_file(stored, temporary, {"format": "pt", **header})
-        compare(weights, own_deltas(read_lora(temporary, denoiser)), rounding(weights, dtype))
-        return compare(weights, diffusers_deltas(temporary, pipeline), rounding(weights, dtype))
+        compare(weights, own_deltas(read_lora(temporary, model)), rounding(weights, dtype))
+        return compare(weights, diffusers_deltas(temporary, model), rounding(weights, dtype))
 
 
-def _contents(weights: LoraWeights, denoiser, form: str, part: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _contents(weights: LoraWeights, model: Model, form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a LoRA file, in float32, and its header."""
-    if form == "kohya" and kohya.find_format(denoiser):
-        return kohya.pack(weights.tensors, weights.scale, denoiser)
+    if form == "kohya" and kohya.find_format(model.denoiser):
+        return kohya.pack(weights.tensors, weights.scale, model)
     # Only diffusers itself reads the scale in its header; without one, every tool takes 1.
-    scales = {name: weights.scale if name.endswith("lora_B.weight") else 1 for name in weights.tensors}
-    return {f"{part}.{name}": scales[name] * tensor for name, tensor in weights.tensors.items()}, {}
+    tensors = {k: weights.scale * t if k.endswith("lora_B.weight") else t for k, t in weights.tensors.items()}
+    encoders = tuple(f"{name}." for name in model.lora_encoders)
+    return {k if k.startswith(encoders) else f"{model.denoiser_name}.{k}": t for k, t in tensors.items()}, {}
 
 
 # ---- where it comes from
@@ -108,11 +108,11 @@ def _base_of(checkpoint: Path, form: str) -> tuple[str, str | None]:
     )
 
 
-def _read(checkpoint: Path, denoiser) -> LoraWeights:
+def _read(checkpoint: Path, model: Model) -> LoraWeights:
     if (checkpoint / "denoiser").is_dir():
         raise ConfigError(f"checkpoint = {str(checkpoint)!r} has no LoRA, but whole weights, in its folder denoiser/")
-    weights = read_lora(checkpoint, denoiser)
-    check_modules(denoiser, weights)
+    weights = read_lora(checkpoint, model)
+    split(model, weights)  # which checks it
     return weights
 
 

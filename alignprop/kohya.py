@@ -9,6 +9,9 @@ number `<name>.alpha`, and ΔW = alpha / rank · up @ down. Which name a layer h
 | Stable Diffusion XL | lora_unet_input_blocks_4_1_…_attn1_to_q: the released checkpoint's | all |
 | FLUX.1 | lora_unet_double_blocks_0_img_attn_qkv: the released checkpoint's, fused | all but A1111 |
 
+Layers of text encoders are lora_te_text_model_encoder_layers_0_self_attn_q_proj, or lora_te1_…, lora_te2_… where
+there are several, as in Stable Diffusion XL, or might be, as in FLUX.1.
+
 "All" are diffusers' `load_lora_weights`, ComfyUI, the Stable Diffusion web UI (A1111), its relatives such as Forge, and
 sd-scripts, which the format is from. Layers of FLUX.1 outside of its blocks have no place here, because diffusers drops
 them in silence. Stable Diffusion 3 has none at all: diffusers does not read sd-scripts' names of it, while ComfyUI
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
+from alignprop.parts import layer, name_in_file, parts
 from alignprop.settings import ConfigError
 
 PREFIX = "lora_unet_"  # of every denoiser, also of those that are no UNet
@@ -34,10 +38,12 @@ class Format:
     """Attributes:
     names: the denoiser -> {name in the file, without PREFIX: the modules whose outputs that layer stacks}.
     header: the denoiser -> what tools that do not look at the names know the base model by.
+    encoders: the denoiser -> what precedes the layers of each of its text encoders.
     """
 
     names: Callable[[torch.nn.Module], dict[str, tuple[str, ...]]]
     header: Callable[[torch.nn.Module], dict[str, str]]
+    encoders: Callable[[torch.nn.Module], tuple[str, ...]]
 
 
 def find_format(denoiser: torch.nn.Module) -> Format | None:
@@ -46,19 +52,24 @@ def find_format(denoiser: torch.nn.Module) -> Format | None:
     return next((_FORMATS[cls.__name__] for cls in type(denoiser).__mro__ if cls.__name__ in _FORMATS), None)
 
 
-def pack(tensors: dict[str, torch.Tensor], scale: float, denoiser) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def is_kohya(names) -> bool:
+    """Whether a file with tensors of these names is in the format."""
+    return any(re.match(f"{PREFIX}|lora_te\\d?_", name) for name in names)
+
+
+def pack(tensors: dict[str, torch.Tensor], scale: float, model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the header of a file in kohya's format.
 
     Args:
-        tensors: "<module>.lora_A.weight" and "<module>.lora_B.weight" of all modules.
+        tensors: "<module>.lora_A.weight" and "<module>.lora_B.weight" of all modules (parts.py).
         scale: ΔW = scale · B @ A.
-        denoiser: that the modules are of; on any device.
+        model: that the modules are of; on any device.
 
     Raises:
         ConfigError: some of the modules have no name that every tool knows.
     """
-    form = find_format(denoiser)
-    names = form.names(denoiser)
+    form = find_format(model.denoiser)
+    names = {PREFIX + name: modules for name, modules in form.names(model.denoiser).items()} | _encoder_names(model)
     known = {module for modules in names.values() for module in modules}
     adapted = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     if unknown := sorted(adapted - known):
@@ -66,9 +77,7 @@ def pack(tensors: dict[str, torch.Tensor], scale: float, denoiser) -> tuple[dict
             f"format = 'kohya': {len(unknown)} of the {len(adapted)} adapted layers have no name that diffusers reads, "
             f"for example {unknown[0]!r}; use 'diffusers'"
         )
-    layers = {
-        PREFIX + name: _stack(modules, tensors, denoiser) for name, modules in names.items() if adapted & {*modules}
-    }
+    layers = {name: _stack(modules, tensors, model) for name, modules in names.items() if adapted & {*modules}}
     # One for all layers: of the attentions' own, where they differ, diffusers takes no notice.
     alpha = max(len(down) for down, _ in layers.values())
     file = {}
@@ -76,21 +85,21 @@ def pack(tensors: dict[str, torch.Tensor], scale: float, denoiser) -> tuple[dict
         file |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up * (scale * len(down) / alpha)}
         file[f"{name}.alpha"] = torch.tensor(float(alpha))
     size = {"ss_network_dim": str(alpha), "ss_network_alpha": str(float(alpha)), "ss_network_args": "{}"}
-    return file, form.header(denoiser) | size
+    return file, form.header(model.denoiser) | size
 
 
-def unpack(file: dict[str, torch.Tensor], denoiser) -> dict[str, torch.Tensor]:
+def unpack(file: dict[str, torch.Tensor], model) -> dict[str, torch.Tensor]:
     """The inverse of `pack`, with the scale in the B; also reads any denoiser's own names with underscores.
 
     Args:
         file: the tensors of a file in kohya's format, with an alpha for each layer or none, which means its rank.
 
     Raises:
-        ConfigError: a tensor that is not of a LoRA of this denoiser, or a layer without its other factor.
+        ConfigError: a tensor that is not of a LoRA of this model, or a layer without its other factor.
     """
-    form = find_format(denoiser)
-    names = {PREFIX + name: (module,) for name, module in _flat_names(denoiser).items()}
-    names |= {PREFIX + name: modules for name, modules in (form.names(denoiser) if form else {}).items()}
+    form = find_format(model.denoiser)
+    names = {PREFIX + name: (module,) for name, module in _flat_names(model.denoiser).items()} | _encoder_names(model)
+    names |= {PREFIX + name: modules for name, modules in (form.names(model.denoiser) if form else {}).items()}
     tensors, unread = {}, dict(file)
     for name, modules in names.items():
         down, up, alpha = (unread.get(f"{name}.{suffix}") for suffix in _SUFFIXES)
@@ -99,7 +108,7 @@ def unpack(file: dict[str, torch.Tensor], denoiser) -> dict[str, torch.Tensor]:
         for suffix in _SUFFIXES:
             unread.pop(f"{name}.{suffix}", None)
         scale = 1.0 if alpha is None else alpha.item() / len(down)
-        sizes = [denoiser.get_submodule(module).weight.shape[0] for module in modules]
+        sizes = [layer(model, module).weight.shape[0] for module in modules]
         if sum(sizes) != len(up):
             raise ConfigError(f"LoRA: {name!r} is {sum(sizes)} wide in this model, {len(up)} in the file")
         for module, rows in zip(modules, up.split(sizes), strict=True):
@@ -110,13 +119,13 @@ def unpack(file: dict[str, torch.Tensor], denoiser) -> dict[str, torch.Tensor]:
                 tensors[f"{module}.lora_B.weight"] = scale * rows[:, used]
     if unread:
         raise ConfigError(
-            f"LoRA: {len(file) - len(unread)} of its {len(file)} keys are factors of this denoiser's layers in kohya's "
+            f"LoRA: {len(file) - len(unread)} of its {len(file)} keys are factors of this model's layers in kohya's "
             f"format, {len(unread)} are not, for example {min(unread)!r}; other LoRAs are not supported"
         )
     return tensors
 
 
-def _stack(modules, tensors, denoiser) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(modules, tensors, model) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of one layer whose ΔW are those of the modules, one below the other; a module without one has zeros.
 
     [ΔW1; ΔW2] = blockdiag(B1, B2) @ [A1; A2]. Blocks of one size for every module let a reader take it apart again.
@@ -125,7 +134,7 @@ def _stack(modules, tensors, denoiser) -> tuple[torch.Tensor, torch.Tensor]:
     if len(pairs) == 1:
         return pairs[0]
     like = next(down for down, _ in pairs if down is not None)
-    widths = [denoiser.get_submodule(module).weight.shape[0] for module in modules]
+    widths = [layer(model, module).weight.shape[0] for module in modules]
     downs = [torch.zeros_like(like) if down is None else down for down, _ in pairs]
     ups = [like.new_zeros(width, len(like)) if up is None else up for (_, up), width in zip(pairs, widths, strict=True)]
     return torch.cat(downs), torch.block_diag(*ups)
@@ -139,6 +148,17 @@ def _flat_names(denoiser) -> dict[str, str]:
     layers = {name: getattr(layer, "weight", None) for name, layer in denoiser.named_modules()}
     plain = (name for name in layers if not re.search(r"\.(base_layer|lora_)", name))
     return {name.replace(".", "_"): name for name in plain if layers[name] is not None and layers[name].dim() > 1}
+
+
+def _encoder_names(model) -> dict[str, tuple[str, ...]]:
+    """As `Format.names`, of the layers of the text encoders, with what precedes them."""
+    form, found = find_format(model.denoiser), {}
+    encoders = {prefix: encoder for prefix, encoder in parts(model).items() if prefix}
+    for first, prefix in zip(form.encoders(model.denoiser) if form else (), encoders, strict=False):
+        for module in _flat_names(encoders[prefix]).values():
+            name = name_in_file(prefix, module)
+            found[first + name.removeprefix(prefix).replace(".", "_")] = (name,)
+    return found
 
 
 def _unet_names(unet) -> dict[str, tuple[str, ...]]:
@@ -229,9 +249,12 @@ def _unet_header(unet) -> dict[str, str]:
 
 
 _FORMATS = {
-    "UNet2DConditionModel": Format(_unet_names, _unet_header),
+    "UNet2DConditionModel": Format(
+        _unet_names, _unet_header, lambda unet: ("lora_te1_", "lora_te2_") if _is_xl(unet) else ("lora_te_",)
+    ),
     "FluxTransformer2DModel": Format(
         _double_stream_names,
         lambda _: {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1", "ss_v2": "False"},
+        lambda _: ("lora_te1_",),
     ),
 }

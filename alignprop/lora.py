@@ -169,7 +169,7 @@ def read_lora(path, model=None) -> LoraWeights:
     path = Path(path)
     path = path / LORA_FILE if path.is_dir() else path
     raw, metadata = _read_tensors(path)
-    if model is not None and any(name.startswith(kohya.PREFIX) for name in raw):
+    if model is not None and kohya.is_kohya(raw):
         return LoraWeights(kohya.unpack(raw, model), 1.0)
     tensors = {_canonical_key(name): tensor for name, tensor in raw.items()}
     unknown = [name for name in raw if not _PAIR.search(_canonical_key(name))]

@@ -5,7 +5,7 @@ Weight files are rewritten one by one, so that the model need not fit into memor
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from alignprop.lora import LoraWeights
+from alignprop.models.base import ENCODERS
 from alignprop.rereading import Deltas
 from alignprop.settings import ConfigError
 
@@ -37,43 +38,42 @@ def pipeline_folder(name: str, revision: str | None) -> Path:
 
 
 def merge(weights: LoraWeights, base: Path, out: Path) -> None:
-    """Writes the pipeline in the folder `base`, with the LoRA in its denoiser's weights, to the new folder `out`.
+    """Writes the pipeline in the folder `base`, with the LoRA in its weights, to the new folder `out`.
 
     Raises:
         ConfigError: the base has no such weights in safetensors files.
     """
-    part, files = _denoiser_files(base)
+    files = _adapted_files(weights, base)
     out.mkdir()
     shutil.copy(base / INDEX, out)
     for folder in (base / name for name in json.loads((base / INDEX).read_text(encoding="utf-8"))):
         if folder.is_dir():
             # Weights in another format would still be without the LoRA.
-            unmerged = shutil.ignore_patterns("*.safetensors", "*.bin", "*.msgpack") if folder == part else None
+            adapted = any(path.parent == folder for path in files)
+            unmerged = shutil.ignore_patterns("*.safetensors", "*.bin", "*.msgpack") if adapted else None
             shutil.copytree(folder, out / folder.name, ignore=unmerged)
     absent = {*weights.modules}
-    for path in files:
+    for path, modules in files.items():
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata()
-        for module in weights.modules:
-            if (weight := tensors.get(f"{module}.weight")) is not None:
-                tensors[f"{module}.weight"] = (weight.float() + weights.delta(module)).to(weight.dtype)
+        for module in modules:
+            if (name := _stored_name(module, tensors)) is not None:
+                tensors[name] = (tensors[name].float() + weights.delta(module)).to(tensors[name].dtype)
                 absent.discard(module)
-        save_file(tensors, out / part.name / path.name, header)
+        save_file(tensors, out / path.relative_to(base), header)
     if absent:
-        raise ConfigError(f"the weight files in {str(part)!r} have no {min(absent) + '.weight'!r}; are they whole?")
+        raise ConfigError(f"the weight files in {str(base)!r} have no {min(absent) + '.weight'!r}; are they whole?")
 
 
 def merged_deltas(weights: LoraWeights, base: Path, out: Path) -> tuple[Deltas, Callable[[str], float]]:
     """W' - W of every adapted layer, as written, and how far its rounding may change it; see `rereading.compare`."""
-    part, files = _denoiser_files(base)
     deltas, steps = {}, {}
-    for before in files:
-        after = out / part.name / before.name
+    for before, modules in _adapted_files(weights, base).items():
+        after = out / before.relative_to(base)
         with safe_open(after, framework="pt") as file:
-            for module in weights.modules:
-                name = f"{module}.weight"
-                if name in file.keys():  # noqa: SIM118
+            for module in modules:
+                if (name := _stored_name(module, file.keys())) is not None:
                     merged = file.get_tensor(name)
                     steps[module] = merged.abs().max().item() * torch.finfo(merged.dtype).eps
                     deltas[module] = lambda a=after, b=before, n=name: _weight(a, n) - _weight(b, n)
@@ -85,9 +85,23 @@ def _weight(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name).float()
 
 
-def _denoiser_files(base: Path) -> tuple[Path, list[Path]]:
-    """The denoiser's folder, and its weights in it."""
-    part = base / ("transformer" if (base / "transformer").is_dir() else "unet")
-    if files := sorted(part.glob("*.safetensors")):
-        return part, files
-    raise ConfigError(f"base: {str(part)!r} has no .safetensors file; diffusers' save_pretrained writes one")
+def _adapted_files(weights: LoraWeights, base: Path) -> dict[Path, list[str]]:
+    """The weight files of the pipeline's parts that the LoRA adapts, and the modules of that part."""
+    denoiser = base / ("transformer" if (base / "transformer").is_dir() else "unet")
+    adapted: dict[Path, list[str]] = {}
+    for module in weights.modules:
+        encoder = module.partition(".")[0]
+        adapted.setdefault(base / encoder if encoder in ENCODERS else denoiser, []).append(module)
+    found = {path: modules for part, modules in adapted.items() for path in sorted(part.glob("*.safetensors"))}
+    for part in adapted:
+        if not any(path.parent == part for path in found):
+            raise ConfigError(f"base: {str(part)!r} has no .safetensors file; diffusers' save_pretrained writes one")
+    return found
+
+
+def _stored_name(module: str, names: Collection[str]) -> str | None:
+    """What a weight file calls the weight of a module (parts.py); None where it is not in it."""
+    inner = module.partition(".")[2] if module.startswith(ENCODERS) else module
+    # Versions of transformers differ in what they call the layers of a text encoder.
+    candidates = (f"{inner}.weight", f"{inner.removeprefix('text_model.')}.weight")
+    return next((name for name in candidates if name in names), None)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from alignprop.lora import LoraWeights
-from alignprop.models import FAMILIES
-from alignprop.models.skeleton import build_module
+from alignprop.models.base import Model
+from alignprop.models.skeleton import skeleton
+from alignprop.parts import name_in_file, parts
 from alignprop.settings import ConfigError
 
 Deltas = dict[str, Callable[[], torch.Tensor]]
@@ -87,11 +88,11 @@ def own_deltas(weights: LoraWeights) -> Deltas:
     return {module: lambda module=module: weights.delta(module) for module in weights.modules}
 
 
-def diffusers_deltas(path: Path, pipeline) -> Deltas:
+def diffusers_deltas(path: Path, model: Model) -> Deltas:
     """What diffusers makes of a file.
 
     Args:
-        pipeline: of `pipeline_around`; the LoRA is loaded into it.
+        model: the LoRA is loaded into it.
 
     Raises:
         ConfigError: diffusers cannot read it.
@@ -99,44 +100,40 @@ def diffusers_deltas(path: Path, pipeline) -> Deltas:
     from peft.tuners.lora import LoraLayer
 
     try:
-        pipeline.load_lora_weights(path)
+        pipeline_around(model).load_lora_weights(path)
     except Exception as error:  # its readers fail in many ways
         reason = next(iter(str(error).splitlines()), "")
         raise ConfigError(f"not exported, diffusers cannot read it: {type(error).__name__}: {reason}") from error
-    layers = getattr(pipeline, part_of(pipeline)).named_modules()
     # In half precision peft would round the product once more.
     return {
-        name: lambda layer=layer: layer.float().get_delta_weight(layer.active_adapters[0])
-        for name, layer in layers
+        name_in_file(prefix, name): lambda layer=layer: layer.float().get_delta_weight(layer.active_adapters[0])
+        for prefix, module in parts(model).items()
+        for name, layer in module.named_modules()
         if isinstance(layer, LoraLayer)
     }
 
 
-def hollow(facts: dict) -> torch.nn.Module:
-    """A denoiser whose weights have their shapes, but are all one and the same zero in memory.
+def hollow(facts: dict) -> Model:
+    """A model of which all that a LoRA can adapt has its shapes, but one and the same zero in memory for every weight.
 
-    On the meta device, a LoRA would lose its values to it.
+    On the meta device, where the rest is, a LoRA would lose its values to it.
 
     Args:
-        facts: its class and configuration (models/configs.py).
+        facts: what `find_config` returns (models/configs.py).
     """
-    denoiser = build_module(facts, torch.float32, "meta")
-    for layer in denoiser.modules():
-        for name, parameter in list(layer.named_parameters(recurse=False)):
-            setattr(layer, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
-    return denoiser
+    model = skeleton(facts, torch.float32)
+    for module in parts(model).values():
+        for layer in module.modules():
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+            for name, buffer in list(layer.named_buffers(recurse=False)):
+                setattr(layer, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return model
 
 
-def pipeline_around(denoiser: torch.nn.Module, family: str):
-    """A diffusers pipeline that has a denoiser and nothing else, which is enough to load a LoRA."""
-    import diffusers
-
-    cls = getattr(diffusers, FAMILIES[family].pipeline)
+def pipeline_around(model: Model):
+    """A diffusers pipeline that has what a LoRA can adapt and nothing else, which is enough to load one."""
+    cls = model.pipeline_class()
     parameters = inspect.signature(cls.__init__).parameters.values()
-    parts = {p.name: None for p in parameters if p.default is p.empty and p.name != "self"}
-    return cls(**parts | {"unet" if "unet" in parts else "transformer": denoiser})
-
-
-def part_of(pipeline) -> str:
-    """What a pipeline calls its denoiser."""
-    return "unet" if "unet" in pipeline.components else "transformer"
+    having = {p.name: None for p in parameters if p.default is p.empty and p.name != "self"}
+    return cls(**having | model.lora_encoders | {"unet" if "unet" in having else "transformer": model.denoiser})

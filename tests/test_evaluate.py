@@ -239,8 +239,8 @@ def test_soup_with_the_base_model(toy_config, pipeline_folder, tmp_path):
 
 def test_a_file_in_kohyas_format_is_a_checkpoint_like_any_other(toy_config, pipeline_folder, tmp_path):
     own = save_random_lora(pipeline_folder, tmp_path / "own", 1)
-    denoiser, kohyas = StableDiffusion.load(str(pipeline_folder)).denoiser, tmp_path / "kohya.safetensors"
-    save_file(kohya.pack(read_lora(own).tensors, 1.0, denoiser)[0], kohyas)
+    model, kohyas = StableDiffusion.load(str(pipeline_folder)), tmp_path / "kohya.safetensors"
+    save_file(kohya.pack(read_lora(own).tensors, 1.0, model)[0], kohyas)
     options = dict(run_name="soup", resume_from=own, resume_from_2=str(kohyas), mixing_coef_1=(1.0, 0.0))
     soup = evaluate_soup(toy_config("tiny_soup", **options))
     assert pictures(soup / "c_0") == pictures(soup / "c_1")

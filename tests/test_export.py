@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alignprop import kohya
+from alignprop.adapters import set_adapter
 from alignprop.export import export_lora
-from alignprop.lora import LORA_FILE, LoraWeights, read_lora, set_lora
+from alignprop.lora import LORA_FILE, LoraWeights, read_lora
 from alignprop.models import FAMILIES
 from alignprop.models.configs import bundled_config, folder_config
 from alignprop.rereading import hollow, pipeline_around
@@ -47,6 +48,15 @@ def write_facts(facts, folder) -> Path:
     return folder
 
 
+def with_encoders(model, weights, targets=("q_proj", "out_proj")) -> LoraWeights:
+    """The LoRA of a denoiser, and one of each text encoder that a file has a place for."""
+    tensors = dict(weights.tensors)
+    for part, encoder in model.lora_encoders.items():
+        for name, tensor in random_lora(encoder, targets).tensors.items():
+            tensors[f"{part}.text_model.{name.removeprefix('text_model.')}"] = tensor
+    return LoraWeights(tensors, weights.scale)
+
+
 def random_lora(denoiser, targets, rank=2, scale=0.75, size=0.3) -> LoraWeights:
     tensors = {}
     for name, layer in denoiser.named_modules():
@@ -63,7 +73,7 @@ def save_weights(weights, folder) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rank = weights.rank(weights.modules[0])
     header = {"unet.r": rank, "unet.lora_alpha": weights.scale * rank, "unet.target_modules": weights.modules}
-    tensors = {f"unet.{name}": tensor for name, tensor in weights.tensors.items()}
+    tensors = {k if k.startswith("text_encoder") else f"unet.{k}": t for k, t in weights.tensors.items()}
     save_file(tensors, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(header)})
     return folder
 
@@ -74,6 +84,14 @@ def predict(model):
     masks = {name: tensor for name, tensor in model.blank_conditioning(1).items() if tensor.dtype == torch.bool}
     branch = model.branches(random_conditioning(model, 1) | masks, 3.0)[-1]
     return model.predict(latents, torch.tensor(500), branch)
+
+
+@torch.no_grad()
+def encode(model):
+    """What the last layer of each of the text encoders makes of some tokens."""
+    tokens = torch.randint(0, 500, (1, 20), generator=generator("tokens"))
+    states = [encoder(tokens, output_hidden_states=True).hidden_states for encoder in model.lora_encoders.values()]
+    return torch.cat([hidden[-1].flatten() for hidden in states])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +105,7 @@ def facts_of(pipelines):
 @pytest.fixture
 def lora(pipelines, tmp_path):
     """A LoRA of the random Stable Diffusion in its folder, and its factors."""
-    weights = random_lora(hollow(folder_config(pipelines["epsilon"])["denoiser"]), ATTENTION)
+    weights = random_lora(hollow(folder_config(pipelines["epsilon"])).denoiser, ATTENTION)
     return save_weights(weights, tmp_path / "lora"), weights
 
 
@@ -101,23 +119,25 @@ def lora(pipelines, tmp_path):
 def test_a_plain_pipeline_predicts_with_the_file_what_ours_does(facts_of, tmp_path, family, targets, form):
     facts = facts_of[family]
     ours, theirs, again = (tiny_model(facts) for _ in range(3))
-    base, weights = predict(ours), random_lora(ours.denoiser, targets)
+    base, weights = predict(ours), with_encoders(ours, random_lora(ours.denoiser, targets))
     out, folder = tmp_path / "out.safetensors", write_facts(facts, tmp_path / "pipeline")
     check = export_lora(save_weights(weights, tmp_path / "lora"), out, form, base=str(folder))
     assert check.layers == check.checked == len(weights.modules) > 3 and check.difference <= 1e-6 < check.largest
 
-    set_lora(ours.denoiser, weights)
-    expected = predict(ours)
-    assert (expected - base).abs().max() > 0.005
-    pipeline_around(theirs.denoiser, facts["family"]).load_lora_weights(out)
-    torch.testing.assert_close(predict(theirs), expected, rtol=1e-4, atol=1e-4)
-    set_lora(again.denoiser, read_lora(out, again.denoiser))
-    torch.testing.assert_close(predict(again), expected, rtol=1e-4, atol=1e-4)
+    plain_text = encode(ours)
+    set_adapter(ours, weights)
+    expected, expected_text = predict(ours), encode(ours)
+    assert (expected - base).abs().max() > 0.005 and (expected_text - plain_text).abs().max() > 0.05
+    pipeline_around(theirs).load_lora_weights(out)
+    set_adapter(again, read_lora(out, again))
+    for model in (theirs, again):
+        torch.testing.assert_close(predict(model), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encode(model), expected_text, rtol=1e-4, atol=1e-4)
 
 
 def test_fused_layers_of_the_released_width_come_apart_in_diffusers(facts_of, tmp_path):
     facts = facts_of["flux_wide"]
-    weights = random_lora(hollow(facts["denoiser"]), ("attn.to_q", "proj_mlp"))
+    weights = random_lora(hollow(facts).denoiser, ("attn.to_q", "proj_mlp"))
     out, base = tmp_path / "out.safetensors", write_facts(facts, tmp_path / "p")
     check = export_lora(save_weights(weights, tmp_path / "lora"), out, "kohya", base=str(base), dtype="float16")
     assert check.layers == check.checked == len(weights.modules) == 3
@@ -134,7 +154,7 @@ def test_factors_have_the_precision_asked_for(lora, pipelines, tmp_path, dtype):
     assert {str(t.dtype) for k, t in stored.items() if k.endswith(".weight")} == {f"torch.{dtype}"}
     eps = torch.finfo(getattr(torch, dtype)).eps
     assert 0 < check.difference < 2 * eps * check.largest
-    found = read_lora(out, hollow(folder_config(pipelines["epsilon"])["denoiser"]))
+    found = read_lora(out, hollow(folder_config(pipelines["epsilon"])))
     largest = max((found.delta(m) - weights.delta(m)).abs().max().item() for m in weights.modules)
     assert abs(largest - check.difference) < eps * check.largest
 
@@ -161,13 +181,13 @@ def test_keys_and_header_are_kohyas(lora, pipelines, tmp_path):
     ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl_base_v1-0", "False"),
 ])  # fmt: skip
 def test_the_header_names_the_base_model(name, version, v2):
-    denoiser = hollow(bundled_config(name)["denoiser"])
+    denoiser = hollow(bundled_config(name)).denoiser
     header = kohya.find_format(denoiser).header(denoiser)
     assert (header["ss_base_model_version"], header["ss_v2"]) == (version, v2)
 
 
 def test_names_of_xl_are_the_released_checkpoints():
-    denoiser = hollow(bundled_config("stabilityai/stable-diffusion-xl-base-1.0")["denoiser"])
+    denoiser = hollow(bundled_config("stabilityai/stable-diffusion-xl-base-1.0")).denoiser
     names = kohya.find_format(denoiser).names(denoiser)
     others = ("add_embedding", "up_blocks.0.upsamplers")  # which Stable Diffusion 1.x does not have, or elsewhere
     blocks = {n: modules[0] for n, modules in names.items() if not modules[0].startswith(others)}
@@ -182,16 +202,16 @@ def test_names_of_xl_are_the_released_checkpoints():
 
 def test_every_layer_has_an_alpha_of_its_own(pipelines, tmp_path):
     """As files of other trainers have: ranks and alphas that differ, and none, which is the rank."""
-    denoiser = hollow(folder_config(pipelines["epsilon"])["denoiser"])
+    model = hollow(folder_config(pipelines["epsilon"]))
     file, expected = {}, {}
-    for i, module in enumerate(random_lora(denoiser, ("to_q", "conv1")).modules):
-        single = random_lora(denoiser, (module,), rank=1 + i, scale=1.0)
+    for i, module in enumerate(random_lora(model.denoiser, ("to_q", "conv1")).modules):
+        single = random_lora(model.denoiser, (module,), rank=1 + i, scale=1.0)
         name, alpha = "lora_unet_" + module.replace(".", "_"), None if i == 0 else 3.0 + i
         file[f"{name}.lora_down.weight"], file[f"{name}.lora_up.weight"] = single.tensors.values()
         file |= {f"{name}.alpha": torch.tensor(alpha, dtype=torch.float16)} if alpha else {}
         expected[module] = single.delta(module) * (alpha / (1 + i) if alpha else 1)
     save_file(file, tmp_path / "theirs.safetensors")
-    found = read_lora(tmp_path / "theirs.safetensors", denoiser)
+    found = read_lora(tmp_path / "theirs.safetensors", model)
     assert found.modules == sorted(expected)
     for module, delta in expected.items():
         torch.testing.assert_close(found.delta(module), delta)
@@ -212,12 +232,12 @@ def test_what_is_more_than_a_lora_of_the_denoiser_is_refused(lora, pipelines, tm
     change(file)
     save_file(file, out)
     with pytest.raises(ConfigError, match=message):
-        read_lora(out, hollow(folder_config(pipelines["epsilon"])["denoiser"]))
+        read_lora(out, hollow(folder_config(pipelines["epsilon"])))
 
 
 def test_layers_that_diffusers_would_drop_are_refused_by_name(facts_of, tmp_path):
     facts = facts_of["flux"]
-    weights = random_lora(hollow(facts["denoiser"]), ("x_embedder", "attn.to_out.0"))
+    weights = random_lora(hollow(facts).denoiser, ("x_embedder", "attn.to_out.0"))
     folder, base = save_weights(weights, tmp_path / "lora"), write_facts(facts, tmp_path / "p")
     with pytest.raises(ConfigError, match=r"format = 'kohya': 1 of the 2 adapted layers .*'x_embedder'; use"):
         export_lora(folder, tmp_path / "out.safetensors", "kohya", base=str(base))
@@ -358,7 +378,7 @@ def test_a_lora_of_another_model_is_refused(lora, facts_of, tmp_path):
 
 
 def test_numbers_that_the_precision_cannot_hold_are_refused(pipelines, tmp_path):
-    weights = random_lora(hollow(folder_config(pipelines["epsilon"])["denoiser"]), ATTENTION, size=1e-6)
+    weights = random_lora(hollow(folder_config(pipelines["epsilon"])).denoiser, ATTENTION, size=1e-6)
     folder = save_weights(weights, tmp_path / "lora")
     with pytest.raises(ConfigError, match=r"not exported, .* of 32 layers 0 would be lost and 32 change by up to"):
         export_lora(folder, tmp_path / "o.safetensors", "kohya", base=str(pipelines["epsilon"]), dtype="float16")
@@ -380,7 +400,7 @@ def test_a_layer_that_gets_lost_is_noticed(lora, pipelines, tmp_path, monkeypatc
 def test_what_diffusers_cannot_read_is_told_in_one_line(facts_of, tmp_path):
     """Its reader of fused layers takes the released width for granted."""
     facts = facts_of["flux"]
-    folder = save_weights(random_lora(hollow(facts["denoiser"]), ("attn.to_q",)), tmp_path / "lora")
+    folder = save_weights(random_lora(hollow(facts).denoiser, ("attn.to_q",)), tmp_path / "lora")
     with pytest.raises(ConfigError, match="not exported, diffusers cannot read it: AssertionError"):
         export_lora(folder, tmp_path / "o.safetensors", "kohya", base=str(write_facts(facts, tmp_path / "p")))
 

@@ -22,6 +22,7 @@ class Model(Protocol):
 
     Attributes:
         denoiser: the network that is trained; everything else is frozen.
+        denoiser_name: what its pipeline calls it.
         text_encoders: what `encode_prompts` calls.
         decoder: what `decode` calls.
         device: where conditioning and latents are put; whoever moves the modules sets it.
@@ -32,6 +33,7 @@ class Model(Protocol):
     """
 
     denoiser: torch.nn.Module
+    denoiser_name: str
     text_encoders: list[torch.nn.Module]
     decoder: torch.nn.Module
     device: torch.device

@@ -52,7 +52,8 @@ class LatentDiffusion:
                 "already, or it knows no guidance"
             )
         self.pipeline, self.scheduler = pipeline, pipeline.scheduler
-        self.denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        self.denoiser_name = "unet" if getattr(pipeline, "unet", None) else "transformer"
+        self.denoiser = getattr(pipeline, self.denoiser_name)
         self.decoder = pipeline.vae
         encoders = (getattr(pipeline, name, None) for name in ENCODERS)
         self.text_encoders = [encoder for encoder in encoders if encoder is not None]
@@ -212,14 +213,14 @@ class LatentDiffusion:
             tensors: the adapter, named as in adapters.py.
             scale: alpha / rank; None where it is 1, which is what readers assume.
         """
-        kind, parts = "unet" if hasattr(self.pipeline, "unet") else "transformer", {}
+        parts, options = {}, {}
         for name, tensor in tensors.items():
-            part, _, inner = name.partition(".") if name.startswith(ENCODERS) else (kind, "", name)
-            parts.setdefault(part, {})[inner] = tensor
-        options = {}
+            encoder, _, inner = name.partition(".")
+            part, layer = (encoder, inner) if encoder in self.lora_encoders else (self.denoiser_name, name)
+            parts.setdefault(part, {})[layer] = tensor
         for part, layers in parts.items():
-            options[f"{part}_lora_layers"] = layers
-            options[f"{part}_lora_adapter_metadata"] = _adapter_metadata(layers, scale, endings=part != kind)
+            metadata = _adapter_metadata(layers, scale, endings=part in self.lora_encoders)
+            options |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
         self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **options)
 
     def _warn_of_truncation(self, prompts: list[str]) -> None:
