@@ -212,6 +212,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
     fields = _ESTIMATOR_FIELDS.get(estimator) or [f"plan.{f}" for f, names in PLAN_FIELDS.items() if estimator in names]
     options = [f"{field.removeprefix('plan.')} = {c[field]}" for field in fields if c.get(field) is not None]
     trained = f"LoRA of rank {c['lora_rank']}, alpha {c['lora_alpha']:g}" if run.has_lora else "every weight"
+    trained += ", also of the text encoder" if c.get("train_text_encoder") else ""
     versions = {name: value for name, value in c.items() if name.startswith("versions.")}
     return {
         "base model": _link(_base_model(c)),

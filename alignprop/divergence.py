@@ -19,7 +19,7 @@ def base_conditioning(model: Model, prompts: list[str], cond: Conditioning) -> C
 
 
 def base_distance(
-    rollout: Rollout, latents, cond: Conditioning, base_cond: Conditioning, steps, noise
+    rollout: Rollout, latents, cond: Conditioning, steps, noise, base_cond: Conditioning | None = None
 ) -> torch.Tensor:
     """Mean squared difference of the denoiser's output, with its adapter, to the base model's, [B].
 
@@ -33,9 +33,10 @@ def base_distance(
     Args:
         rollout: of the model and the chain.
         latents: final ones, float32 [B, ...].
-        cond, base_cond: of the B samples, and what the base model has instead.
+        cond: of the B samples.
         steps: i of each sample, int [B].
         noise: standard normal, [B, ...].
+        base_cond: what the base model has instead of `cond`; None: the same.
     """
     sampler, model, f = rollout.sampler, rollout.model, rollout.f
     shape = [-1] + [1] * (latents.dim() - 1)
@@ -48,25 +49,26 @@ def base_distance(
             return model.predict(x, timesteps, model.branches(cond, f.guidance_scale)[-1]).to(x.dtype)
 
     with torch.no_grad(), without_lora(rollout.denoiser):
-        base = output(base_cond)
+        base = output(cond if base_cond is None else base_cond)
     return (output(cond) - base).square().flatten(1).mean(dim=1)
 
 
 @torch.no_grad()
 def chain_distance(
-    rollout: Rollout, latents, cond: Conditioning, base_cond: Conditioning, generators: list[torch.Generator]
+    rollout: Rollout, latents, cond: Conditioning, generators: list[torch.Generator], base_cond=None
 ) -> torch.Tensor:
     """`base_distance` on average over 4 steps in the middle of equal parts of the chain, [B].
 
     Args:
         generators: of the noise, one per sample.
+        base_cond: as of `base_distance`.
     """
     steps = ((torch.arange(4) + 0.5) * rollout.sampler.num_steps / 4).long().unique()
     shape = (len(steps), *latents.shape[1:])
     noises = torch.stack([torch.randn(shape, generator=g) for g in generators], dim=1)
     samples = torch.ones(len(latents), dtype=torch.long)
     pairs = zip(steps, noises, strict=True)
-    found = [base_distance(rollout, latents, cond, base_cond, i * samples, noise) for i, noise in pairs]
+    found = [base_distance(rollout, latents, cond, i * samples, noise, base_cond) for i, noise in pairs]
     if is_sharded(rollout.denoiser):
         release(rollout.denoiser)
     return torch.stack(found).mean(dim=0)

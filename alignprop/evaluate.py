@@ -199,8 +199,8 @@ class Evaluator:
         noise = generators(batch[rows], self.seed, "base distance")
         found = torch.empty(0)
         if noise:
-            conds = select(cond, rows), select(base_cond, rows)
-            found = chain_distance(self.rollout, latents[rows], *conds, noise)
+            cond, base_cond = select(cond, rows), select(base_cond, rows)
+            found = chain_distance(self.rollout, latents[rows], cond, noise, base_cond)
         return [d if j < NUM_COMPARED else None for j, d in zip_longest(batch, found.tolist())]
 
     def _score(self, reward, images: list[torch.Tensor], prompts, metadata) -> dict[str, torch.Tensor]:

@@ -160,6 +160,8 @@ def _simulate(
             cond = model.blank_conditioning(samples)
             if not config.use_lora:  # autocast does not exist on meta; in float32 it is an upper limit
                 cond = {name: tensor.float() for name, tensor in cond.items()}
+            if config.train_text_encoder:
+                cond = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in cond.items()}
         with account.phase("denoise"):
             residency.enter("denoise")
             plan = estimators.full(sampler, samples)
@@ -178,6 +180,10 @@ def _simulate(
         with account.phase("sweep"):
             residency.enter("denoise")
             latents.backward(adjoint)
+        if config.train_text_encoder:
+            with account.phase("encode"):
+                residency.enter("encode")
+                encode(model.text_encoders, 1, backward=True)
         with account.phase("update"):
             _update(weights)
     latent_bytes = latents[0].numel() * latents.element_size()
@@ -199,12 +205,14 @@ def _update(weights: TrainedWeights) -> None:
     weights.zero_grad()
 
 
-@torch.no_grad()
-def encode(text_encoders: list[torch.nn.Module], samples: int) -> None:
-    """Calls text encoders, where they are, as prompts of full length would."""
+def encode(text_encoders: list[torch.nn.Module], samples: int, backward: bool = False) -> None:
+    """Calls text encoders, where they are, as prompts of full length would; and back, through those with an adapter."""
     for encoder in text_encoders:
         length = getattr(encoder.config, "max_position_embeddings", 512)
-        encoder(torch.zeros(samples, length, dtype=torch.long, device=encoder.device))
+        with torch.set_grad_enabled(backward):
+            output = encoder(torch.zeros(samples, length, dtype=torch.long, device=encoder.device))[0]
+        if output.requires_grad:
+            output.sum().backward()
 
 
 class _OneProcess:

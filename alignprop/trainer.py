@@ -122,8 +122,8 @@ class AlignPropTrainer(TrainingLoop):
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in streams])
         found = []
         for rows in chunks(len(latents), c.memory.sweep_chunk):
-            conds = select(cond, rows), select(base_cond, rows)
-            distances = base_distance(run.rollout, latents[rows], *conds, steps[rows], noise[rows])
+            chunk, base_chunk = select(cond, rows), select(base_cond, rows)
+            distances = base_distance(run.rollout, latents[rows], chunk, steps[rows], noise[rows], base_chunk)
             run.accelerator.backward(c.kl_coeff * distances.sum() / c.train.total_batch_size)
             found.append(distances.detach())
         return torch.cat(found)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from alignprop import kohya
+from alignprop.adapters import add_adapter, get_adapter, trained_parameters
 from alignprop.divergence import chain_distance
 from alignprop.evaluate import statistics, write_report
 from alignprop.judges import diversity
@@ -82,6 +83,25 @@ def test_the_measures_are_those_of_the_pictures(toy_config, pipeline_folder, tmp
     cond, noise = run.model.encode_prompts(found.prompts[:8]), generators(range(8), 0, "base distance")
     expected = chain_distance(run.rollout, latents, cond, noise).mean().item()
     assert found.measures["base_distance"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_encoder_that_has_moved_is_at_a_distance_and_scales_too(toy_config, pipeline_folder, tmp_path):
+    """A denoiser's adapter that is still zero beside one of the text encoder that is not."""
+    model = StableDiffusion.load(str(pipeline_folder))
+    add_adapter(model, 2, 2.0, None, seed=0, text_encoders=True)
+    for name, parameter in trained_parameters(model).items():
+        if "text_encoder" in name:
+            parameter.data.normal_(0, 0.5, generator=generator(name))
+    save_lora(model, get_adapter(model), tmp_path / "lora")
+
+    def made(**options):
+        folder = evaluate(toy_config("tiny_evaluate", **options))
+        return pictures(folder), json.loads((folder / "summary.json").read_text()).get("base_distance")
+
+    base, _ = made()
+    moved, distance = made(resume_from=str(tmp_path / "lora"))
+    assert moved != base and distance > 1e-4
+    assert made(resume_from=str(tmp_path / "lora"), lora_scale=0.0) == (base, 0.0)
 
 
 def test_what_is_not_there_is_not_measured(toy_config):

@@ -1,6 +1,7 @@
 """Exported LoRAs, loaded by plain diffusers pipelines and by our own reader, and merged models against base + LoRA."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from alignprop.export import export_lora
 from alignprop.lora import LORA_FILE, LoraWeights, read_lora
 from alignprop.models import FAMILIES
 from alignprop.models.configs import bundled_config, folder_config
+from alignprop.models.sd import StableDiffusion
 from alignprop.rereading import hollow, pipeline_around
 from alignprop.seeding import generator
 from alignprop.settings import ConfigError, resolve, save_config
@@ -72,7 +74,13 @@ def save_weights(weights, folder) -> Path:
     """As `Weights.write` does, without a whole model."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = weights.rank(weights.modules[0])
-    header = {"unet.r": rank, "unet.lora_alpha": weights.scale * rank, "unet.target_modules": weights.modules}
+    parts = {name.split(".")[0] for name in weights.modules if name.startswith("text_encoder")}
+    targets = {"unet": [m for m in weights.modules if m.split(".")[0] not in parts]}
+    targets |= {part: ["q_proj", "out_proj"] for part in parts}
+    header = {}
+    for part, modules in targets.items():
+        config = {"r": rank, "lora_alpha": weights.scale * rank, "target_modules": modules}
+        header |= {f"{part}.{name}": value for name, value in config.items()}
     tensors = {k if k.startswith("text_encoder") else f"unet.{k}": t for k, t in weights.tensors.items()}
     save_file(tensors, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(header)})
     return folder
@@ -256,7 +264,7 @@ def test_the_merged_pipelines_pictures_are_those_of_base_and_lora(tmp_path, dtyp
     pipeline.save_pretrained(base, max_shard_size="200KB")
     assert len(list((base / "unet").glob("*.safetensors"))) > 1
     (base / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"older")
-    weights = random_lora(pipeline.unet, (*ATTENTION, "conv1"))
+    weights = with_encoders(StableDiffusion.load(str(base)), random_lora(pipeline.unet, (*ATTENTION, "conv1")))
     folder = save_weights(weights, tmp_path / "lora")
     check = export_lora(folder, tmp_path / "out", "merged", base=str(base))
     assert check.checked == check.layers == len(weights.modules)
@@ -265,8 +273,10 @@ def test_the_merged_pipelines_pictures_are_those_of_base_and_lora(tmp_path, dtyp
     files = [{p.relative_to(f): p for p in f.rglob("*") if p.is_file()} for f in (base, tmp_path / "out")]
     assert files[0].keys() - files[1].keys() == {Path("unet/diffusion_pytorch_model.bin")}
     changed = {str(name) for name, path in files[1].items() if path.read_bytes() != files[0][name].read_bytes()}
-    assert changed and all(name.startswith("unet/") and name.endswith(".safetensors") for name in changed)
-    assert {t.dtype for name in changed for t in load_file(tmp_path / "out" / name).values()} == {dtype}
+    assert {name.partition("/")[0] for name in changed} == {"unet", "text_encoder"}
+    assert all(name.endswith(".safetensors") for name in changed)
+    unets = [name for name in changed if name.startswith("unet")]
+    assert {t.dtype for name in unets for t in load_file(tmp_path / "out" / name).values()} == {dtype}
 
     def picture(where, lora=None):
         pipeline = StableDiffusionPipeline.from_pretrained(where)
@@ -287,6 +297,17 @@ def test_a_base_that_is_no_folder_comes_from_the_hub(lora, pipelines, tmp_path, 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda *a, **k: asked.append((a, k)) or str(folder))
     check = export_lora(lora[0], tmp_path / "out", "merged", base="some/model")
     assert asked == [(("some/model",), {"revision": None})] and check.checked == check.layers
+
+
+def test_an_encoders_weights_are_found_by_their_older_names(lora, pipelines, tmp_path):
+    """As released models have them, in which the layers are one level further down."""
+    base = tmp_path / "base"
+    shutil.copytree(pipelines["epsilon"], base)
+    path = base / "text_encoder" / "model.safetensors"
+    save_file({f"text_model.{name}": tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    weights = with_encoders(StableDiffusion.load(str(base)), lora[1])
+    check = export_lora(save_weights(weights, tmp_path / "l"), tmp_path / "out", "merged", base=str(base))
+    assert check.checked == check.layers == len(weights.modules) > len(lora[1].modules)
 
 
 # ---- where it comes from and goes to

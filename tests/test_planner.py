@@ -70,6 +70,17 @@ def test_a_forecast_is_what_a_real_step_needs(toy_config, options, name):
     assert our_flops == pytest.approx(real_flops, rel=0.01)
 
 
+def test_a_forecast_knows_of_a_text_encoder_that_is_trained(toy_config, options):
+    """Its own passes are left out of the operations, of which they are a hundredth of the bundled model's."""
+    from config.align_prop import TINY
+
+    options |= dict(train_text_encoder=True, reward_fn="aesthetic", pretrained__model=str(TINY / "pipeline"))
+    memory = MemoryPolicy(sweep_chunk=2)
+    (ours, our_flops), (real, real_flops) = compare(toy_config(**options), options["pretrained__model"], memory)
+    assert ours == pytest.approx(real, rel=0.05)
+    assert our_flops == pytest.approx(real_flops, rel=0.02)
+
+
 @pytest.mark.parametrize(("estimator", "exact_bytes"), [("draft_lv", True), ("drtune", False), ("refl", False)])
 def test_a_forecast_knows_of_copies_and_early_exits(toy_config, options, estimator, exact_bytes):
     """Samples that leave the chain make a step's calls smaller, never larger, than those that memory is planned for."""

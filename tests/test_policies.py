@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
+from alignprop import estimators
 from alignprop.accounting import Account
+from alignprop.adapters import trained_parameters
 from alignprop.guidance import GuidedDenoiser
 from alignprop.memory import apply_policy
 from alignprop.models.sd import StableDiffusion
@@ -13,6 +15,7 @@ from alignprop.policies import POLICIES, chunks
 from alignprop.prompts import draw_prompts
 from alignprop.seeding import generator, generators
 from alignprop.trainer import AlignPropTrainer
+from scripts.bench.families import encode_with_graph
 
 STEPS, BATCH = 2, 2
 
@@ -46,14 +49,15 @@ def gradient(trainer):
     return found, rewards
 
 
-def by_autograd(trainer):
-    """∂(mean loss)/∂θ through the plain chain, in one graph; the loss is minus the reward."""
+def by_autograd(trainer, first=0):
+    """∂(mean loss)/∂θ through the plain chain, in one graph from step `first` on; the loss is minus the reward."""
     model, sampler = trainer.run.model, trainer.run.rollout.sampler
     prompts, metadata = draw_prompts(trainer.prompts, 0, 0, torch.arange(BATCH))
-    cond, f = model.encode_prompts(prompts), GuidedDenoiser(model, trainer.config.guidance_scale)
+    cond, f = encode_with_graph(model, prompts), GuidedDenoiser(model, trainer.config.guidance_scale)
     latents = model.init_latents(generators(range(BATCH), 0, 0, "noise"))
     for i, t in enumerate(sampler.timesteps):
-        latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * f(latents, t, cond)
+        with torch.set_grad_enabled(i >= first):
+            latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * f(latents, t, cond)
     rewards = trainer.run.reward(model.decode(latents), prompts, metadata)
     grads = torch.autograd.grad(-rewards.mean(), trainer.weights.parameters)
     return torch.cat([g.flatten() for g in grads]), rewards.detach()
@@ -84,6 +88,33 @@ def test_every_combination_gives_the_gradient_of_autograd(make_trainer, layers):
         found, rewards = gradient(trainer)
         assert relative_difference(found, expected) <= 1e-12, settings
         assert relative_difference(rewards, expected_rewards) <= 1e-12, settings
+
+
+@pytest.mark.parametrize("estimator", ["full", "truncated"])
+@pytest.mark.parametrize("memory", [
+    {}, {"sweep_chunk": 1, "decode_chunk": 1}, {"keep_steps": 1}, {"keep_steps": 2, "guidance_batching": "split"},
+    {"residency": "phase"}, {"lean": True, "block_checkpointing": True, "guidance_batching": "split"},
+])  # fmt: skip
+def test_the_gradient_of_a_text_encoder_is_that_of_autograd(make_trainer, estimator, memory):
+    """Its own, beside the denoiser's, of which each is compared by itself."""
+    fields = {f"memory__{name}": value for name, value in memory.items()}
+    trainer = make_trainer(train_text_encoder=True, **fields)
+    model, steps = trainer.run.model, trainer.run.rollout.sampler.num_steps
+    names = list(trained_parameters(model))
+    first = steps - 1 if estimator == "truncated" else 0
+    trainer.estimator = lambda sampler, count, draw: estimators.truncated(sampler, count, first=first)
+    expected = split(names, trainer, by_autograd(trainer, first)[0])
+    found = split(names, trainer, gradient(trainer)[0])
+    for part, vector in expected.items():
+        assert vector.norm() > 0 and relative_difference(found[part], vector) <= 1e-12, part
+
+
+def split(names, trainer, vector):
+    """A vector of all parameters, by whether they are of the text encoder."""
+    pieces, found = vector.split([p.numel() for p in trainer.weights.parameters]), {True: [], False: []}
+    for name, piece in zip(names, pieces, strict=True):
+        found["text_encoder" in name].append(piece)
+    return {part: torch.cat(several) for part, several in found.items()}
 
 
 def test_the_policies_need_less_and_less(make_trainer):

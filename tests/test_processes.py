@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from alignprop.adapters import trained_parameters
 from alignprop.checkpoint import checkpoints_of
-from alignprop.lora import LORA_FILE, trainable_parameters
+from alignprop.lora import LORA_FILE
 from alignprop.models.sd import StableDiffusion
 from alignprop.run import Run
 from alignprop.settings import flatten
@@ -29,6 +30,7 @@ from tests.test_main import flags, run_main
 SMALL = {
     "train__total_batch_size": 8, "train__total_samples_per_epoch": 24, "train__learning_rate": 1e-3, "num_epochs": 1,
     "num_eval_images": 5, "max_vis_images": 5, "reward_fn": "tests.toy_rewards:KilledInTheSecondProcess",
+    "train_text_encoder": True,
 }  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def in_double(toy_config, pipeline_folder):
             parameter.data = parameter.data.double()
         for _ in range(3):
             trainer.step()
-        return trainable_parameters(trainer.run.model.denoiser)
+        return trained_parameters(trainer.run.model)
 
     return train
 
@@ -87,12 +89,13 @@ def test_in_double_precision_micro_batches_agree_to_the_last_digits(in_double):
         assert max(difference({"": parts[name]}, {"": whole[name]}) for name in whole) < 1e-12, size
 
 
-def test_with_chunks_of_a_fixed_size_the_micro_batch_changes_no_bit(toy_config):
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_with_chunks_of_a_fixed_size_the_micro_batch_changes_no_bit(toy_config, train_text_encoder):
     """Each kernel gets the same samples whatever the capacity, and sums over them are rounded once."""
     loras = []
     for capacity in (8, 4, 2):
-        chunks = {"memory__sweep_chunk": 2, "memory__decode_chunk": 1}
-        trainer = AlignPropTrainer(toy_config(run_name=f"c{capacity}", per_gpu_capacity=capacity, **chunks, **SMALL))
+        fields = SMALL | {"memory__sweep_chunk": 2, "memory__decode_chunk": 1, "train_text_encoder": train_text_encoder}
+        trainer = AlignPropTrainer(toy_config(run_name=f"c{capacity}", per_gpu_capacity=capacity, **fields))
         for _ in range(3):
             trainer.step()
         loras.append(torch.cat([p.detach().flatten() for p in trainer.weights.parameters]))

@@ -83,6 +83,7 @@ REFUSED = {
     "log_with": [None], "seed": [-1, 0.5, True], "resume_from": [None], "save_freq": [0], "num_checkpoint_limit": [-1],
     "timeout_minutes": [0.0, math.nan, math.inf, 1e9], "mixed_precision": ["fp8"], "allow_tf32": ["yes", 1],
     "pretrained.model": [""], "pretrained.revision": [""], "pretrained.config": [""], "use_lora": [None],
+    "train_text_encoder": ["yes", None],
     "lora_rank": [0, 2.0], "lora_alpha": [0.0, math.inf], "lora_target_modules": [(), ("to_q", ""), (3,)],
     "hub.repo": ["me", "me/", "a/b/c", "me/a b", "me/a--b", "me/é", None], "hub.private": ["yes", 1],
     "channels_last": ["NHWC"], "compile": ["reduce-overhead"], "num_inference_steps": [0],
@@ -241,6 +242,8 @@ def test_a_soup_needs_its_checkpoint():
 
 @pytest.mark.parametrize(("fields", "message"), [
     (dict(kl_coeff=0.1, use_lora=False), r"kl_coeff = 0.1 needs use_lora = True"),
+    (dict(train_text_encoder=True, use_lora=False), r"train_text_encoder = True needs use_lora = True"),
+    (dict(train_text_encoder=True, algorithm="ddpo", eta=1.0), r"train_text_encoder = True needs algorithm = 'align_p"),
     (dict(guide__window=(0.5, 0.5)), r"guide.window = \(0.5, 0.5\) must be \(from, to\)"),
     (dict(algorithm="ddpo"), r"eta = 0 must be greater than 0 where algorithm = 'ddpo'"),
 ])  # fmt: skip

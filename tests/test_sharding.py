@@ -244,6 +244,14 @@ def test_what_cannot_work_is_refused(monkeypatch, kind, plugin, optimizer, messa
         check_engine(fake_accelerator(DistributedType[kind], made), use_lora=False, optimizer=optimizer)
 
 
+def test_a_text_encoder_is_not_trained_under_fsdp(monkeypatch):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    with pytest.raises(ConfigError, match=r"^train_text_encoder = True is not supported under FSDP"):
+        check_engine(fake_accelerator(DistributedType.FSDP, plugin), True, "adamw", train_text_encoder=True)
+    check_engine(fake_accelerator(DistributedType.MULTI_GPU, plugin), True, "adamw", train_text_encoder=True)
+
+
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_what_works_is_not_refused(use_lora, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

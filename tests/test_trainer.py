@@ -32,7 +32,10 @@ def test_training_raises_the_reward(toy_config):
     assert held_out[-1] > held_out[0] + 0.02
 
 
-@pytest.mark.parametrize("overrides", [{}, {"train__ema_decay": 0.5, "eta": 1.0}, {"use_lora": False}])
+@pytest.mark.parametrize("overrides", [
+    {}, {"train__ema_decay": 0.5, "eta": 1.0}, {"use_lora": False},
+    {"train_text_encoder": True, "train__ema_decay": 0.5},
+])  # fmt: skip
 def test_stopping_and_resuming_changes_nothing(toy_config, overrides):
     overrides = {"eval_freq": 2, "save_freq": 2, **overrides}
     whole = train(toy_config(run_name="whole", num_epochs=4, **overrides))
@@ -153,9 +156,15 @@ def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
     assert row["adjoint_norm"][-1] == pytest.approx(adjoint.flatten(1).norm(dim=1).mean().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"memory__sweep_chunk": 1}, {"memory__lean": True}])
+@pytest.mark.parametrize("overrides", [
+    {}, {"memory__sweep_chunk": 1}, {"memory__lean": True}, {"train_text_encoder": True},
+    {"train_text_encoder": True, "memory__sweep_chunk": 1, "memory__residency": "phase"},
+])  # fmt: skip
 def test_the_pull_towards_the_base_is_its_gradient(toy_config, pipeline_folder, overrides):
-    """The gradient that `kl_coeff` adds, against plain autograd through a model with and one without the adapter."""
+    """The gradient that `kl_coeff` adds, against plain autograd through a model with and one without the adapter.
+
+    Where the text encoder is trained, the base model reads the prompts by its own.
+    """
     gradients = []
     for coefficient in (0.0, 50.0):
         trainer = AlignPropTrainer(toy_config(run_name=f"k{coefficient:g}", kl_coeff=coefficient, **overrides))
@@ -165,14 +174,18 @@ def test_the_pull_towards_the_base_is_its_gradient(toy_config, pipeline_folder, 
         told = trainer.add_gradients((0, 5), torch.tensor([2, 3]), plan.select(torch.tensor([2, 3])))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.weights.parameters]))
     model, sampler = trainer.run.model, trainer.run.rollout.sampler
-    cond = model.encode_prompts(draw_prompts(trainer.prompts, 0, 5, [2, 3])[0])
-    latents = trainer.run.rollout(generators([2, 3], 0, 5, "noise"), cond, None)
+    prompts = draw_prompts(trainer.prompts, 0, 5, [2, 3])[0]
+    latents = trainer.run.rollout(generators([2, 3], 0, 5, "noise"), model.encode_prompts(prompts), None)
     base, distances = StableDiffusion.load(str(pipeline_folder)), []
+    embeds = [read.encode(prompts)["prompt_embeds"] for read in (model, base)]
     for b, stream in enumerate(generators([2, 3], 0, 5, "kl")):
         i = int(torch.randint(3, (), generator=stream))
         x = sampler.alpha[i] * latents[b] + sampler.sigma[i] * torch.randn(latents.shape[1:], generator=stream)
-        inputs = x[None].float(), sampler.timesteps[i], {"prompt_embeds": cond["prompt_embeds"][[b]]}
-        distances.append((model.predict(*inputs) - base.predict(*inputs).detach()).square().mean())
+        ours, theirs = (
+            of.predict(x[None].float(), sampler.timesteps[i], {"prompt_embeds": e[[b]]})
+            for of, e in zip((model, base), embeds, strict=True)
+        )
+        distances.append((ours - theirs.detach()).square().mean())
     loss = 50.0 * torch.stack(distances).sum() / 4
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.weights.parameters)])
     added = (gradients[1] - gradients[0]).float()
@@ -218,8 +231,9 @@ def test_each_picture_of_each_step_has_noise_of_its_own(toy_config, monkeypatch)
 
 
 @pytest.mark.parametrize("estimator", ["randomized", "draft_lv"])
-def test_regularisers_do_not_depend_on_the_micro_batch(toy_config, estimator):
-    options = dict(reward_noise=0.5, kl_coeff=10.0, estimator=estimator)
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_regularisers_do_not_depend_on_the_micro_batch(toy_config, estimator, train_text_encoder):
+    options = dict(reward_noise=0.5, kl_coeff=10.0, estimator=estimator, train_text_encoder=train_text_encoder)
     found = []
     for size, chunk in ((1, 0), (2, 1), (4, 3)):
         memory = dict(per_gpu_capacity=size, memory__decode_chunk=chunk, memory__sweep_chunk=chunk)
@@ -246,10 +260,11 @@ def test_training_follows_the_combination(toy_config, combination):
     assert row["loss"] == pytest.approx(-row["reward"])
 
 
-def test_a_checkpoint_reproduces_the_evaluation_in_a_plain_pipeline(toy_config, pipeline_folder):
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_a_checkpoint_reproduces_the_evaluation_in_a_plain_pipeline(toy_config, pipeline_folder, train_text_encoder):
     from diffusers import StableDiffusionPipeline
 
-    trainer = train(toy_config(train__learning_rate=1e-2))
+    trainer = train(toy_config(train__learning_rate=1e-2, train_text_encoder=train_text_encoder))
     evaluation = trainer.run.evaluator()
     plain = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
     plain.set_progress_bar_config(disable=True)

@@ -5,10 +5,11 @@
     python scripts/bench/families.py --full_size      and the memory of a training step at full size, by the planner
 
 Every column is the largest difference found: of pictures in [0, 1], between ours and those of the family's own
-diffusers pipeline with the same seed, prompts and steps, without guidance and with; of the LoRA's gradient, relative,
-between the sweep and autograd through the scheduler's own steps; of pictures, between a checkpoint loaded here and in
-the plain pipeline, beside how much it changes them; of the LoRA, between a run in one go and one that stopped and went
-on; of pixel values (of 255), between the ends of a soup of two checkpoints and these by themselves.
+diffusers pipeline with the same seed, prompts and steps, without guidance and with; of the gradient of a LoRA, also of
+text encoders where there can be one, relative, between the sweep and autograd through the scheduler's own steps; of
+pictures, between a checkpoint loaded here and in the plain pipeline, beside how much it changes them; of the LoRA,
+between a run in one go and one that stopped and went on; of pixel values (of 255), between the ends of a soup of two
+checkpoints and these by themselves.
 """
 
 import argparse
@@ -198,7 +199,10 @@ def measure(family: str, folder: Path) -> dict[str, str]:
     for scale in (1.0, GUIDED):
         ours, expected = gradients(family, place, scale)
         relative.append(((ours - expected).norm() / expected.norm()).item())
-    run = lambda name, **fields: train(config_for(family, place, folder / "logs", run_name=name, **fields))  # noqa: E731
+    fields = {"train_text_encoder": bool(model.lora_encoders)}
+    run = lambda name, **more: train(  # noqa: E731
+        config_for(family, place, folder / "logs", run_name=name, **fields, **more)
+    )
     whole, other = run("whole"), run("other", seed=1)
     run("parts", num_epochs=1)
     parts = run("parts", resume_from="latest")
