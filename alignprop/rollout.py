@@ -4,30 +4,24 @@ Forward, the chain runs without gradient and keeps its latents, which are small:
 
     x[i+1] = a[i]·x[i] + b[i]·f(x[i], t[i], c) + s[i]·z[i]
 
-Backward, λ = ∂R/∂x[N] arrives from the decoder and the reward, and is swept down the chain. At an active step the
-network is called once more, with gradient, at the stored latents:
-
-    ∂R/∂θ += w[i] · (b[i]·λ)ᵀ ∂f/∂θ
-    λ     ←  a[i]·λ + γ[i] · (b[i]·λ)ᵀ ∂f/∂x[i]
-
-and at any other step λ ← a[i]·λ. Where text encoders are trained, ∂R/∂c is summed like ∂R/∂θ. A sample that leaves the
-chain at step i has x̂0 = p[i]·x[i] + q[i]·f(x[i]) instead of x[N], so p and q take the place of a and b there. With
-w = γ = 1 this is exact back-propagation, and it never holds the activations of more than one network call, however many
-steps are active. Where there is memory to spare, calls of the rollout may keep their graph for the sweep instead.
+Backward, λ = ∂R/∂x[N] arrives from the decoder and the reward, and is swept down the chain (sweep.py): at the steps
+that a plan makes active, the network is called once more, with gradient, at the stored latents. A sample that leaves
+the chain at step i has x̂0 = p[i]·x[i] + q[i]·f(x[i]) instead of x[N], so p and q take the place of a and b there.
+Where there is memory to spare, calls of the rollout may keep their graph for the sweep instead.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 import torch
 
-from alignprop.adjoint import AdjointNorms, limit_norms, norms
+from alignprop.adjoint import AdjointNorms
 from alignprop.guidance import Graph, GuidedDenoiser
 from alignprop.models.base import Conditioning, Model, select
 from alignprop.plans import GradientPlan
 from alignprop.policies import MemoryPolicy, chunks
 from alignprop.samplers import Sampler
-from alignprop.sharding import DTensor, is_sharded, on_any_process, release
+from alignprop.sharding import is_sharded, on_any_process, release
+from alignprop.sweep import Trajectory, per_sample, sweep, track
 
 
 class Rollout(torch.nn.Module):
@@ -84,7 +78,7 @@ class Rollout(torch.nn.Module):
         return torch.cat(latents)
 
     @torch.no_grad()
-    def sample(self, generators, cond, plan=None, calls=None, on_step=None) -> "tuple[torch.Tensor, Trajectory]":
+    def sample(self, generators, cond, plan=None, calls=None, on_step=None) -> tuple[torch.Tensor, Trajectory]:
         """The final latents, and what the sweep of `plan`, with its `network_calls`, needs of the way there.
 
         `on_step`, if any, is called with (i, x[i], f, x[i+1]) after each step.
@@ -104,11 +98,11 @@ class Rollout(torch.nn.Module):
                 kept = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]), tracked)
                 model_output, trajectory.kept[i] = kept
             elif rows is None:
-                model_output = self.f(latents, self._timestep(i, latents), cond)
+                model_output = self.f(latents, self.timestep(i, latents), cond)
             else:
                 model_output = torch.zeros_like(latents)
                 at = rows.to(latents.device)
-                model_output[at] = self.f(latents[at], self._timestep(i, latents), select(cond, at))
+                model_output[at] = self.f(latents[at], self.timestep(i, latents), select(cond, at))
             next_latents = self.next_latents(i, latents, model_output, generators, plan)
             if on_step:
                 on_step(i, latents, model_output, next_latents)
@@ -124,14 +118,14 @@ class Rollout(torch.nn.Module):
 
     def next_latents(self, i: int, latents, model_output, generators, plan=None) -> torch.Tensor:
         """x[i+1] of x[i] and f; a stochastic sampler draws from the generators."""
-        a, b, s = self._coefficients(i, plan, latents)
+        a, b, s = self.coefficients(i, plan, latents)
         next_latents = a * latents + b * model_output
         if self.sampler.is_stochastic:
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
             next_latents = next_latents + s * noise.to(latents)
         return next_latents
 
-    def _coefficients(self, i: int, plan: GradientPlan | None, like: torch.Tensor):
+    def coefficients(self, i: int, plan: GradientPlan | None, like: torch.Tensor):
         """a, b and s of step i; p, q and 0 of samples that leave the chain there; 1, 0 and 0 of those that have."""
         chain = [float(c[i]) for c in (self.sampler.a, self.sampler.b, self.sampler.s)]
         if plan is None or not plan.leaves_early:
@@ -139,7 +133,7 @@ class Rollout(torch.nn.Module):
         leaving = (float(self.sampler.p[i]), float(self.sampler.q[i]), 0.0)
         exits, all_samples = plan.exit_step, torch.arange(len(plan.exit_step))
         table = torch.tensor([(1.0, 0.0, 0.0), leaving, chain], dtype=torch.float64)
-        return [_per_sample(column, all_samples, like) for column in table[1 + (exits - i).sign()].T]
+        return [per_sample(column, all_samples, like) for column in table[1 + (exits - i).sign()].T]
 
     def add_copies(self, latents, trajectory, generators, cond, plan) -> torch.Tensor:
         """x̂0 of the samples, each followed by those of its copies: x = α·x̂0 + σ·z at the level of the exit step.
@@ -152,19 +146,19 @@ class Rollout(torch.nn.Module):
         at = torch.cat([trajectory.stored[i][:, None], renoised], dim=1).flatten(0, 1)
         samples = torch.arange(len(latents)).repeat_interleave(plan.copies)
         copies = renoised.flatten(0, 1)
-        model_output = self.f(copies, self._timestep(i, copies), select(cond, samples.to(latents.device)))
+        model_output = self.f(copies, self.timestep(i, copies), select(cond, samples.to(latents.device)))
         predicted = float(sampler.p[i]) * copies + float(sampler.q[i]) * model_output
         trajectory.stored = {i: at}
         return torch.cat([latents[:, None], predicted.view_as(renoised)], dim=1).flatten(0, 1)
 
-    def _timestep(self, i, latents):
+    def timestep(self, i, latents):
         return self.sampler.timesteps[i].to(latents.device)
 
     def _keep(self, i, latents, cond, active, needs_input, tracked) -> tuple[torch.Tensor, Graph]:
         """f of all samples, and its graph for those that are active."""
-        t, model_output = self._timestep(i, latents), torch.empty_like(latents)
+        t, model_output = self.timestep(i, latents), torch.empty_like(latents)
         rows, others = (flags.nonzero().squeeze(1).to(latents.device) for flags in (active, ~active))
-        given = _track(select(cond, rows), tracked)
+        given = track(select(cond, rows), tracked)
         model_output[rows], graph = self.f.with_graph(latents[rows], t, given, needs_input)
         if len(others):
             model_output[others] = self.f(latents[others], t, select(cond, others))
@@ -177,65 +171,6 @@ class Rollout(torch.nn.Module):
         needs_input = [bool((plan.active[:i] & plan.active[i] & (plan.coupling[i] != 0)).any()) for i in steps]
         calls = torch.stack([plan.active.any(dim=1), torch.tensor(needs_input)])
         return on_any_process(calls, self.denoiser.device) if is_sharded(self.denoiser) else calls
-
-    def sweep(self, adjoint, trajectory, cond, plan: GradientPlan, calls, parameters) -> tuple[list, list]:
-        """Sweeps λ from x[N] down to the lowest step with a network call.
-
-        Args:
-            adjoint: λ = ∂R/∂(final latents), [B, ...].
-            trajectory: of the rollout; its kept graphs are used up.
-            cond, plan: as in `forward`.
-            calls: `network_calls(plan)`.
-            parameters: the trainable tensors.
-
-        Returns:
-            ∂R/∂c of what the trajectory tracks, [B, ...], and ∂R/∂θ for each of `parameters`, summed over the
-            samples; zeros where no step is active. None for parameters that FSDP2 has spread: it adds their gradients,
-            averaged over the processes, to `.grad` by itself.
-        """
-        whole = [p for p in parameters if not isinstance(p, DTensor)]
-        gradients = [torch.zeros_like(p, dtype=p.grad_dtype) for p in whole]
-        tracked = [cond[name] for name in trajectory.tracked]
-        into_cond = [torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32)) for c in tracked]
-        limit = self.adjoint_clip * norms(adjoint)
-        for i in sorted(trajectory.stored, reverse=True):
-            self.adjoint_norms.add(i + 1, adjoint, plan.active[: i + 1].any(dim=0))
-            a, b, _ = self._coefficients(i, plan, adjoint)
-            active = plan.active[i].nonzero().squeeze(1).to(adjoint.device)
-            carried = a * adjoint
-            latents = trajectory.stored.pop(i)
-            if calls[0, i]:
-                # Where only other processes need this call, a sample takes part in it with nothing to add.
-                rows = active if len(active) else active.new_zeros(1)
-                weight, coupling = (_per_sample(t[i], rows, adjoint) for t in (plan.weight, plan.coupling))
-                vector = weight * (b * adjoint)[rows] * bool(len(active))
-                at = trajectory.kept.pop(i, None) or latents[rows].requires_grad_(bool(calls[1, i]))
-                given = at.cond if isinstance(at, Graph) else _track(select(cond, rows), trajectory.tracked)
-                tensors = [*(given[name] for name in trajectory.tracked), *whole]
-                *products, into_latents = self.f.products(at, self._timestep(i, latents), given, vector, tensors)
-                _add(into_cond, products[: len(tracked)], rows)
-                _add(gradients, products[len(tracked) :])
-                if len(active) and calls[1, i]:
-                    carried[rows] += coupling / weight * into_latents
-            adjoint = limit_norms(carried, limit) if self.adjoint_clip else carried
-        return into_cond, gradients or [None] * len(parameters)
-
-
-@dataclass
-class Trajectory:
-    """What a rollout leaves for its sweep.
-
-    Attributes:
-        first: the lowest step that the sweep goes down to.
-        tracked: the names of the tensors of the conditioning whose gradient is asked for.
-        stored: x[i] from there on, by i.
-        kept: graphs of the active samples' network calls, by i.
-    """
-
-    first: int
-    tracked: list[str] = field(default_factory=list)
-    stored: dict[int, torch.Tensor] = field(default_factory=dict)
-    kept: dict[int, Graph] = field(default_factory=dict)
 
 
 class _SampleWithSweep(torch.autograd.Function):
@@ -260,27 +195,7 @@ class _SampleWithSweep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, adjoint):
-        into_cond, gradients = ctx.rollout.sweep(
-            adjoint, ctx.trajectory, ctx.cond, ctx.plan, ctx.calls, ctx.parameters
-        )
+        rollout, trajectory, cond, plan = ctx.rollout, ctx.trajectory, ctx.cond, ctx.plan
+        into_cond, gradients = sweep(rollout, adjoint, trajectory, cond, plan, ctx.calls, ctx.parameters)
         into_cond = [total.unflatten(0, (-1, 1 + ctx.copies)).sum(dim=1) for total in into_cond]
         return None, None, None, None, *into_cond, *gradients
-
-
-def _add(totals: list[torch.Tensor], products: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:
-    """Adds to all rows of each total, or to some."""
-    for total, product in zip(totals, products, strict=True):
-        if product is not None and rows is None:
-            total += product
-        elif product is not None:
-            total[rows] += product
-
-
-def _track(cond: Conditioning, names) -> Conditioning:
-    """The same values, of which those of `names` are where a gradient is asked for."""
-    return {name: tensor.detach().requires_grad_(name in names) for name, tensor in cond.items()}
-
-
-def _per_sample(values: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """values[rows], shaped to multiply latents [b, ...]."""
-    return values.to(like)[rows].view(-1, *[1] * (like.dim() - 1))

@@ -242,6 +242,58 @@ def test_closed_form_on_a_linear_denoiser():
     torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=0)
 
 
+class ShiftedModel(LinearModel):
+    """f(x, t, c) = θ·x + 3·c."""
+
+    def predict(self, x, t, branch):
+        return super().predict(x, t, branch) + 3 * branch["c"]
+
+
+def conditional_gradient(plan, sampler, weights, theta=0.6, **options):
+    """∂(sum of weights · final latents)/∂c of two samples."""
+    c = torch.tensor([[0.3, -0.2], [0.5, 0.1]], dtype=torch.float64, requires_grad=True)
+    other = torch.zeros(2, 2, dtype=torch.float64)
+    rollout = Rollout(ShiftedModel(theta), sampler, guidance_scale=1.0, **options)
+    latents = rollout(generators(range(2), "x"), {"c": c, "other": other}, plan)
+    (weights * latents).sum().backward()
+    assert other.grad is None
+    return c.grad
+
+
+@pytest.mark.parametrize("memory", [MemoryPolicy(), MemoryPolicy(keep_steps=9), MemoryPolicy(sweep_chunk=1)])
+def test_the_gradient_of_the_conditioning_in_closed_form(memory):
+    """3·Σ over a sample's active steps of w[i]·b[i]·∏ over later ones of what becomes of λ there."""
+    a, b, theta = torch.tensor([0.9, 0.8, 1.1, 0.7]).double(), torch.tensor([0.5, -0.3, 0.2, 0.4]).double(), 0.6
+    active = torch.tensor([[False, True], [True, True], [False, True], [True, False]])
+    coupling, weight = (torch.rand(4, 2, generator=generator(n), dtype=torch.float64) + 0.5 for n in ("γ", "w"))
+    plan = GradientPlan.exact(active, coupling=coupling, weight=weight)
+    weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double()
+    found = conditional_gradient(plan, Sampler(torch.arange(4), a, b, torch.zeros(4)), weights, theta, memory=memory)
+    expected = torch.zeros(2, 2).double()
+    for sample in range(2):
+        carried = 1.0
+        for i in reversed(range(4)):
+            if active[i, sample]:
+                expected[sample] += 3 * weight[i, sample] * b[i] * carried * weights[sample]
+            carried *= a[i] + b[i] * theta * coupling[i, sample] * active[i, sample]
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+def test_copies_of_a_sample_share_its_conditioning():
+    """Of the last step alone: 3·q for each, and λ goes no further."""
+    zeros, half = torch.zeros(3).double(), torch.full((3,), 0.5).double()
+    level = torch.full((4,), 0.5).double()
+    sampler = Sampler(torch.arange(3), half, half, zeros, p=half, q=0.7 + zeros, alpha=level, sigma=level)
+    weights = torch.arange(12).double().view(6, 2)
+    found = conditional_gradient(estimators.draft_lv(sampler, 2, copies=2), sampler, weights)
+    torch.testing.assert_close(found, 3 * 0.7 * weights.view(2, 3, 2).sum(dim=1), rtol=1e-13, atol=0)
+
+
+def test_without_an_active_step_the_conditioning_gets_exactly_nothing():
+    sampler = Sampler(torch.arange(4), torch.ones(4), torch.ones(4), torch.zeros(4))
+    assert not conditional_gradient(estimators.none(sampler, 2), sampler, torch.ones(2, 2)).any()
+
+
 def test_adjoint_clip_bounds_growth_and_is_off_by_default():
     a, b = torch.full((5,), 2.0), torch.zeros(5)
     def norms(**options):
