@@ -183,7 +183,7 @@ def _simulate(
         if config.train_text_encoder:
             with account.phase("encode"):
                 residency.enter("encode")
-                encode(model.text_encoders, 1, backward=True)
+                encode(model.text_encoders, 2, backward=True)  # a prompt, and the empty one beside it
         with account.phase("update"):
             _update(weights)
     latent_bytes = latents[0].numel() * latents.element_size()

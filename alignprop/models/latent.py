@@ -164,7 +164,7 @@ class LatentDiffusion:
         return cond
 
     def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
-        """One by one again, and encoded again: no graph but that of one prompt is ever held."""
+        """One by one again, and encoded again: no more is held than the graphs of one prompt and of an empty one."""
         for row, prompt in enumerate(prompts):
             with torch.enable_grad():
                 cond = self.encode([prompt])
