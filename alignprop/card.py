@@ -15,7 +15,7 @@ from alignprop.checkpoint import checkpoints_of, step_of
 from alignprop.effects import PLAN_FIELDS
 from alignprop.fields import is_repo_name
 from alignprop.guards import MEASURES
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.manifest import damage_of
 from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.configs import find_config

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from alignprop import kohya
 from alignprop.adapters import split
 from alignprop.checkpoint import find_checkpoint, run_folder_of
-from alignprop.lora import LoraWeights, read_lora
+from alignprop.kohya_names import find_format
+from alignprop.lora import LoraWeights
+from alignprop.lora_file import read_lora
 from alignprop.merging import INDEX, merge, merged_deltas, pipeline_folder
 from alignprop.models.base import Model
 from alignprop.models.configs import find_config
@@ -41,7 +43,7 @@ def export_lora(checkpoint, out, form: str, *, base: str = "", dtype: str = "", 
     Args:
         checkpoint: a checkpoint folder, a run folder for its newest, or a LoRA file in diffusers' or kohya's format.
         out: the `.safetensors` file to write; for "merged" the folder.
-        form: one of FORMATS. "kohya" is diffusers' own where kohya's could not be read by all, see kohya.py.
+        form: one of FORMATS. "kohya" is diffusers' own where kohya's could not be read by all, see kohya_names.py.
         base: the pipeline folder or hub name that the LoRA is for; empty: the one that the checkpoint's run names.
         dtype: of the factors, one of DTYPES; empty: float32. Merged weights have the base's own.
         force: replaces the file or the pipeline's folder that is there already.
@@ -78,7 +80,7 @@ def export_lora(checkpoint, out, form: str, *, base: str = "", dtype: str = "", 
 
 def _contents(weights: LoraWeights, model: Model, form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a LoRA file, in float32, and its header."""
-    if form == "kohya" and kohya.find_format(model.denoiser):
+    if form == "kohya" and find_format(model.denoiser):
         return kohya.pack(weights.tensors, weights.scale, model)
     # Only diffusers itself reads the scale in its header; without one, every tool takes 1.
     tensors = {k: weights.scale * t if k.endswith("lora_B.weight") else t for k, t in weights.tensors.items()}

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from alignprop.card import RunFolder, has_own_grid, model_card, picture_name, read_run
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.pictures import read_grid
 from alignprop.settings import ConfigError
 

@@ -14,7 +14,7 @@ from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, statistics, write_report
 from alignprop.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
 from alignprop.guide import RewardGuidance, Timed
-from alignprop.lora import read_lora
+from alignprop.lora_file import read_lora
 from alignprop.manifest import check_base
 from alignprop.memory import apply_policy
 from alignprop.pictures import plot_bars, plot_soup, save_comparison, save_image

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from alignprop.adapters import add_adapter, get_adapter, trained_parameters, update_adapter
-from alignprop.lora import read_lora, save_lora
+from alignprop.lora_file import read_lora, save_lora
 from alignprop.models.base import Model
 from alignprop.settings import ConfigError
 from alignprop.sharding import DTensor, gather, shard, spread, whole_copy

@@ -3,8 +3,8 @@
     python scripts/export_lora.py logs/my_run/checkpoints/best my_lora.safetensors --format kohya
     python scripts/export_lora.py logs/my_run my_model --format merged
 
-- kohya: for ComfyUI, the Stable Diffusion web UI and its relatives, sd-scripts, and diffusers; alignprop/kohya.py says
-  which of them reads which model's
+- kohya: for ComfyUI, the Stable Diffusion web UI and its relatives, sd-scripts, and diffusers;
+  alignprop/kohya_names.py says which of them reads which model's
 - diffusers: for pipelines' `load_lora_weights`, without the header that other tools do not know
 - merged: a diffusers pipeline's folder, the base model with the LoRA in its weights
 

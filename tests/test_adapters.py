@@ -17,7 +17,8 @@ from alignprop.adapters import (
     trained_parameters,
     update_adapter,
 )
-from alignprop.lora import LORA_FILE, LoraWeights, add_lora, get_lora, has_lora, read_lora, save_lora
+from alignprop.lora import LoraWeights, add_lora, get_lora, has_lora
+from alignprop.lora_file import LORA_FILE, read_lora, save_lora
 from alignprop.models.loading import load_model
 from alignprop.models.sd import StableDiffusion
 from alignprop.seeding import generator

@@ -11,7 +11,7 @@ from PIL import Image
 from alignprop.card import model_card, read_run, usage
 from alignprop.checkpoint import checkpoints_of
 from alignprop.hub import contents_of
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.pictures import save_grid
 from alignprop.settings import ConfigError, resolve, save_config
 from config import ddpo

@@ -12,7 +12,7 @@ from torch.distributions import Normal
 from alignprop.checkpoint import checkpoints_of
 from alignprop.ddpo import DDPOTrainer, PromptStatistics, clipped_loss, log_probability
 from alignprop.guidance import GuidedDenoiser
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.prompts import draw_prompts
 from alignprop.samplers import Sampler
 from alignprop.seeding import generator

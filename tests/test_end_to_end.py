@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from alignprop.checkpoint import checkpoints_of
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.trainer import AlignPropTrainer
 from tests.reward_files import laion_head, make_clip, make_tokenizer, open_clip_state
 from tests.single_file import make_pipeline, write_single_file

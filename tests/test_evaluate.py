@@ -11,7 +11,8 @@ from alignprop.adapters import add_adapter, get_adapter, trained_parameters
 from alignprop.divergence import chain_distance
 from alignprop.evaluate import statistics, write_report
 from alignprop.judges import diversity
-from alignprop.lora import add_lora, get_lora, read_lora, save_lora, set_lora, trainable_parameters
+from alignprop.lora import add_lora, get_lora, set_lora, trainable_parameters
+from alignprop.lora_file import read_lora, save_lora
 from alignprop.models.sd import StableDiffusion
 from alignprop.pictures import save_image
 from alignprop.run import Run

@@ -13,10 +13,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from alignprop import kohya
+from alignprop import kohya_names
 from alignprop.adapters import set_adapter
 from alignprop.export import export_lora
-from alignprop.lora import LORA_FILE, LoraWeights, read_lora
+from alignprop.lora import LoraWeights
+from alignprop.lora_file import LORA_FILE, read_lora
 from alignprop.models import FAMILIES
 from alignprop.models.configs import bundled_config, folder_config
 from alignprop.models.sd import StableDiffusion
@@ -204,13 +205,13 @@ def test_keys_and_header_are_kohyas(lora, pipelines, tmp_path):
 ])  # fmt: skip
 def test_the_header_names_the_base_model(name, version, v2):
     denoiser = hollow(bundled_config(name)).denoiser
-    header = kohya.find_format(denoiser).header(denoiser)
+    header = kohya_names.find_format(denoiser).header(denoiser)
     assert (header["ss_base_model_version"], header["ss_v2"]) == (version, v2)
 
 
 def test_names_of_xl_are_the_released_checkpoints():
     denoiser = hollow(bundled_config("stabilityai/stable-diffusion-xl-base-1.0")).denoiser
-    names = kohya.find_format(denoiser).names(denoiser)
+    names = kohya_names.find_format(denoiser).names(denoiser)
     others = ("add_embedding", "up_blocks.0.upsamplers")  # which Stable Diffusion 1.x does not have, or elsewhere
     blocks = {n: modules[0] for n, modules in names.items() if not modules[0].startswith(others)}
     assert blocks == {_unet_key(f"{m}.weight", 2)[:-7].replace(".", "_"): m for m in blocks.values()}

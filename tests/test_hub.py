@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from alignprop.checkpoint import checkpoints_of
 from alignprop.fields import is_repo_name
 from alignprop.hub import check_hub, push
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.run import Run
 from alignprop.settings import ConfigError, resolve, save_config
 from alignprop.trainer import AlignPropTrainer

@@ -22,7 +22,7 @@ from alignprop.callbacks import PromptFunction, call_hook
 from alignprop.checkpoint import checkpoints_of
 from alignprop.ddpo import DDPOTrainer
 from alignprop.fields import FIELDS
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.prompts import draw_prompts
 from alignprop.run import Run
 from alignprop.settings import ConfigError, flatten, resolve

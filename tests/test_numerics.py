@@ -10,7 +10,8 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 
-from alignprop.lora import LORA_FILE, add_lora, get_lora, read_lora, save_lora, set_lora
+from alignprop.lora import add_lora, get_lora, set_lora
+from alignprop.lora_file import LORA_FILE, read_lora, save_lora
 from alignprop.models.sd import StableDiffusion
 from alignprop.run import Run
 from alignprop.seeding import generator

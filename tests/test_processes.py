@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from alignprop.adapters import trained_parameters
 from alignprop.checkpoint import checkpoints_of
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.models.sd import StableDiffusion
 from alignprop.run import Run
 from alignprop.settings import flatten

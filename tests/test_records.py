@@ -8,7 +8,7 @@ import torch
 
 from alignprop.checkpoint import checkpoints_of, write_checkpoint
 from alignprop.evaluate import Evaluator
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.pictures import save_grid
 from alignprop.settings import ConfigError
 from alignprop.trainer import AlignPropTrainer

@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from alignprop.lora import add_lora, get_lora, read_lora
+from alignprop.lora import add_lora, get_lora
+from alignprop.lora_file import read_lora
 from config.align_prop import get_config
 from scripts.bench import time_to_reward
 from scripts.bench.curves import crossing, draw, summary, table

@@ -7,7 +7,7 @@ import torch
 
 from alignprop.checkpoint import checkpoints_of
 from alignprop.guidance import GuidedDenoiser
-from alignprop.lora import LORA_FILE
+from alignprop.lora_file import LORA_FILE
 from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import draw_prompts
 from alignprop.seeding import generator, generators

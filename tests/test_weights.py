@@ -3,7 +3,8 @@ import torch
 from safetensors.torch import load_file
 
 from alignprop.checkpoint import checkpoints_of
-from alignprop.lora import LORA_FILE, trainable_parameters
+from alignprop.lora import trainable_parameters
+from alignprop.lora_file import LORA_FILE
 from alignprop.settings import ConfigError
 from alignprop.trainer import AlignPropTrainer
 from alignprop.weights import OPTIMIZERS

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm  # noqa: E402
 from alignprop import estimators  # noqa: E402
 from alignprop.adapters import add_adapter, set_adapter, trained_parameters  # noqa: E402
 from alignprop.checkpoint import checkpoints_of  # noqa: E402
-from alignprop.lora import read_lora  # noqa: E402
+from alignprop.lora_file import read_lora  # noqa: E402
 from alignprop.models import FAMILIES  # noqa: E402
 from alignprop.models.loading import load_model  # noqa: E402
 from alignprop.rollout import Rollout  # noqa: E402
