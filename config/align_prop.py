@@ -142,7 +142,8 @@ def base() -> ConfigDict:
     c.allow_extrapolation = False  # evaluate_soup: c below 0 and above 1 too, which subtracts a checkpoint
     c.soup_mode = "delta"  # "delta" mixes weight changes exactly; "factors" mixes A and B, as the released code does
     c.num_eval_images = 32  # pictures per evaluation; the prompts repeat, each time with other noise
-    c.num_eval_prompts = 16  # distinct prompts of an evaluation, so that some repeat; None: all there are
+    c.num_eval_prompts = config_dict.FieldReference(16, field_type=int)  # distinct prompts of an evaluation, so that
+    # some repeat; None: all there are
     c.eval_diversity = True  # measure how much pictures of a prompt differ: 1 - cosine in the space of clip.model
     c.eval_base_distance = True  # measure the mean squared difference of the denoiser's output to the base model's, on
     # the first 8 pictures at 4 steps each

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from huggingface_hub import constants
+
 
 @dataclass
 class Repository:
@@ -164,3 +166,16 @@ def running(hub: FakeHub):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def logged_in(name: str, token: str, monkeypatch, folder, organisations=()):
+    """Within it a stand-in is known to this process as the hub, and `name` is logged in there."""
+    hub = FakeHub()
+    hub.add_user(token, name, organisations)
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol has no stand-in; LFS does the same
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no_login"))
+    with running(hub):
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        yield hub

@@ -18,7 +18,7 @@ from alignprop.run import Run
 from alignprop.settings import ConfigError, resolve, save_config
 from alignprop.trainer import AlignPropTrainer
 from scripts import push_to_hub
-from tests.fake_hub import FakeHub, Repository, running
+from tests.fake_hub import Repository, logged_in
 from tests.test_main import flags, run_main
 from tests.test_settings import preset
 from tests.training import asks_to_stop, train
@@ -31,13 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The stand-in, known to this process as the hub, where "me" is logged in."""
-    stand_in = FakeHub()
-    stand_in.add_user(TOKEN, "me", organisations=["lab"])
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol has no stand-in; LFS does the same
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_login"))
-    with running(stand_in):
-        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+    with logged_in("me", TOKEN, monkeypatch, tmp_path, organisations=["lab"]) as stand_in:
         yield stand_in
 
 

@@ -22,6 +22,7 @@ from alignprop.settings import (
     save_config,
     settle,
 )
+from config import align_prop, ddpo, models
 from config.align_prop import PRESETS, base, get_config
 from rewards import OPTIONS_OF, REWARDS
 from rewards.hps import BACKENDS, CHECKPOINTS
@@ -145,6 +146,17 @@ def test_a_value_that_cannot_be_is_one_line_with_field_value_and_what_is_allowed
 def test_presets_share_the_fields_of_base():
     for name in PRESETS:
         assert flatten(get_config(name).to_dict()).keys() == {*FIELDS, "preset"}
+
+
+@pytest.mark.parametrize("presets", [align_prop, ddpo, models], ids=lambda module: module.__name__)
+def test_every_field_of_a_preset_can_be_given_on_the_command_line(presets):
+    """A field of no type is refused there: None alone gives it none."""
+    for name in presets.PRESETS:
+        config = presets.get_config(name)
+        for field in FIELDS:
+            *groups, last = field.split(".")
+            place = config[groups[0]] if groups else config
+            assert place.get_type(last) is not type(None), f"{name}: {field}"
 
 
 def test_choices_are_those_of_the_code_that_has_them():
