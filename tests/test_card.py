@@ -90,8 +90,14 @@ def test_the_card_of_a_whole_run(tmp_path):
     told = table(text, "|  |  |")
     assert told["optimizer steps"] == ["2 of the 4 that were made; 400 planned"]
     assert told["reward"] == ["`hps`"] and told["estimator"] == ["`randomized`, truncated_backprop_minmax = [0, 50]"]
+    assert told["trained"] == ["LoRA of rank 4, alpha 4"]
     assert "torch 2" in told["versions"][0] and "diffusers 0" in told["versions"][0]
     assert "license" not in header and "license" not in text.lower()
+
+
+def test_a_card_says_that_the_text_encoder_was_trained_too(tmp_path):
+    _, text, _ = card_of(make_run(tmp_path / "r", config=preset(train_text_encoder=True)))
+    assert table(text, "|  |  |")["trained"] == ["LoRA of rank 4, alpha 4, also of the text encoder"]
 
 
 def test_the_gallery_has_the_uploaded_weights_first_picture_of_each_prompt(tmp_path):

@@ -34,6 +34,7 @@ LAYERS = [
         "alignprop.models.base",
         "alignprop.models.latent",
         "alignprop.models.loading",
+        "alignprop.models.text",
         "alignprop.parts",
         "alignprop.pictures",
         "alignprop.plans",
@@ -84,8 +85,9 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 SIDEWAYS = {
-    "alignprop.models.latent": {"alignprop.models.base", "alignprop.models.loading"},
+    "alignprop.models.latent": {"alignprop.models.base", "alignprop.models.loading", "alignprop.models.text"},
     "alignprop.models.loading": {"alignprop.models", "alignprop.models.base"},
+    "alignprop.models.text": {"alignprop.models.base"},
     "alignprop.adapters": {"alignprop.lora"},
     "alignprop.ddpo": {"alignprop.loop"},
     "alignprop.divergence": {"alignprop.lora", "alignprop.rollout", "alignprop.scaling"},

@@ -1,21 +1,16 @@
-"""What the families share: frozen modules, remembered prompts, noise of the model's own size, a VAE's decoder."""
+"""What the families share: frozen modules, noise of the model's own size, a VAE's decoder, how a LoRA is saved."""
 
-import os
-import sys
-import textwrap
 from typing import ClassVar
 
 import torch
-from tqdm.auto import tqdm
 
-from alignprop.models.base import ENCODERS, Conditioning
+from alignprop.models.base import ENCODERS
 from alignprop.models.loading import load_pipeline
+from alignprop.models.text import TextConditioned
 from alignprop.settings import ConfigError
 
-NEGATIVE = "negative_"  # what the unconditional branch has instead, by diffusers' names
 
-
-class LatentDiffusion:
+class LatentDiffusion(TextConditioned):
     """The Model protocol (models/base.py) over a diffusers pipeline, as far as it does not depend on the family.
 
     Args:
@@ -34,7 +29,6 @@ class LatentDiffusion:
         load_options: what else the pipeline's `from_pretrained` is told.
         lora_targets: endings of the names of the layers that a LoRA adapts where the configuration names none.
         adaptable: the text encoders that the pipeline's LoRA files have a place for.
-        guides: whether it has an unconditional branch.
     """
 
     pipeline_name = ""
@@ -43,7 +37,6 @@ class LatentDiffusion:
     load_options: ClassVar[dict] = {}
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     adaptable: tuple[str, ...] = ()
-    guides = True
 
     def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
         if true_cfg_scale != 1:
@@ -51,6 +44,7 @@ class LatentDiffusion:
                 f"true_cfg_scale = {true_cfg_scale} must be 1 for a {self.pipeline_name}: its guidance_scale is that "
                 "already, or it knows no guidance"
             )
+        super().__init__()
         self.pipeline, self.scheduler = pipeline, pipeline.scheduler
         self.denoiser_name = "unet" if getattr(pipeline, "unet", None) else "transformer"
         self.denoiser = getattr(pipeline, self.denoiser_name)
@@ -65,8 +59,6 @@ class LatentDiffusion:
         if resolution and resolution % (2 * self.vae_factor):
             raise ConfigError(f"resolution = {resolution} must be a multiple of {2 * self.vae_factor} for this model")
         self.latent_shape = (self.latent_channels(), *self.latent_size(resolution))
-        self._remembered: dict[str, Conditioning] = {}
-        self._warned = False
 
     @classmethod
     def load(cls, name: str, *, resolution: int | None = None, true_cfg_scale: float = 1.0, **options):
@@ -93,26 +85,6 @@ class LatentDiffusion:
         return getattr(diffusers, cls.pipeline_name)
 
     # ---- what a family has of its own
-
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """The conditioning of B prompts, without what is negative; calls the text encoders."""
-        raise NotImplementedError
-
-    def unconditional(self, empty: Conditioning) -> Conditioning:
-        """What the other branch of guidance has instead, from the conditioning of one empty prompt."""
-        return empty
-
-    def reader(self) -> tuple:
-        """The tokenizer that reads the most of a prompt, and how many tokens that is."""
-        return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
-
-    def chat_reader(self, limit: int, **template) -> tuple:
-        """`reader` of a language model, whose tokens are also those of the chat around the prompt."""
-        tokenizer = self.pipeline.tokenizer
-        empty = tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, **template
-        )
-        return tokenizer, limit - len(tokenizer(empty).input_ids)
 
     def latent_channels(self) -> int:
         """Of x[0]."""
@@ -145,54 +117,6 @@ class LatentDiffusion:
 
     # ---- what all of them do alike
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Each distinct prompt is encoded once; of what is too long, the end is lost."""
-        wanted = [*prompts, ""] if self.guides else prompts
-        known = {} if self._adapted else self._remembered
-        if new := [p for p in dict.fromkeys(wanted) if p not in known]:
-            self._warn_of_truncation(new)
-            # One by one: how it is rounded must not depend on the prompts that happen to come with it. On the host:
-            # thousands would not fit beside the model.
-            for prompt in new:
-                known[prompt] = {name: tensor[0].cpu() for name, tensor in self.encode([prompt]).items()}
-        cond = self._gather([known[p] for p in prompts])
-        if self.guides:
-            empty = {name: tensor[None] for name, tensor in known[""].items()}
-            instead = {name: tensor[0] for name, tensor in self.unconditional(empty).items()}
-            cond |= {NEGATIVE + name: tensor for name, tensor in self._gather([instead] * len(prompts)).items()}
-        return cond
-
-    def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
-        """One by one again, and encoded again: no more is held than the graphs of one prompt and of an empty one."""
-        for row, prompt in enumerate(prompts):
-            with torch.enable_grad():
-                cond = self.encode([prompt])
-                if self.guides:
-                    instead = self.unconditional(self.encode([""]))
-                    cond |= {NEGATIVE + name: tensor for name, tensor in instead.items()}
-            found = [name for name, tensor in cond.items() if tensor.requires_grad and name in gradients]
-            into = [gradients[name][row : row + 1].to(cond[name]) for name in found]
-            torch.autograd.backward([cond[name] for name in found], into)
-
-    @property
-    def _adapted(self) -> bool:
-        return any(getattr(encoder, "peft_config", None) for encoder in self.lora_encoders.values())
-
-    def _gather(self, rows: list[Conditioning]) -> Conditioning:
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
-
-    def knows(self, prompts: list[str]) -> bool:
-        wanted = (*prompts, *([""] if self.guides else []))
-        return not self._adapted and all(prompt in self._remembered for prompt in wanted)
-
-    def branches(self, cond: Conditioning, guidance_scale: float) -> list[Conditioning]:
-        conditional = {name: tensor for name, tensor in cond.items() if not name.startswith(NEGATIVE)}
-        if guidance_scale == 1:
-            return [conditional]
-        instead = {name.removeprefix(NEGATIVE): tensor for name, tensor in cond.items() if name.startswith(NEGATIVE)}
-        return [conditional | instead, conditional]
-
     def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])
         return noise.to(self.device)
@@ -222,28 +146,6 @@ class LatentDiffusion:
             metadata = _adapter_metadata(layers, scale, endings=part in self.lora_encoders)
             options |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
         self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **options)
-
-    def _warn_of_truncation(self, prompts: list[str]) -> None:
-        """Once for all prompts, not for each."""
-        tokenizer, limit = self.reader()
-        counts = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
-        longest = max(counts)
-        if longest <= limit or self._warned or os.environ.get("RANK", "0") != "0":
-            return
-        self._warned = True
-        shown = textwrap.shorten(prompts[counts.index(longest)], 60, placeholder=" …")
-        # The tokens that mark beginning and end are nothing that a person wrote.
-        marks = len(tokenizer("").input_ids)
-        tqdm.write(
-            f"warning: prompts are truncated to {limit - marks} tokens, and {shown!r} has {longest - marks}; it loses "
-            "its end, and so do others as long",
-            file=sys.stderr,
-        )
-
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        """In the precision of the text encoders, where the model is."""
-        return torch.zeros(shape, dtype=self.text_encoders[0].dtype, device=self.device)
-
 
 def _adapter_metadata(layers: dict[str, torch.Tensor], scale: float | None, endings: bool) -> dict | None:
     """What diffusers makes a `LoraConfig` of.
