@@ -19,7 +19,7 @@ from alignprop.trainer import AlignPropTrainer
 from rewards import as_reward, build_reward
 from tests.single_file import make_pipeline
 
-STEPS, CAPACITY = 5, 4
+STEPS, CAPACITY = 4, 3
 STAYING = {name: policy for name, policy in POLICIES.items() if policy.residency == "all"}
 STAYING["some kept"] = MemoryPolicy(keep_steps=2)
 STAYING["blocks"] = MemoryPolicy(sweep_chunk=2, block_checkpointing=True)
@@ -29,11 +29,12 @@ def real_cost(trainer):
     """(bytes at most, FLOPs) of one micro-batch and of the update, on the CPU."""
     run, account = trainer.run, Account("cpu")
     trainer.step()  # prompts are remembered and the optimizer has its moments
-    plan = trainer.estimator(run.rollout.sampler, CAPACITY, generator(trainer.config.seed, 0, "plan"))
+    size = trainer.config.per_gpu_capacity
+    plan = trainer.estimator(run.rollout.sampler, size, generator(trainer.config.seed, 0, "plan"))
     account.track(run.model.denoiser, run.model.decoder, run.reward)
     account.track([list(moments.values()) for moments in trainer.weights.optimizer.state.values()])
     with account:
-        trainer.add_gradients((0, 0), torch.arange(CAPACITY), plan)
+        trainer.add_gradients((0, 0), torch.arange(size), plan)
         trainer.weights.sum_over_processes()
         trainer.weights.optimizer.step()
     return account.peak, sum(account.flops.values())
@@ -55,9 +56,9 @@ def compare(config, folder, memory):
     c = resolve(config, 1)
     reward = build_reward(c.reward_fn, {"aesthetic": c.aesthetic.to_dict()})
     model = StableDiffusion.load(folder)
-    found = forecast(lambda: (on_meta(model), on_meta(reward)), c, "x", memory, CAPACITY)
+    found = forecast(lambda: (on_meta(model), on_meta(reward)), c, "x", memory, c.per_gpu_capacity)
     trainer = AlignPropTrainer(config)
-    return (found.peak, found.flops * CAPACITY), real_cost(trainer)
+    return (found.peak, found.flops * c.per_gpu_capacity), real_cost(trainer)
 
 
 @pytest.mark.parametrize("name", STAYING)
@@ -101,7 +102,8 @@ def test_a_forecast_for_a_hundred_million_parameters(toy_config, options, tmp_pa
     folder = make_pipeline(
         tmp_path / "large", channels=(128, 256, 512, 512), sample_size=16, vae_channels=(32, 64, 64, 64)
     )
-    options |= dict(num_inference_steps=3)
+    options |= dict(num_inference_steps=3, per_gpu_capacity=2)
+    options |= dict(train__total_batch_size=2, train__total_samples_per_epoch=2)
     (ours, _), (real, _) = compare(
         toy_config(pretrained__model=str(folder), **options), str(folder), POLICIES["balanced"]
     )
@@ -242,11 +244,12 @@ def test_kept_steps_cost_fewer_operations_the_more_there_are(toy_config, pipelin
     model = StableDiffusion.load(str(pipeline_folder))
     reward = build_reward("tests.toy_rewards:redness")
     parts, found = (lambda: (on_meta(model), on_meta(reward))), {}
+    done: dict = {}
     for keep in (0, 1, 2, 4, 99):
-        found[keep] = forecast(parts, config, "x", MemoryPolicy(keep_steps=keep), 2)
+        found[keep] = forecast(parts, config, "x", MemoryPolicy(keep_steps=keep), 2, done)
     assert found[4] == found[99]
     config_k1 = resolve(toy_config(num_inference_steps=6, estimator="truncated"), 1)
-    of_one = forecast(parts, config_k1, "x", MemoryPolicy(keep_steps=99), 2)
+    of_one = forecast(parts, config_k1, "x", MemoryPolicy(keep_steps=99), 2, done)
     assert of_one.peaks["sweep"] < found[1].peaks["sweep"]  # which calls the network again besides
     assert found[1].peak < found[2].peak < found[4].peak
     saved = [found[keep].flops - found[4].flops for keep in (0, 1, 2)]
