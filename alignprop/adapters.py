@@ -16,6 +16,7 @@ from alignprop.lora import (
     update_lora,
 )
 from alignprop.models.base import Model
+from alignprop.models.loading import no_place_for_encoders
 from alignprop.parts import name_in_file, parts, place
 from alignprop.settings import ConfigError
 
@@ -30,9 +31,7 @@ def add_adapter(model: Model, rank: int, alpha: float, target_modules, seed: int
     """
     add_lora(model.denoiser, rank, alpha, target_modules or model.lora_targets, seed)
     if text_encoders and not model.lora_encoders:
-        raise ConfigError(
-            f"train_text_encoder = True: LoRA files of a {model.pipeline_class().__name__} have no place for one"
-        )
+        raise no_place_for_encoders(model.pipeline_class().__name__)
     for name, encoder in model.lora_encoders.items() if text_encoders else ():
         add_lora(encoder, rank, alpha, ENCODER_TARGETS, seed, name)
         for parameter in trainable_parameters(encoder).values():
@@ -42,21 +41,21 @@ def add_adapter(model: Model, rank: int, alpha: float, target_modules, seed: int
 def trained_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
     """All that is trained, by its name in the state of a run."""
     return {
-        prefix + name: parameter
-        for prefix, module in parts(model).items()
+        name_in_file(model, part, name): parameter
+        for part, module in parts(model).items()
         for name, parameter in trainable_parameters(module).items()
     }
 
 
-def adapted_modules(model: Model) -> list[torch.nn.Module]:
+def adapted_networks(model: Model) -> list[torch.nn.Module]:
     """The denoiser and the text encoders, as far as they have an adapter."""
     return [module for module in parts(model).values() if has_lora(module)]
 
 
 def get_adapter(model: Model) -> LoraWeights:
     """The model's adapter, on the CPU."""
-    found = {prefix: get_lora(module) for prefix, module in parts(model).items() if has_lora(module)}
-    tensors = {name_in_file(prefix, name): t for prefix, part in found.items() for name, t in part.tensors.items()}
+    found = {part: get_lora(module) for part, module in parts(model).items() if has_lora(module)}
+    tensors = {name_in_file(model, part, n): t for part, lora in found.items() for n, t in lora.tensors.items()}
     return LoraWeights(tensors, found[""].scale)
 
 
@@ -67,9 +66,9 @@ def set_adapter(model: Model, weights: LoraWeights | None) -> None:
         ConfigError: some of the adapter's tensors have no place in the model, or another shape.
     """
     found = split(model, weights) if weights else {}
-    for prefix, module in parts(model).items():
-        if prefix in found or has_lora(module):
-            set_lora(module, found.get(prefix))
+    for part, module in parts(model).items():
+        if part in found or has_lora(module):
+            set_lora(module, found.get(part))
 
 
 def update_adapter(model: Model, weights: LoraWeights) -> None:
@@ -79,28 +78,28 @@ def update_adapter(model: Model, weights: LoraWeights) -> None:
         ConfigError: the two differ in their modules, rank or scale.
     """
     found = split(model, weights)
-    for prefix, module in parts(model).items():
-        if has_lora(module) != (prefix in found):
-            has = "has no" if has_lora(module) else "has a"
+    for part, module in parts(model).items():
+        if has_lora(module) != (part in found):
+            has = "no" if has_lora(module) else "a"
             raise ConfigError(
-                f"resume_from: the checkpoint {has} LoRA of the {prefix.rstrip('.') or 'denoiser'}; "
-                "train_text_encoder differs"
+                f"resume_from: the checkpoint has {has} LoRA of the {part or 'denoiser'}, and this run has "
+                f"train_text_encoder = {has_lora(module)}"
             )
-        if prefix in found:
-            update_lora(module, found[prefix])
+        if part in found:
+            update_lora(module, found[part])
 
 
 def split(model: Model, weights: LoraWeights) -> dict[str, LoraWeights]:
-    """The adapters that `weights` is made of, by what precedes their layers in a file, with the names of their module.
+    """The adapters that `weights` is made of, by their part (parts.py), with the names of its layers.
 
     Raises:
         ConfigError: some of it has no place in the model, or another shape.
     """
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights.tensors.items():
-        prefix, inner = place(model, name)
-        tensors.setdefault(prefix, {})[inner] = tensor
-    found = {prefix: LoraWeights(part, weights.scale) for prefix, part in tensors.items()}
-    for prefix, part in found.items():
-        check_modules(parts(model)[prefix], part)
+        part, inner = place(model, name)
+        tensors.setdefault(part, {})[inner] = tensor
+    found = {part: LoraWeights(factors, weights.scale) for part, factors in tensors.items()}
+    for part, lora in found.items():
+        check_modules(parts(model)[part], lora, f"model's {part}" if part else "model")
     return found

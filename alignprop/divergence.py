@@ -1,4 +1,4 @@
-"""How far a fine-tuned denoiser has moved from the base model, which it still is without its adapter."""
+"""How far a fine-tuned model has moved from the base model, which it still is without its adapter."""
 
 import torch
 

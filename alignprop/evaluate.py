@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from alignprop.adapters import adapted_modules
+from alignprop.adapters import adapted_networks
 from alignprop.divergence import base_conditioning, chain_distance
 from alignprop.judges import Judges, diversity
 from alignprop.models.base import select
@@ -102,7 +102,7 @@ class Evaluator:
         batch_size: pictures at once on one process.
         decode_chunk: pictures that are decoded and scored at once; 0: the batch.
         keep: how many of the pictures are returned.
-        base_distance: measure it, where the denoiser has an adapter.
+        base_distance: measure it, where the model has an adapter.
         enter: called with the name of each phase before it begins (memory.Residency).
 
     Attributes:
@@ -138,7 +138,7 @@ class Evaluator:
         size, n, accelerator = self.batch_size, self.num_images, self.accelerator
         at_once = size * accelerator.num_processes
         seed_global(self.seed, "evaluation", accelerator.process_index)
-        found, compares = [], self.base_distance and bool(adapted_modules(self.rollout.model))
+        found, compares = [], self.base_distance and bool(adapted_networks(self.rollout.model))
         for first in tqdm(range(0, n, at_once), "evaluating", leave=False, disable=not accelerator.is_main_process):
             if should_stop():
                 return None

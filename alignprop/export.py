@@ -21,7 +21,7 @@ from alignprop.kohya_names import find_format
 from alignprop.lora import LoraWeights
 from alignprop.lora_file import read_lora
 from alignprop.merging import INDEX, merge, merged_deltas, pipeline_folder
-from alignprop.models.base import Model
+from alignprop.models.base import Model, split_name
 from alignprop.models.configs import find_config
 from alignprop.rereading import (
     Check,
@@ -84,8 +84,7 @@ def _contents(weights: LoraWeights, model: Model, form: str) -> tuple[dict[str, 
         return kohya.pack(weights.tensors, weights.scale, model)
     # Only diffusers itself reads the scale in its header; without one, every tool takes 1.
     tensors = {k: weights.scale * t if k.endswith("lora_B.weight") else t for k, t in weights.tensors.items()}
-    encoders = tuple(f"{name}." for name in model.lora_encoders)
-    return {k if k.startswith(encoders) else f"{model.denoiser_name}.{k}": t for k, t in tensors.items()}, {}
+    return {k if split_name(k)[0] else f"{model.denoiser_name}.{k}": tensor for k, tensor in tensors.items()}, {}
 
 
 # ---- where it comes from

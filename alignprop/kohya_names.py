@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
+from alignprop.models.base import split_name
 from alignprop.parts import name_in_file, parts
 
 PREFIX = "lora_unet_"  # of every denoiser, also of those that are no UNet
@@ -35,12 +36,12 @@ class Format:
     """Attributes:
     names: the denoiser -> {name in the file, without PREFIX: the modules whose outputs that layer stacks}.
     header: the denoiser -> what tools that do not look at the names know the base model by.
-    encoders: the denoiser -> what precedes the layers of each of its text encoders.
+    encoders: the denoiser -> {text encoder: what precedes its layers in the file}.
     """
 
     names: Callable[[torch.nn.Module], dict[str, tuple[str, ...]]]
     header: Callable[[torch.nn.Module], dict[str, str]]
-    encoders: Callable[[torch.nn.Module], tuple[str, ...]]
+    encoders: Callable[[torch.nn.Module], dict[str, str]]
 
 
 def find_format(denoiser: torch.nn.Module) -> Format | None:
@@ -55,11 +56,10 @@ def known_layers(model) -> dict[str, tuple[str, ...]]:
     if form is None:
         return found
     found |= {PREFIX + name: modules for name, modules in form.names(model.denoiser).items()}
-    encoders = {prefix: encoder for prefix, encoder in parts(model).items() if prefix}
-    for first, prefix in zip(form.encoders(model.denoiser), encoders, strict=False):
-        for module in _flat_names(encoders[prefix]).values():
-            name = name_in_file(prefix, module)
-            found[first + name.removeprefix(prefix).replace(".", "_")] = (name,)
+    for part, prefix in form.encoders(model.denoiser).items():
+        for module in _flat_names(parts(model)[part]).values() if part in parts(model) else ():
+            name = name_in_file(model, part, module)
+            found[prefix + split_name(name)[1].replace(".", "_")] = (name,)
     return found
 
 
@@ -68,9 +68,9 @@ def plain_layers(denoiser) -> dict[str, tuple[str, ...]]:
     return {PREFIX + name: (module,) for name, module in _flat_names(denoiser).items()}
 
 
-def _flat_names(denoiser) -> dict[str, str]:
+def _flat_names(module) -> dict[str, str]:
     """{name with underscores: module} of every layer with a weight matrix or kernel, whether it is adapted or not."""
-    layers = {name: getattr(layer, "weight", None) for name, layer in denoiser.named_modules()}
+    layers = {name: getattr(layer, "weight", None) for name, layer in module.named_modules()}
     plain = (name for name in layers if not re.search(r"\.(base_layer|lora_)", name))
     return {name.replace(".", "_"): name for name in plain if layers[name] is not None and layers[name].dim() > 1}
 
@@ -162,13 +162,18 @@ def _unet_header(unet) -> dict[str, str]:
     return {"ss_network_module": "networks.lora", "ss_base_model_version": version, "ss_v2": str(is_v2)}
 
 
+def _unet_encoders(unet) -> dict[str, str]:
+    two = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    return two if _is_xl(unet) else {"text_encoder": "lora_te_"}
+
+
 _FORMATS = {
     "UNet2DConditionModel": Format(
-        _unet_names, _unet_header, lambda unet: ("lora_te1_", "lora_te2_") if _is_xl(unet) else ("lora_te_",)
+        _unet_names, _unet_header, _unet_encoders
     ),
     "FluxTransformer2DModel": Format(
         _double_stream_names,
         lambda _: {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1", "ss_v2": "False"},
-        lambda _: ("lora_te1_",),
+        lambda _: {"text_encoder": "lora_te1_"},
     ),
 }

@@ -73,7 +73,7 @@ def _canonical_key(name: str) -> str:
     name = re.sub(r"\.processor\.(to_[qkv])_lora\.", r".\1.lora.", name)
     name = re.sub(r"\.processor\.to_out_lora\.", ".to_out.0.lora.", name)
     if name.startswith("text_encoder"):
-        name = re.sub(r"^(text_encoder\w*)\.(?!text_model\.)", r"\1.text_model.", name)
+        name = re.sub(r"^(text_encoder\w*)\.(?!text_model\.|text_projection\.)", r"\1.text_model.", name)
         name = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora.", name).replace(".lora_linear_layer.", ".lora.")
     return name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from alignprop.lora import LoraWeights
-from alignprop.models.base import ENCODERS
+from alignprop.models.base import split_name
 from alignprop.rereading import Deltas
 from alignprop.settings import ConfigError
 
@@ -90,8 +90,8 @@ def _adapted_files(weights: LoraWeights, base: Path) -> dict[Path, list[str]]:
     denoiser = base / ("transformer" if (base / "transformer").is_dir() else "unet")
     adapted: dict[Path, list[str]] = {}
     for module in weights.modules:
-        encoder = module.partition(".")[0]
-        adapted.setdefault(base / encoder if encoder in ENCODERS else denoiser, []).append(module)
+        encoder, _ = split_name(module)
+        adapted.setdefault(base / encoder if encoder else denoiser, []).append(module)
     found = {path: modules for part, modules in adapted.items() for path in sorted(part.glob("*.safetensors"))}
     for part in adapted:
         if not any(path.parent == part for path in found):
@@ -101,7 +101,7 @@ def _adapted_files(weights: LoraWeights, base: Path) -> dict[Path, list[str]]:
 
 def _stored_name(module: str, names: Collection[str]) -> str | None:
     """What a weight file calls the weight of a module (parts.py); None where it is not in it."""
-    inner = module.partition(".")[2] if module.startswith(ENCODERS) else module
+    _, inner = split_name(module)
     # Versions of transformers differ in what they call the layers of a text encoder.
     candidates = (f"{inner}.weight", f"{inner.removeprefix('text_model.')}.weight")
     return next((name for name in candidates if name in names), None)

@@ -6,32 +6,36 @@ Layers of the denoiser go by their names in it, those of a text encoder with its
 
 import torch
 
-from alignprop.models.base import Model
+from alignprop.models.base import Model, split_name
 
 _WRAPPER = "text_model"  # in a file's names; not every version of transformers has a module of that name
 
 
 def parts(model: Model) -> dict[str, torch.nn.Module]:
-    """The denoiser and the text encoders that LoRA files have a place for, by what precedes their layers there."""
-    return {"": model.denoiser} | {f"{name}.": encoder for name, encoder in model.lora_encoders.items()}
+    """The denoiser, as "", and the text encoders that LoRA files have a place for, by their names."""
+    return {"": model.denoiser, **model.lora_encoders}
 
 
 def place(model: Model, name: str) -> tuple[str, str]:
-    """(what precedes the layers of its part, the name in that part) of a layer, or of its factors, in a file."""
-    prefix = next((p for p in parts(model) if p and name.startswith(p)), "")
-    name = name.removeprefix(prefix)
-    if prefix and not hasattr(parts(model)[prefix], _WRAPPER):
-        name = name.removeprefix(f"{_WRAPPER}.")
-    return prefix, name
+    """(which part, the name in it) of a layer, or of its factors, in a file; "" where it is of no part."""
+    part, inner = split_name(name)
+    if part not in parts(model):
+        return "", name
+    return part, inner if not part or _has_wrapper(model, part) else inner.removeprefix(f"{_WRAPPER}.")
 
 
-def name_in_file(prefix: str, name: str) -> str:
+def name_in_file(model: Model, part: str, name: str) -> str:
     """The inverse of `place`."""
-    wrapped = not prefix or name.startswith(f"{_WRAPPER}.")
-    return prefix + name if wrapped else f"{prefix}{_WRAPPER}.{name}"
+    if not part:
+        return name
+    return f"{part}.{name}" if _has_wrapper(model, part) else f"{part}.{_WRAPPER}.{name}"
 
 
 def layer(model: Model, name: str) -> torch.nn.Module:
     """The layer that a file calls so."""
-    prefix, inner = place(model, name)
-    return parts(model)[prefix].get_submodule(inner)
+    part, inner = place(model, name)
+    return parts(model)[part].get_submodule(inner)
+
+
+def _has_wrapper(model: Model, part: str) -> bool:
+    return hasattr(parts(model)[part], _WRAPPER)

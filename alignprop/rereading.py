@@ -106,8 +106,8 @@ def diffusers_deltas(path: Path, model: Model) -> Deltas:
         raise ConfigError(f"not exported, diffusers cannot read it: {type(error).__name__}: {reason}") from error
     # In half precision peft would round the product once more.
     return {
-        name_in_file(prefix, name): lambda layer=layer: layer.float().get_delta_weight(layer.active_adapters[0])
-        for prefix, module in parts(model).items()
+        name_in_file(model, part, name): lambda layer=layer: layer.float().get_delta_weight(layer.active_adapters[0])
+        for part, module in parts(model).items()
         for name, layer in module.named_modules()
         if isinstance(layer, LoraLayer)
     }

@@ -239,4 +239,5 @@ class Run:
         return load_model(
             source.model, revision=source.revision, config=source.config, vae=source.vae, without=parts_left_out(c),
             dtype=dtype, full=not c.use_lora, resolution=c.resolution, true_cfg_scale=c.true_cfg_scale,
+            train_text_encoder=c.task == "train" and c.train_text_encoder,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much a module's adapter counts: as it was trained, not at all, or anything else."""
+"""How much the adapter of a denoiser or a text encoder counts: as it was trained, not at all, or anything else."""
 
 from contextlib import contextmanager
 
@@ -7,19 +7,19 @@ import torch
 from alignprop.lora import ADAPTER
 
 
-def scale_lora(denoiser, scale: float) -> None:
+def scale_lora(network, scale: float) -> None:
     """From now on the adapter's weight change counts `scale` times: 1 is the adapter, 0 the base, both to the bit."""
-    for layer in _adapted_layers(denoiser):
+    for layer in _adapted_layers(network):
         layer.set_scale(ADAPTER, scale)
 
 
 @contextmanager
-def without_lora(*modules):
+def without_lora(*networks):
     """Within it they are the base model's. What is trained stays so: peft's own switch would freeze it."""
-    layers = [layer for module in modules for layer in _adapted_layers(module)]
+    layers = [layer for network in networks for layer in _adapted_layers(network)]
     before = [layer.scaling[ADAPTER] for layer in layers]
-    for module in modules:
-        scale_lora(module, 0.0)
+    for network in networks:
+        scale_lora(network, 0.0)
     try:
         yield
     finally:
@@ -34,7 +34,7 @@ def anneal_lora(f, denoiser, timesteps: torch.Tensor, scale: float) -> None:
     arXiv 2409.06493) blends the outputs of the two models so; blending weights costs no further network call.
 
     Args:
-        f: the guided denoiser of the chain, whose calls are scaled from now on.
+        f: the guided network of the chain, whose calls are scaled from now on.
         timesteps: of the chain, [N].
     """
     scales = torch.linspace(scale, 0, len(timesteps), dtype=torch.float64).flip(0)  # a chain of one step has the last
@@ -42,7 +42,7 @@ def anneal_lora(f, denoiser, timesteps: torch.Tensor, scale: float) -> None:
     f.before_call = lambda timestep: scale_lora(denoiser, scale_at[timestep.item()])
 
 
-def _adapted_layers(denoiser) -> list:
+def _adapted_layers(network) -> list:
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+    return [module for module in network.modules() if isinstance(module, LoraLayer)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from alignprop.adapters import adapted_modules, set_adapter
+from alignprop.adapters import adapted_networks, set_adapter
 from alignprop.background import Background
 from alignprop.checkpoint import find_checkpoint
 from alignprop.evaluate import Evaluation, statistics, write_report
@@ -192,8 +192,8 @@ def _load_checkpoint(run: Run) -> None:
         load_denoiser(model.denoiser, run.checkpoint / "denoiser")
     elif run.checkpoint:
         set_adapter(model, read_lora(run.checkpoint, model))
-        for module in adapted_modules(model):
-            scale_lora(module, c.lora_scale)
+        for network in adapted_networks(model):
+            scale_lora(network, c.lora_scale)
         if c.lora_schedule == "linear":
             anneal_lora(run.rollout.f, model.denoiser, run.rollout.sampler.timesteps, c.lora_scale)
 

@@ -9,8 +9,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from alignprop import kohya
 from alignprop.adapters import (
-    adapted_modules,
+    adapted_networks,
     add_adapter,
     get_adapter,
     set_adapter,
@@ -51,7 +52,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains(model):
     trained = trained_parameters(model)
     assert all("lora" in name and p.dtype == torch.float32 and p.requires_grad for name, p in trained.items())
     assert {name.partition(".")[0] for name in trained} >= {"text_encoder", "down_blocks"}
-    assert adapted_modules(model) == [model.denoiser, model.text_encoders[0]]
+    assert adapted_networks(model) == [model.denoiser, model.text_encoders[0]]
 
 
 def test_without_text_encoders_it_is_the_denoisers_lora_and_that_does_not_change_with_them(pipeline_folder):
@@ -63,7 +64,7 @@ def test_without_text_encoders_it_is_the_denoisers_lora_and_that_does_not_change
     assert alone.tensors.keys() == without.tensors.keys() < with_text.tensors.keys()
     for name, tensor in alone.tensors.items():
         assert torch.equal(without.tensors[name], tensor) and torch.equal(with_text.tensors[name], tensor)
-    assert not has_lora(models[1].text_encoders[0]) and adapted_modules(models[1]) == [models[1].denoiser]
+    assert not has_lora(models[1].text_encoders[0]) and adapted_networks(models[1]) == [models[1].denoiser]
 
 
 def test_two_encoders_do_not_begin_alike(model):
@@ -76,9 +77,13 @@ def test_two_encoders_do_not_begin_alike(model):
 
 
 def test_a_model_whose_files_have_no_place_for_it(tmp_path):
-    model = load_model(str(make_family(tmp_path / "p", "z_image")), resolution=16)
-    with pytest.raises(ConfigError, match=r"^train_text_encoder = True: LoRA files of a ZImagePipeline have no place"):
-        add_adapter(model, 2, 2.0, None, seed=0, text_encoders=True)
+    folder = str(make_family(tmp_path / "p", "z_image"))
+    message = r"^train_text_encoder = True: LoRA files of a ZImagePipeline have no place for text encoders$"
+    with pytest.raises(ConfigError, match=message):
+        add_adapter(load_model(folder, resolution=16), 2, 2.0, None, seed=0, text_encoders=True)
+    (tmp_path / "p" / "transformer" / "config.json").unlink()  # it is known before anything is loaded
+    with pytest.raises(ConfigError, match=message):
+        load_model(folder, train_text_encoder=True)
 
 
 @pytest.mark.parametrize("alpha", [3.0, 6.0])
@@ -129,7 +134,35 @@ def test_none_takes_all_of_it_away_and_prompts_are_remembered_again(model):
     add_random(model)
     assert not model.knows(PROMPTS) and not torch.equal(embeds(model), base)
     set_adapter(model, None)
-    assert model.knows(PROMPTS) and torch.equal(embeds(model), base) and not adapted_modules(model)
+    assert model.knows(PROMPTS) and torch.equal(embeds(model), base) and not adapted_networks(model)
+
+
+def test_an_encoder_that_is_not_there_has_no_adapter(tmp_path):
+    """As in some relatives of SDXL."""
+    folder = make_family(tmp_path / "p", "sdxl")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    model = load_model(str(folder))
+    add_adapter(model, 2, 2.0, None, seed=0, text_encoders=True)
+    names = {name.partition(".")[0] for name in kohya.pack(get_adapter(model).tensors, 1.0, model)[0]}
+    assert any(n.startswith("lora_te2_") for n in names) and not any(n.startswith("lora_te1_") for n in names)
+
+
+def test_a_text_encoder_of_another_kind_is_named(model):
+    model.lora_encoders["text_encoder"] = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"^train_text_encoder: the text_encoder has no layer whose name ends in .'q"):
+        add_adapter(model, 2, 2.0, None, seed=0, text_encoders=True)
+
+
+def test_nothing_goes_back_into_an_empty_prompt_that_is_not_used(model, monkeypatch):
+    add_random(model)
+    ones, encoded, encode = torch.ones_like(embeds(model)), [], model.encode
+    monkeypatch.setattr(model, "encode", lambda prompts: encoded.extend(prompts) or encode(prompts))
+    model.backward_prompts(PROMPTS, {"prompt_embeds": ones, "negative_prompt_embeds": 0 * ones})
+    assert encoded == PROMPTS
+    model.backward_prompts(PROMPTS, {"prompt_embeds": ones, "negative_prompt_embeds": ones})
+    assert encoded[2:] == [PROMPTS[0], "", PROMPTS[1], ""]
 
 
 def test_prompts_are_encoded_anew_while_an_adapter_may_change(model):
@@ -147,7 +180,7 @@ def test_an_adapter_with_text_encoders_is_replaced_by_one_without(model, pipelin
     whole = get_adapter(model)
     alone = LoraWeights({k: t for k, t in whole.tensors.items() if "text_encoder" not in k}, whole.scale)
     set_adapter(model, alone)
-    assert torch.equal(embeds(model), base) and adapted_modules(model) == [model.denoiser]
+    assert torch.equal(embeds(model), base) and adapted_networks(model) == [model.denoiser]
     set_adapter(model, mix(whole, alone, 0.5, "delta"))
     halved = embeds(model)
     set_adapter(model, LoraWeights(whole.tensors, 0.5 * whole.scale))
@@ -162,12 +195,12 @@ def test_what_has_no_place_in_the_model_is_refused(model):
     with pytest.raises(ConfigError, match=r"^LoRA: \d+ of its \d+ keys match a layer .*'text_encoder_2\.text_model"):
         set_adapter(model, LoraWeights(other, 1.0))
     later = {name.replace("layers.0", "layers.7"): tensor for name, tensor in weights.tensors.items()}
-    with pytest.raises(ConfigError, match=r"^LoRA: 8 of its 16 keys match a layer of this model, 8 do not"):
+    with pytest.raises(ConfigError, match=r"^LoRA: 8 of its 16 keys match a layer of this model's text_encoder, "):
         set_adapter(model, LoraWeights(later, 1.0))
-    assert not adapted_modules(model), "what is refused must not be half there"
+    assert not adapted_networks(model), "what is refused must not be half there"
 
 
-@pytest.mark.parametrize(("trained", "found"), [(True, "has no"), (False, "has a")])
+@pytest.mark.parametrize(("trained", "found"), [(True, "no"), (False, "a")])
 def test_a_checkpoint_with_other_parts_is_refused_at_resume(model, trained, found):
     add_random(model)
     weights = get_adapter(model)
@@ -175,7 +208,8 @@ def test_a_checkpoint_with_other_parts_is_refused_at_resume(model, trained, foun
     set_adapter(model, None)
     add_adapter(model, 3, 3.0, None, seed=1, text_encoders=trained)
     other, same = (alone, weights) if trained else (weights, alone)
-    with pytest.raises(ConfigError, match=f"^resume_from: the checkpoint {found} LoRA of the text_encoder; train_text"):
+    message = f"^resume_from: the checkpoint has {found} LoRA of the text_encoder, .* train_text_encoder = {trained}"
+    with pytest.raises(ConfigError, match=message):
         update_adapter(model, other)
     update_adapter(model, same)
     assert all(torch.equal(get_adapter(model).tensors[name], tensor) for name, tensor in same.tensors.items())

@@ -95,7 +95,7 @@ SIDEWAYS = {
     "alignprop.fields": {"alignprop.policies"},
     "alignprop.guide": {"alignprop.rollout"},
     "alignprop.kohya": {"alignprop.kohya_names", "alignprop.parts"},
-    "alignprop.kohya_names": {"alignprop.parts"},
+    "alignprop.kohya_names": {"alignprop.models.base", "alignprop.parts"},
     "alignprop.lora_file": {"alignprop.lora"},
     "alignprop.memory": {"alignprop.lean", "alignprop.models.base"},
     "alignprop.forecast": {"alignprop.weights"},

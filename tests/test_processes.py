@@ -30,7 +30,6 @@ from tests.test_main import flags, run_main
 SMALL = {
     "train__total_batch_size": 8, "train__total_samples_per_epoch": 24, "train__learning_rate": 1e-3, "num_epochs": 1,
     "num_eval_images": 5, "max_vis_images": 5, "reward_fn": "tests.toy_rewards:KilledInTheSecondProcess",
-    "train_text_encoder": True,
 }  # fmt: skip
 
 
@@ -104,10 +103,14 @@ def test_with_chunks_of_a_fixed_size_the_micro_batch_changes_no_bit(toy_config, 
 
 @pytest.fixture
 def by_one(toy_config):
-    """A training run of this process alone, in one micro-batch."""
-    trainer = AlignPropTrainer(toy_config(run_name="one", per_gpu_capacity=8, **SMALL))
-    trainer.train()
-    return trainer.run.folder
+    """A training run of this process alone, in one micro-batch or more."""
+
+    def train(size=8, **fields):
+        trainer = AlignPropTrainer(toy_config(run_name=f"one{size}", per_gpu_capacity=size, **SMALL, **fields))
+        trainer.train()
+        return trainer.run.folder
+
+    return train
 
 
 def assert_trained_alike(folder, other):
@@ -122,15 +125,16 @@ def assert_trained_alike(folder, other):
 
 
 def test_four_processes_train_like_one(toy_config, by_one):
-    done = run_main(*flags(toy_config(run_name="four", per_gpu_capacity=1, **SMALL)), processes=4)
+    """A LoRA of the text encoder too."""
+    fields = {"train_text_encoder": True}
+    done = run_main(*flags(toy_config(run_name="four", per_gpu_capacity=1, **SMALL, **fields)), processes=4)
     assert done.returncode == 0, done.stderr
-    folder = by_one.with_name("four")
+    one = by_one(**fields)
+    folder = one.with_name("four")
     assert json.loads((folder / "config.json").read_text())["train"]["gradient_accumulation_steps"] == 2
-    assert_trained_alike(folder, by_one)
+    assert_trained_alike(folder, one)
     # With the same micro-batches there is only the order of sums, and they are taken in float64.
-    alone = AlignPropTrainer(toy_config(run_name="alone", per_gpu_capacity=1, **SMALL))
-    alone.train()
-    files = [place / "checkpoints" / "checkpoint_3" / LORA_FILE for place in (folder, alone.run.folder)]
+    files = [place / "checkpoints" / "checkpoint_3" / LORA_FILE for place in (folder, by_one(1, **fields))]
     assert difference(*map(load_file, files)) == 0
 
 
@@ -140,9 +144,10 @@ def test_two_processes_train_like_one_until_one_dies_and_ends_the_other(toy_conf
     done = run_main(*flags(config), processes=2)
     assert time.monotonic() - started < 90
     assert done.returncode != 0 and "lost contact with another one" in done.stderr
-    folder = by_one.with_name("two")
+    one = by_one()
+    folder = one.with_name("two")
     assert [path.name for path in checkpoints_of(folder)] == ["checkpoint_3"]
-    assert_trained_alike(folder, by_one)
+    assert_trained_alike(folder, one)
     # One process goes on where two were, and ends where it would have ended alone.
     ends = []
     for name in ("two", "alone"):

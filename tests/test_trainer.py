@@ -194,6 +194,25 @@ def test_the_pull_towards_the_base_is_its_gradient(toy_config, pipeline_folder, 
     assert len(told) == 4 and (told[0] + told[1] - 50 * told[-1]).abs().max() < 1e-4  # loss = -reward + kl
 
 
+@pytest.mark.parametrize("estimator", ["randomized", "draft_lv"])
+def test_every_network_is_called_in_its_own_phase(toy_config, monkeypatch, estimator):
+    """Those of other phases may not be on the device."""
+    config = toy_config(train_text_encoder=True, kl_coeff=1.0, estimator=estimator, memory__residency="phase")
+    trainer = AlignPropTrainer(config)
+    model, seen = trainer.run.model, []
+    for name in ("encode", "predict", "pictures"):
+        monkeypatch.setattr(model, name, noting(seen, name, trainer.run, getattr(model, name)))
+    monkeypatch.setattr(model, "backward_prompts", noting(seen, "backward", trainer.run, model.backward_prompts))
+    trainer.step()
+    trainer.run.evaluator()
+    phases = {"encode": "encode", "backward": "encode", "predict": "denoise", "pictures": "decode"}
+    assert {name: {phase for n, phase in seen if n == name} for name in phases} == {n: {p} for n, p in phases.items()}
+
+
+def noting(seen, name, run, function):
+    return lambda *args: seen.append((name, run.residency.phase)) or function(*args)
+
+
 def test_a_row_has_the_base_distance_where_it_is_held_down(toy_config):
     free = AlignPropTrainer(toy_config(run_name="free"))
     held = AlignPropTrainer(toy_config(run_name="held", kl_coeff=1e4))

@@ -12,6 +12,12 @@ Conditioning = dict[str, torch.Tensor]
 """What the denoiser is conditioned on: named tensors, each with the batch as its first dimension."""
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """(which text encoder, or "" for the denoiser, the name in it) of what a LoRA file calls a layer (parts.py)."""
+    part, _, inner = name.partition(".")
+    return (part, inner) if part in ENCODERS else ("", name)
+
+
 def select(cond: Conditioning, samples) -> Conditioning:
     """The conditioning of some samples: a slice, or int [b]."""
     return {name: tensor[samples] for name, tensor in cond.items()}
@@ -21,7 +27,7 @@ class Model(Protocol):
     """One text-to-image model.
 
     Attributes:
-        denoiser: the network that is trained; everything else is frozen.
+        denoiser: the network that is trained; all else is frozen, but for adapters of `lora_encoders` where asked for.
         denoiser_name: what its pipeline calls it.
         text_encoders: what `encode_prompts` calls.
         decoder: what `decode` calls.

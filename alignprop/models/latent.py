@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 
-from alignprop.models.base import ENCODERS
+from alignprop.models.base import ENCODERS, split_name
 from alignprop.models.loading import load_pipeline
 from alignprop.models.text import TextConditioned
 from alignprop.settings import ConfigError
@@ -49,9 +49,10 @@ class LatentDiffusion(TextConditioned):
         self.denoiser_name = "unet" if getattr(pipeline, "unet", None) else "transformer"
         self.denoiser = getattr(pipeline, self.denoiser_name)
         self.decoder = pipeline.vae
-        encoders = (getattr(pipeline, name, None) for name in ENCODERS)
-        self.text_encoders = [encoder for encoder in encoders if encoder is not None]
-        self.lora_encoders = {name: getattr(pipeline, name) for name in self.adaptable}
+        encoders = {name: getattr(pipeline, name, None) for name in ENCODERS}
+        encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+        self.text_encoders = list(encoders.values())
+        self.lora_encoders = {name: encoder for name, encoder in encoders.items() if name in self.adaptable}
         self.decoder.encoder = self.decoder.quant_conv = None  # nothing here turns pictures into latents
         for module in (self.denoiser, self.decoder, *self.text_encoders):
             module.requires_grad_(False).eval()
@@ -139,11 +140,10 @@ class LatentDiffusion(TextConditioned):
         """
         parts, options = {}, {}
         for name, tensor in tensors.items():
-            encoder, _, inner = name.partition(".")
-            part, layer = (encoder, inner) if encoder in self.lora_encoders else (self.denoiser_name, name)
-            parts.setdefault(part, {})[layer] = tensor
+            encoder, inner = split_name(name)
+            parts.setdefault(encoder or self.denoiser_name, {})[inner] = tensor
         for part, layers in parts.items():
-            metadata = _adapter_metadata(layers, scale, endings=part in self.lora_encoders)
+            metadata = _adapter_metadata(layers, scale, endings=part in ENCODERS)
             options |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
         self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **options)
 

@@ -16,17 +16,24 @@ SINGLE_FILE = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
 
 
-def load_model(name: str, **options):
+def load_model(name: str, train_text_encoder: bool = False, **options):
     """Loads a text-to-image model of any family.
 
     Args:
+        train_text_encoder: it has to be of a family whose LoRA files have a place for text encoders.
         options: `resolution` and `true_cfg_scale` (latent.py), and those of `load_pipeline`.
 
     Raises:
-        ConfigError: as `family_of` and `load_pipeline`.
+        ConfigError: as `family_of` and `load_pipeline`, or of another family.
     """
-    family = family_of(name, options.get("revision"), options.get("config"))
-    return FAMILIES[family].model_class.load(name, **options)
+    cls = FAMILIES[family_of(name, options.get("revision"), options.get("config"))].model_class
+    if train_text_encoder and not cls.adaptable:
+        raise no_place_for_encoders(cls.pipeline_name)
+    return cls.load(name, **options)
+
+
+def no_place_for_encoders(pipeline: str) -> ConfigError:
+    return ConfigError(f"train_text_encoder = True: LoRA files of a {pipeline} have no place for text encoders")
 
 
 def family_of(name: str, revision: str | None = None, config: str | None = None) -> str:

@@ -49,7 +49,7 @@ class TextConditioned:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Each distinct prompt is encoded once; of what is too long, the end is lost."""
+        """Each distinct prompt is encoded once, while no text encoder has an adapter; of long ones, the end is lost."""
         wanted = [*prompts, ""] if self.guides else prompts
         known = {} if self._adapted else self._remembered
         if new := [p for p in dict.fromkeys(wanted) if p not in known]:
@@ -67,10 +67,11 @@ class TextConditioned:
 
     def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
         """One by one again, and encoded again: no more is held than the graphs of one prompt and of an empty one."""
+        needs_empty = self.guides and any(g.any() for name, g in gradients.items() if name.startswith(NEGATIVE))
         for row, prompt in enumerate(prompts):
             with torch.enable_grad():
                 cond = self.encode([prompt])
-                if self.guides:
+                if needs_empty:
                     instead = self.unconditional(self.encode([""]))
                     cond |= {NEGATIVE + name: tensor for name, tensor in instead.items()}
             found = [name for name, tensor in cond.items() if tensor.requires_grad and name in gradients]
