@@ -10,6 +10,8 @@ import os
 import re
 import shlex
 import sys
+import textwrap
+import traceback
 from contextlib import contextmanager
 
 # They warn of features that nothing here uses, and of what we say ourselves.
@@ -35,15 +37,27 @@ def plain_config_errors():
     except ConfigError:
         raise
     except flags.Error as error:
+        if "Traceback" in str(error):  # ml_collections puts a TypeError of the file's own into the text
+            raise _file_error(str(error)) from error
         raise ConfigError(_flag_error(" ".join(str(error).split()))) from error
     except Exception as error:  # whatever a file raises that is no configuration
-        given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(sys.argv))
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())
-        raise ConfigError(
-            f"--config={given[1] if given else PRESET} could not be used: {type(cause).__name__}: {reason} — give a "
-            f"file and preset such as {PRESET}"
-        ) from error
+        raise _file_error("".join(traceback.format_exception(error.__cause__ or error))) from error
+
+
+def _file_error(text: str) -> ConfigError:
+    """Of a configuration file that could not be used, from a traceback's text: what was raised, and where in it."""
+    given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(sys.argv))
+    config = given[1] if given else PRESET
+    path = os.path.abspath(config.partition(":")[0])
+    raised = text[text.rfind('File "') :]  # its own line is the first after the frames that is not indented
+    raised = re.search(r"\n(?:[a-z]\w*\.)*(\w+.*)", raised, re.DOTALL)[1]
+    hint = re.search(r"Did you mean .*?\?", raised[200:], re.DOTALL)
+    reason = " ".join([textwrap.shorten(raised, 200, placeholder=" …"), *([hint[0]] if hint else [])])
+    lines = [line for file, line in re.findall(r'File "(.+?)", line (\d+)', text) if os.path.abspath(file) == path]
+    place = f" (line {lines[-1]})" if lines else ""
+    return ConfigError(
+        f"--config={config} could not be used: {reason}{place} — give a file and preset such as {PRESET}"
+    )
 
 
 def _flag_error(text: str) -> str:
@@ -55,9 +69,15 @@ def _flag_error(text: str) -> str:
 
 def define_flags(argv):
     with plain_config_errors():
+        seen = set()
         for argument in argv[1:]:
             if option := re.match(r"--?(?:no)?config\.([^=]+)", argument):
                 check_name(option[1])
+                # Of several values of a tuple ml_collections would make one, of any other field it takes the last.
+                rule = FIELDS.get(option[1])
+                if option[1] in seen and rule and "separated by commas" in rule.wanted:
+                    raise ConfigError(f"{option[1]} is given twice")
+                seen.add(option[1])
         config_flags.DEFINE_config_file("config", PRESET, "Configuration file and preset to run.")
         flags.DEFINE_bool("plan", False, "Print what training will cost with each memory policy, and end.")
         flags.DEFINE_float("gpu_memory", None, "With --plan: GiB of the GPU to plan for.", lower_bound=0.1)

@@ -115,9 +115,12 @@ def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
         shutil.rmtree(temporary, ignore_errors=True)
         reason, free = " ".join(str(error).split()), shutil.disk_usage(run_folder).free / 2**20
+        earlier = "there is no earlier one"
+        if checkpoints_of(run_folder):
+            earlier = f"earlier ones are untouched; go on from there with resume_from={str(run_folder)!r}"
         raise ConfigError(
             f"the checkpoint of step {step} could not be written to {str(folder)!r}, where {free:.0f} MiB are free: "
-            f"{reason} — earlier checkpoints are untouched; go on from there with resume_from={str(run_folder)!r}"
+            f"{reason} — {earlier}"
         ) from error
     return final
 

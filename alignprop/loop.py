@@ -90,7 +90,9 @@ class TrainingLoop:
         with stop_requests() as self.stop_requests, tqdm(desc="training", disable=not run.is_main, **progress) as bar:
             self._save_and_evaluate()
             while self.global_step < self.last_step and not self.reason_to_stop and not self._stopping():
-                row = self.step()
+                skipped, row = self.weights.skipped, self.step()
+                if self.weights.skipped > skipped:
+                    run.say(f"step {self.global_step}: skipped, its loss or gradient is not finite{self._why()}")
                 run.log(row)
                 bar.set_postfix(epoch=row["epoch"], reward=f"{row['reward']:.4g}")
                 bar.update()
@@ -187,6 +189,10 @@ class TrainingLoop:
         if self.reason_to_stop:
             self.save()
         run.prune_checkpoints()
+
+    def _why(self) -> str:
+        scaling = self.run.accelerator.scaler
+        return "; with fp16 the first few may be, until the scale of the loss is found" if scaling else ""
 
     def _stopping(self) -> bool:
         """Whether any process was asked to stop; every process has to ask."""

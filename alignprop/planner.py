@@ -11,7 +11,7 @@ from alignprop.models.base import Model
 from alignprop.models.configs import find_config, find_tower_config
 from alignprop.models.skeleton import skeleton
 from alignprop.policies import POLICIES, MemoryPolicy
-from alignprop.settings import parts_left_out
+from alignprop.settings import ConfigError, parts_left_out
 from rewards import REWARDS, WeightedReward
 from rewards.skeleton import skeleton_reward, without_custom
 
@@ -22,7 +22,10 @@ def skeletons(config: ConfigDict) -> Parts:
     Raises:
         ConfigError, rewards.RewardError: they are not to be found.
     """
-    facts = find_config(config.pretrained.model, config.pretrained.revision)
+    source, is_file = config.pretrained, config.pretrained.model.endswith((".safetensors", ".ckpt"))
+    if is_file and not source.config:
+        raise ConfigError(f"pretrained.model = {source.model!r} is a single file: to plan, pretrained.config is needed")
+    facts = find_config(source.config) if is_file else find_config(source.model, source.revision)
     half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     options = {name: config[name].to_dict() for name in REWARDS if name in config}
 

@@ -162,6 +162,9 @@ class Records:
             before, after = (e["rewards"] | {m: e[m] for m in MEASURES if m in e} for e in (first, last))
             for name in (name for name in before if name in after):
                 lines.append(f"  {name:32s} {_shown(before[name])} → {_shown(after[name])}")
+        steps = [row for row in self.metrics.rows() if row["kind"] == "train"]
+        if steps and steps[-1]["skipped_steps"]:
+            lines.append(f"skipped, because not finite: {steps[-1]['skipped_steps']} updates of {len(steps)} steps")
         lines.append(f"in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.glob("[!.]*"))))
         return "\n".join(lines)
 
@@ -185,7 +188,7 @@ def choose_folder(config: ConfigDict, checkpoint: Path | None) -> Path:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
             f"log_dir = {c.log_dir!r}, run_name = {c.run_name!r}: {str(existing)!r} is not a folder that can be "
-            "written to; name others"
+            "written to; another run_name puts the results elsewhere"
         )
     return folder
 

@@ -102,8 +102,10 @@ def diffusers_deltas(path: Path, model: Model) -> Deltas:
     try:
         pipeline_around(model).load_lora_weights(path)
     except Exception as error:  # its readers fail in many ways
-        reason = next(iter(str(error).splitlines()), "")
-        raise ConfigError(f"not exported, diffusers cannot read it: {type(error).__name__}: {reason}") from error
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ConfigError(
+            f"not exported, diffusers cannot read it in this format ({reason}); it may read 'diffusers' or 'merged'"
+        ) from error
     # In half precision peft would round the product once more.
     return {
         name_in_file(model, part, name): lambda layer=layer: layer.float().get_delta_weight(layer.active_adapters[0])

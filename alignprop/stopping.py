@@ -76,6 +76,8 @@ def plain_endings():
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except PermissionError as error:
+        sys.exit(f"error: {str(error.filename)!r}: {error.strerror}")
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

@@ -59,6 +59,8 @@ class TrainedWeights:
             self.optimizer = accelerator.prepare(self.optimizer)
         self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
         self.skipped = self.skipped_in_a_row = 0
+        updates = c.num_epochs * (c.train.total_samples_per_epoch // c.train.total_batch_size)
+        self.most_skipped = min(c.train.max_skipped_steps, max(updates, 1))  # a short run must not skip all it has
         # Of a LoRA, which is small, in float64: a sum that is rounded once is the same however samples are shared out.
         self.sum_dtype = torch.float64 if c.use_lora and denoiser.device.type != "mps" else torch.float32
         self.zero_grad()
@@ -92,7 +94,7 @@ class TrainedWeights:
             The norm of the gradient before clipping.
 
         Raises:
-            ConfigError: the last `max_skipped_steps` updates in a row were not finite.
+            ConfigError: the last `max_skipped_steps` updates in a row, or all of a shorter run, were not finite.
         """
         train, scaler = self.config.train, self.accelerator.scaler
         self.sum_over_processes()
@@ -109,7 +111,7 @@ class TrainedWeights:
             self.ema.step(self.parameters)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= train.max_skipped_steps:
+        if self.skipped_in_a_row >= self.most_skipped:
             raise ConfigError(
                 f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient; the run stops, "
                 "its checkpoints are as they were; try mixed_precision='bf16', a smaller train.learning_rate or "

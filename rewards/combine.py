@@ -45,9 +45,15 @@ class WeightedReward(Reward):
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None
     ) -> dict[str, torch.Tensor]:
         """Each term's own scores [B] float32, before its weight. Raises: RewardError for a wrong shape, or a term
-        that lost the images' gradient."""
-        scores = {name: term(images, prompts, metadata) for name, term in self.terms.items()}
+        that lost the images' gradient, or changed the images."""
+        scores, version = {}, images._version
         for name, term in self.terms.items():
+            scores[name] = term(images, prompts, metadata)
+            if images._version != version:
+                raise RewardError(
+                    f"reward {name!r} changes the images in place, which others still have to see; let it work on "
+                    "images.clone()"
+                )
             check_shape(scores[name], images, term)
             check_connected(scores[name], images, term)
         return {name: score.to(images.device, torch.float32) for name, score in scores.items()}
@@ -58,7 +64,10 @@ class WeightedReward(Reward):
 
 
 def try_reward(reward: WeightedReward, images: torch.Tensor, prompts, metadata, needs_gradient: bool) -> None:
-    """Scores some pictures, so that a broken reward is found before a run depends on it. Raises: RewardError."""
+    """Scores some pictures, and follows their gradient, so that a broken reward is found before a run depends on it.
+
+    Raises: RewardError.
+    """
     images = images.clone().requires_grad_(needs_gradient)
     with torch.set_grad_enabled(needs_gradient):
         terms = reward.score_terms(images, prompts, metadata)
@@ -66,6 +75,13 @@ def try_reward(reward: WeightedReward, images: torch.Tensor, prompts, metadata, 
     for name, scores in terms.items():
         check_rewards(scores, images, name, needs_gradient=False)
     check_rewards(total, images, reward, needs_gradient)
+    if needs_gradient:
+        (gradient,) = torch.autograd.grad(total.sum(), images)
+        if not gradient.isfinite().all():
+            raise RewardError(
+                f"reward {reward.name!r} has finite scores, but a gradient that is not finite; a square root, a "
+                "logarithm or a division at 0 may be the cause"
+            )
 
 
 class CustomReward(Reward):

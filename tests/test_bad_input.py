@@ -122,6 +122,14 @@ LORA = {"resume_from": "{here}/lora.safetensors"}
 RAISES = "def reward(images, prompts, metadata):\n    return images @ images.new_ones(3)\n"
 STUDENT = "class Reward:\n    def __init__(self):\n        raise KeyError('weights')\n"
 
+OWN_PRESET = """from config.align_prop import quickstart
+
+def get_config():
+    c = quickstart()
+    {}
+    return c
+"""
+
 ROWS = [
     # the command line and the configuration file
     Row("preset", r"preset = 'quikstart' is not one of .*did you mean 'quickstart'\?", preset="quikstart"),
@@ -129,7 +137,12 @@ ROWS = [
     Row("folder", r"--config={here}.* could not be used: IsADirectoryError", preset="{here}"),
     Row("not Python", r"--config={here}/a.txt.* SyntaxError", preset="{here}/a.txt", files={"a.txt": "Dear diary, ×"}),
     Row("no preset in it", r"--config={here}/a.py.* 'get_config'", preset="{here}/a.py", files={"a.py": "x = 1"}),
-    Row("raises", r"--config={here}/a.py.* ZeroDivisionError", preset="{here}/a.py", files={"a.py": "1 / 0"}),
+    Row("raises", r"--config={here}/a.py.* ZeroDivision.*\(line 1\)", preset="{here}/a.py", files={"a.py": "1 / 0"}),
+    Row("a value of another type in it", r"--config={here}/a.py could not be used: TypeError: .*'seed'.* \(line 5\)",
+        preset="{here}/a.py", files={"a.py": OWN_PRESET.format("c.seed = 'x'")}),
+    Row("a misspelt field in it", r"--config={here}/a.py .*Did you mean \"seed\" instead of \"seeed\"\? \(line 5\)",
+        preset="{here}/a.py", files={"a.py": OWN_PRESET.format("c.lock().seeed = 1")}),
+    Row("given twice", r"mixing_coef_1 is given twice", raw=("--config.mixing_coef_1=0", "--config.mixing_coef_1=1")),
     Row("a field's name", r"num_epoch is not a field .*did you mean 'num_epochs'\?", {"num_epoch": 1}),
     Row("a group's name", r"trian.seed is not a field of the configuration", {"trian.seed": 1}),
     Row("field without group", r"learning_rate is not .*did you mean 'train.learning_rate'", {"learning_rate": 1}),
@@ -223,6 +236,10 @@ ROWS = [
         {"reward_fn": "tests.toy_rewards:hidden_rating"}),
     Row("wrong shape", r"reward 'tests.toy_rewards:wrong_shape' returned shape \[2, 1\], expected \[2\]",
         {"reward_fn": "tests.toy_rewards:wrong_shape"}, late=True),
+    Row("gradient", r"reward 'tests.toy_rewards:at_a_corner' has finite scores, but a gradient that is not finite",
+        {"reward_fn": "tests.toy_rewards:at_a_corner"}),
+    Row("in place", r"reward 'tests.toy_rewards:in_place' changes the images in place",
+        {"eval_reward_fn": "tests.toy_rewards:in_place"}),
     Row("NaN", r"reward 'tests.toy_rewards:not_a_number' returned non-finite scores",
         {"reward_fn": "tests.toy_rewards:not_a_number"}, late=True),
     Row("detached", r"reward 'tests.toy_rewards:detached' returned scores that do not depend on the images",

@@ -54,8 +54,11 @@ def test_a_failed_write_leaves_no_checkpoint_and_the_earlier_ones(tmp_path):
         (folder / "half").touch()
         raise OSError(28, "No space left on device")
 
+    with pytest.raises(ConfigError, match=r"step 1 could not be written to .*No space left.* there is no earlier one$"):
+        write_checkpoint(tmp_path, 1, {}, fail, BASE)
     write(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r"step 2 could not be written to .* MiB are free: .*No space left"):
+    message = r"step 2 could not be written to .* MiB are free: .*No space left.* earlier ones are untouched; go on"
+    with pytest.raises(ConfigError, match=message):
         write_checkpoint(tmp_path, 2, {}, fail, BASE)
     assert names(tmp_path) == ["checkpoint_1"]
 

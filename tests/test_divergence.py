@@ -13,6 +13,7 @@ from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
 from alignprop.rollout import Rollout
 from alignprop.samplers import Sampler, build_sampler
+from alignprop.scaling import scale_lora
 from alignprop.seeding import generator, generators
 
 TIMES = torch.tensor([7, 5, 2])
@@ -39,7 +40,7 @@ def toy(guidance_scale=3.0):
     )
     zeros = torch.zeros(3)
     sampler = Sampler(TIMES, zeros, zeros, zeros, alpha=ALPHA, sigma=SIGMA)
-    f = SimpleNamespace(guidance_scale=guidance_scale, autocast=nullcontext)
+    f = SimpleNamespace(guidance_scale=guidance_scale, autocast=nullcontext, before_call=None)
     return SimpleNamespace(model=model, denoiser=layer, sampler=sampler, f=f)
 
 
@@ -87,6 +88,16 @@ def test_the_chain_is_measured_in_the_middle_of_its_quarters():
     parts = [(k * (k * latents + k * noises[:, k - 1].double()) @ a.T @ b.T).square().mean(dim=1) for k in (1, 2, 3, 4)]
     torch.testing.assert_close(found, torch.stack(parts).mean(dim=0))
     assert not found.requires_grad
+
+
+def test_an_adapter_that_changes_along_the_chain_counts_at_each_step_as_it_does_there():
+    rollout, (latents, cond, _, _) = toy(), inputs()
+    whole = chain_distance(rollout, latents, cond, generators(range(4), "z"))
+    seen = []
+    rollout.f.before_call = lambda t: seen.append(t.item()) or scale_lora(rollout.denoiser, 0.5)
+    halved = chain_distance(rollout, latents, cond, generators(range(4), "z"))
+    torch.testing.assert_close(halved, whole / 4)
+    assert seen == TIMES.tolist()
 
 
 # ---- a real denoiser

@@ -14,7 +14,7 @@ from alignprop.models.sd import StableDiffusion
 from alignprop.planner import GIB, Forecast, candidates, choose_policy, forecast, skeletons, table
 from alignprop.policies import POLICIES, MemoryPolicy
 from alignprop.seeding import generator
-from alignprop.settings import resolve
+from alignprop.settings import ConfigError, resolve
 from alignprop.trainer import AlignPropTrainer
 from rewards import as_reward, build_reward
 from tests.single_file import make_pipeline
@@ -237,6 +237,15 @@ def test_a_forecast_from_files_is_that_of_the_loaded_parts(toy_config, pipeline_
     model, reward = StableDiffusion.load(str(pipeline_folder)), build_reward(config.reward_fn)
     loaded = forecast(lambda: (on_meta(model), on_meta(reward)), config, "x", POLICIES["small"], 2)
     assert forecast(skeletons(config), config, "x", POLICIES["small"], 2) == loaded
+
+
+def test_a_single_file_is_planned_from_its_configuration(toy_config, pipeline_folder):
+    config = resolve(toy_config(pretrained__model="model.safetensors", pretrained__config=str(pipeline_folder)), 1)
+    whole = resolve(toy_config(), 1)
+    assert skeletons(config)()[0].latent_shape == skeletons(whole)()[0].latent_shape
+    config = resolve(toy_config(pretrained__model="model.safetensors"), 1)
+    with pytest.raises(ConfigError, match=r"^pretrained.model = 'model.safetensors' is a single file: to plan, pretr"):
+        skeletons(config)
 
 
 def test_kept_steps_cost_fewer_operations_the_more_there_are(toy_config, pipeline_folder):

@@ -47,6 +47,7 @@ def test_another_thread_has_no_signals():
     (KeyboardInterrupt(), 130),
     (ConfigError("x = 1 must be 2"), "error: x = 1 must be 2"),
     (OSError(28, "No space left on device", "log"), "error: cannot write 'log': No space left on device; checkpoints"),
+    (PermissionError(13, "Permission denied", "run"), "error: 'run': Permission denied"),
     (OSError(27, "File too large"), "error: cannot write: File too large; checkpoints"),
     (RuntimeError("[gloo/pair.cc] Connection closed by peer\nmore"), "error: process 0 lost contact .*by peer\\)"),
 ])  # fmt: skip

@@ -81,6 +81,25 @@ def test_a_non_finite_step_is_skipped_counted_and_ends_the_run_after_n(toy_confi
     assert row["skipped_steps"] == 1 and torch.equal(weights(trainer), before)
 
 
+def test_a_run_that_skips_all_of_its_steps_ends_with_an_error_and_says_so(toy_config, capsys):
+    """Though it has fewer of them than may be skipped in a row."""
+    config = toy_config(reward_fn="tests.toy_rewards:Explodes", eval_reward_fn="", per_gpu_capacity=4, num_epochs=2)
+    trainer = AlignPropTrainer(config)
+    trainer.run.reward.terms["tests.toy_rewards:Explodes"].function.calls = 1
+    with pytest.raises(ConfigError, match="4 optimizer steps in a row had a non-finite"):
+        trainer.train()
+    told = capsys.readouterr().out
+    assert [f"step {n}: skipped, its loss or gradient is not finite" in told for n in (1, 2, 3)] == [True] * 3
+
+
+def test_skipped_steps_are_told_at_the_end(toy_config, capsys):
+    config = toy_config(reward_fn="tests.toy_rewards:Explodes", eval_reward_fn="", per_gpu_capacity=4)
+    trainer = AlignPropTrainer(config)
+    trainer.run.reward.terms["tests.toy_rewards:Explodes"].function.calls = -1  # finite in the first steps only
+    trainer.train()
+    assert "skipped, because not finite: " in capsys.readouterr().out
+
+
 def test_loss_scaling_leaves_the_step_as_it_is(toy_config, monkeypatch):
     expected = AlignPropTrainer(toy_config(run_name="a")).step()
     half_precision(monkeypatch, torch.float16, scale=2.0**12)

@@ -26,6 +26,19 @@ def not_a_number(images, prompts, metadata):
     return redness(images, prompts, metadata) * float("nan")
 
 
+def at_a_corner(images, prompts, metadata):
+    """0, whose square root has no finite gradient."""
+    return (images - images).square().flatten(1).sum(dim=1).sqrt()
+
+
+def in_place(images, prompts, metadata):
+    with torch.no_grad():
+        return images.mul_(255).mean(dim=(1, 2, 3))
+
+
+in_place.differentiable = False
+
+
 def detached(images, prompts, metadata):
     return redness(images.detach(), prompts, metadata)
 
