@@ -49,8 +49,9 @@ def _file_error(text: str) -> ConfigError:
     given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(sys.argv))
     config = given[1] if given else PRESET
     path = os.path.abspath(config.partition(":")[0])
-    raised = text[text.rfind('File "') :]  # its own line is the first after the frames that is not indented
-    raised = re.search(r"\n(?:[a-z]\w*\.)*(\w+.*)", raised, re.DOTALL)[1]
+    _, frame, rest = text.rpartition('File "')
+    # What was raised is the first line after the frames that is not indented.
+    raised = re.search(r"\n(?:[a-z]\w*\.)*(\w+.*)", rest if frame else f"\n{text}", re.DOTALL)[1]
     hint = re.search(r"Did you mean .*?\?", raised[200:], re.DOTALL)
     reason = " ".join([textwrap.shorten(raised, 200, placeholder=" …"), *([hint[0]] if hint else [])])
     lines = [line for file, line in re.findall(r'File "(.+?)", line (\d+)', text) if os.path.abspath(file) == path]

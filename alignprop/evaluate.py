@@ -171,9 +171,9 @@ class Evaluator:
     def _batch(self, batch: range, compare: bool) -> list[_Picture]:
         prompts = [self.prompts.prompts[self.order[j]] for j in batch]
         metadata = [self.prompts.metadata[self.order[j]] for j in batch]
-        if not self.rollout.model.knows(prompts):
-            self.enter("encode")
         model = self.rollout.model
+        if not model.knows(prompts):
+            self.enter("encode")
         cond = model.encode_prompts(prompts)
         base_cond = base_conditioning(model, prompts, cond) if compare else None
         self.enter("denoise")
@@ -181,7 +181,7 @@ class Evaluator:
         distances = self._distances(batch, latents, cond, base_cond) if compare else [None] * len(batch)
         self.enter("decode")
         parts = chunks(len(batch), self.decode_chunk)
-        images = [self.rollout.model.decode(latents[part]) for part in parts]
+        images = [model.decode(latents[part]) for part in parts]
         scores, embeddings = {}, [None] * len(batch)
         for phase, (reward, tower) in self.judges.phases.items():
             if reward or tower:

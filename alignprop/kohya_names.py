@@ -168,9 +168,7 @@ def _unet_encoders(unet) -> dict[str, str]:
 
 
 _FORMATS = {
-    "UNet2DConditionModel": Format(
-        _unet_names, _unet_header, _unet_encoders
-    ),
+    "UNet2DConditionModel": Format(_unet_names, _unet_header, _unet_encoders),
     "FluxTransformer2DModel": Format(
         _double_stream_names,
         lambda _: {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1", "ss_v2": "False"},

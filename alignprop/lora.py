@@ -59,7 +59,8 @@ def add_lora(network, rank: int, alpha: float, target_modules, seed: int, encode
         field, what = ("train_text_encoder", encoder) if encoder else ("lora_target_modules", "denoiser")
         raise ConfigError(f"{field}: the {what} has no layer whose name ends in {missing}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "lora", *filter(None, [encoder])).initial_seed())
+        key = (seed, "lora", encoder) if encoder else (seed, "lora")
+        torch.manual_seed(generator(*key).initial_seed())
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
         network.add_adapter(config, adapter_name=ADAPTER)
     for parameter in trainable_parameters(network).values():

@@ -17,8 +17,7 @@ _PAIR = re.compile(r"\.lora_[AB]\.weight$")
 
 def save_lora(model, weights: LoraWeights, folder) -> None:
     """Writes `weights` so that `model.pipeline_class.load_lora_weights(folder)` reads them."""
-    # Readers take alpha = rank, layer by layer, from a file that says nothing.
-    model.save_lora(folder, weights.tensors, None if weights.scale == 1 else weights.scale)
+    model.save_lora(folder, weights.tensors, weights.scale)
 
 
 def read_lora(path, model=None) -> LoraWeights:

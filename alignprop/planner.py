@@ -9,6 +9,7 @@ from alignprop.accounting import on_meta
 from alignprop.forecast import CONTEXT, GIB, Forecast, Parts, forecast
 from alignprop.models.base import Model
 from alignprop.models.configs import find_config, find_tower_config
+from alignprop.models.loading import SINGLE_FILE
 from alignprop.models.skeleton import skeleton
 from alignprop.policies import POLICIES, MemoryPolicy
 from alignprop.settings import ConfigError, parts_left_out
@@ -22,7 +23,7 @@ def skeletons(config: ConfigDict) -> Parts:
     Raises:
         ConfigError, rewards.RewardError: they are not to be found.
     """
-    source, is_file = config.pretrained, config.pretrained.model.endswith((".safetensors", ".ckpt"))
+    source, is_file = config.pretrained, config.pretrained.model.endswith(SINGLE_FILE)
     if is_file and not source.config:
         raise ConfigError(f"pretrained.model = {source.model!r} is a single file: to plan, pretrained.config is needed")
     facts = find_config(source.config) if is_file else find_config(source.model, source.revision)

@@ -34,7 +34,7 @@ def anneal_lora(f, denoiser, timesteps: torch.Tensor, scale: float) -> None:
     arXiv 2409.06493) blends the outputs of the two models so; blending weights costs no further network call.
 
     Args:
-        f: the guided network of the chain, whose calls are scaled from now on.
+        f: the guided denoiser of the chain, whose calls are scaled from now on.
         timesteps: of the chain, [N].
     """
     scales = torch.linspace(scale, 0, len(timesteps), dtype=torch.float64).flip(0)  # a chain of one step has the last

@@ -158,7 +158,7 @@ def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
 
 @pytest.mark.parametrize("overrides", [
     {}, {"memory__sweep_chunk": 1}, {"memory__lean": True}, {"train_text_encoder": True},
-    {"train_text_encoder": True, "memory__sweep_chunk": 1, "memory__residency": "phase"},
+    {"train_text_encoder": True, "memory__sweep_chunk": 1},
 ])  # fmt: skip
 def test_the_pull_towards_the_base_is_its_gradient(toy_config, pipeline_folder, overrides):
     """The gradient that `kl_coeff` adds, against plain autograd through a model with and one without the adapter.

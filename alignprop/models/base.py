@@ -85,5 +85,10 @@ class Model(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W], float32 in [0, 1]; differentiable."""
 
-    def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float | None) -> None:
-        """Writes an adapter (adapters.py) so that `load_lora_weights(folder)` of its pipeline reads it."""
+    def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float) -> None:
+        """Writes an adapter so that `load_lora_weights(folder)` of its pipeline reads it.
+
+        Args:
+            tensors: both factors of each layer, as `LoraWeights` has them, under the names of parts.py.
+            scale: alpha / rank.
+        """

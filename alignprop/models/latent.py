@@ -131,12 +131,12 @@ class LatentDiffusion(TextConditioned):
         """Of latents in the VAE's own scale."""
         return (self.decoder.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float | None) -> None:
+    def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float) -> None:
         """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads.
 
         Args:
-            tensors: the adapter, named as in adapters.py.
-            scale: alpha / rank; None where it is 1, which is what readers assume.
+            tensors: both factors of each layer, under the names of parts.py.
+            scale: alpha / rank.
         """
         parts, options = {}, {}
         for name, tensor in tensors.items():
@@ -147,13 +147,13 @@ class LatentDiffusion(TextConditioned):
             options |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
         self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **options)
 
-def _adapter_metadata(layers: dict[str, torch.Tensor], scale: float | None, endings: bool) -> dict | None:
-    """What diffusers makes a `LoraConfig` of.
+def _adapter_metadata(layers: dict[str, torch.Tensor], scale: float, endings: bool) -> dict | None:
+    """What diffusers makes a `LoraConfig` of; None where alpha = rank, which readers assume of each layer by itself.
 
     Args:
         endings: name layers by their endings: versions of transformers differ in a text encoder's full names.
     """
-    if scale is None:
+    if scale == 1:
         return None
     modules = sorted(name.removesuffix(".lora_A.weight") for name in layers if name.endswith("lora_A.weight"))
     rank = max(len(tensor) for name, tensor in layers.items() if name.endswith("lora_A.weight"))
