@@ -5,26 +5,10 @@ import math
 import string
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
-from rewards import RewardError, build_reward
 from tests.imagereward_files import imagereward_state, make_bert_tokenizer
-
-
-def error_of(function, *arguments, **keywords) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(RewardError) as caught:
-        function(*arguments, **keywords)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def refusal(name: str, **options) -> str:
-    """The one line with which a reward is not built from its options."""
-    return error_of(build_reward, name, {name: options})
 
 
 def randomise(model, seed=0):

@@ -11,7 +11,8 @@ from rewards import RewardError, build_reward
 from rewards.count import parse_count, survivors, wanted_count
 from rewards.detectors import DetectorPreprocess
 from scripts.tiny import world
-from tests.reward_files import error_of, laion_head, make_clip, make_tokenizer
+from tests.refusals import error_of
+from tests.reward_files import laion_head, make_clip, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("offline")
 

@@ -168,6 +168,14 @@ def test_a_script_that_takes_minutes_is_run_by_a_test_of_its_own(script, monkeyp
     assert not [flag for flag in given if flag not in shown]
 
 
+def test_scripts_need_nothing_that_only_tests_need():
+    """A person who runs them may have installed requirements.txt alone."""
+    files = [path.relative_to(ROOT) for path in sorted((ROOT / "scripts").rglob("*.py")) if "trl_" not in path.name]
+    modules = [".".join(path.with_suffix("").parts) for path in files]
+    without = "import sys; sys.path.insert(0, '.'); sys.modules.update(pytest=None, xdist=None, ruff=None)"
+    subprocess.run([sys.executable, "-c", f"{without}; import {', '.join(modules)}"], cwd=ROOT, check=True)
+
+
 # ---- Python
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from rewards import build_reward
 from rewards.hps import check_fit, clean, config_of, convert_open_clip
 from rewards.preprocess import PadPreprocess
-from tests.reward_files import make_tokenizer, open_clip_state, refusal
+from tests.refusals import refusal
+from tests.reward_files import make_tokenizer, open_clip_state
 
 pytestmark = pytest.mark.usefixtures("offline")
 

@@ -10,7 +10,8 @@ from rewards import build_reward
 from rewards.imagereward import MEAN, STD, build_blip, configs_of, split_checkpoint
 from rewards.towers import check_weights
 from tests.imagereward_files import imagereward_state, make_bert_tokenizer
-from tests.reward_files import make_options, refusal
+from tests.refusals import refusal
+from tests.reward_files import make_options
 
 pytestmark = pytest.mark.usefixtures("offline")
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rewards import build_reward
-from tests.reward_files import make_clip, make_options, make_tokenizer, refusal
+from tests.refusals import refusal
+from tests.reward_files import make_clip, make_options, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("offline")
 

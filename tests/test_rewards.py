@@ -9,7 +9,7 @@ import torch
 import rewards
 from rewards import build_reward, check_rewards, parse_spec, require_differentiable
 from rewards.base import Reward
-from tests.reward_files import error_of
+from tests.refusals import error_of
 
 MODULE = """
     import torch

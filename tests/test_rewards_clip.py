@@ -13,7 +13,8 @@ from rewards import build_reward
 from rewards.aesthetic import AestheticHead, AestheticReward
 from rewards.clip import ClipReward
 from rewards.preprocess import CLIP_MEAN, ClipPreprocess, PadPreprocess
-from tests.reward_files import laion_head, make_clip, refusal
+from tests.refusals import refusal
+from tests.reward_files import laion_head, make_clip
 
 pytestmark = pytest.mark.usefixtures("offline")
 

@@ -8,7 +8,8 @@ import torch
 
 from rewards import build_reward
 from rewards.siglip import canonical
-from tests.reward_files import make_siglip, refusal
+from tests.refusals import refusal
+from tests.reward_files import make_siglip
 
 pytestmark = pytest.mark.usefixtures("offline")
 
