@@ -22,8 +22,8 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 from absl import app, flags
 from ml_collections import config_flags
 
-from alignprop.effects import warnings_for
-from alignprop.settings import FIELDS, ConfigError, check_name, resolve
+from alignprop.settings.effects import warnings_for
+from alignprop.settings.resolve import FIELDS, ConfigError, check_name, resolve
 from alignprop.stopping import plain_endings
 
 PRESET = "config/align_prop.py:quickstart"

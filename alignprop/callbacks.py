@@ -11,9 +11,9 @@ import torch
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
+from alignprop.engine.seeding import generator
 from alignprop.prompts import PromptSet
-from alignprop.seeding import generator
-from alignprop.settings import ConfigError
+from alignprop.settings.resolve import ConfigError
 from rewards.base import reward_name
 from rewards.combine import describe
 

@@ -16,13 +16,13 @@ import torch
 from tqdm.auto import tqdm
 
 from alignprop.callbacks import check_given
+from alignprop.engine.seeding import generator, generators, seed_global
+from alignprop.engine.sharding import is_fsdp
 from alignprop.loop import TrainingLoop, now
 from alignprop.models.base import Conditioning, select
-from alignprop.policies import chunks
 from alignprop.prompts import draw_prompts
-from alignprop.seeding import generator, generators, seed_global
-from alignprop.settings import ConfigError
-from alignprop.sharding import is_fsdp
+from alignprop.settings.memory_policies import chunks
+from alignprop.settings.resolve import ConfigError
 
 
 def log_probability(sampler, i: int, latents, model_output, next_latents) -> torch.Tensor:

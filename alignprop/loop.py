@@ -8,16 +8,16 @@ import torch
 from tqdm.auto import tqdm
 
 from alignprop.callbacks import PromptFunction, call_hook, with_names
-from alignprop.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
-from alignprop.evaluate import Evaluation
-from alignprop.hub import push_finished
-from alignprop.memory import apply_policy
-from alignprop.processes import on_main
+from alignprop.engine.processes import on_main
+from alignprop.engine.sharding import is_fsdp
+from alignprop.engine.speed import compile_blocks
+from alignprop.evaluation.evaluate import Evaluation
+from alignprop.memory.residency import apply_policy
 from alignprop.prompts import load_prompts
+from alignprop.publish.hub import push_finished
 from alignprop.run import Run
-from alignprop.settings import changes
-from alignprop.sharding import is_fsdp
-from alignprop.speed import compile_blocks
+from alignprop.runs.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
+from alignprop.settings.resolve import changes
 from alignprop.stopping import STOPPED, stop_requests
 from alignprop.weights import TrainedWeights
 
@@ -230,7 +230,7 @@ class TrainingLoop:
             torch.cuda.empty_cache()  # what a policy left must not look like what the next one needs
             if not run.any_process(bool(no_room)):
                 return
-            run.economise(no_room or "another process ran out of memory")
+            run.use_next_policy(no_room or "another process ran out of memory")
             self.config = run.config
             apply_policy(run.model, run.memory)
 

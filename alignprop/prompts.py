@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from alignprop.seeding import generator
-from alignprop.settings import ConfigError
+from alignprop.engine.seeding import generator
+from alignprop.settings.resolve import ConfigError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 HPS_REPO = "zhwang/HPDv2"

@@ -14,27 +14,27 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from alignprop.callbacks import FROM_FUNCTION, PromptFunction, with_names
-from alignprop.checkpoint import find_checkpoint
-from alignprop.evaluate import Evaluation, Evaluator
-from alignprop.guards import parse_stop_when, reason_to_stop, values
-from alignprop.hub import check_hub
-from alignprop.judges import build_judges, measured
-from alignprop.manifest import base_model, check_base
-from alignprop.memory import Residency
+from alignprop.engine.processes import on_main
+from alignprop.engine.seeding import generators
+from alignprop.engine.sharding import check_engine, check_policy, is_fsdp
+from alignprop.engine.speed import use_channels_last
+from alignprop.evaluation.evaluate import Evaluation, Evaluator
+from alignprop.evaluation.judges import build_judges, measured
+from alignprop.evaluation.stop_when import parse_stop_when, reason_to_stop, values
+from alignprop.memory.planner import candidates, choose_policy
+from alignprop.memory.residency import Residency
+from alignprop.method.rollout import Rollout
+from alignprop.method.samplers import build_sampler
 from alignprop.models.base import Model
 from alignprop.models.loading import load_model
-from alignprop.planner import candidates, choose_policy
-from alignprop.policies import POLICIES
-from alignprop.processes import on_main
 from alignprop.prompts import draw_prompts, load_prompts
-from alignprop.records import Records, choose_folder
-from alignprop.rollout import Rollout
-from alignprop.samplers import build_sampler
-from alignprop.seeding import generators
-from alignprop.settings import ConfigError, memory_policy, one_of, parts_left_out, resolve, settle
-from alignprop.sharding import check_engine, check_policy, is_fsdp
-from alignprop.speed import use_channels_last
-from alignprop.tracking import log_images, log_row, parse_log_with, start_trackers
+from alignprop.publish.hub import check_hub
+from alignprop.runs.checkpoint import find_checkpoint
+from alignprop.runs.manifest import base_model, check_base
+from alignprop.runs.records import Records, choose_folder
+from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
+from alignprop.settings.memory_policies import POLICIES
+from alignprop.settings.resolve import ConfigError, components_left_out, memory_policy, one_of, resolve, settle
 from rewards import require_differentiable
 
 
@@ -200,7 +200,7 @@ class Run:
             seed=c.seed, keep=c.max_vis_images, base_distance=c.eval_base_distance, enter=self.residency.enter,
         )  # fmt: skip
 
-    def economise(self, reason: str) -> None:
+    def use_next_policy(self, reason: str) -> None:
         """Takes the next more frugal memory policy, or the next smaller capacity, of those left to choose from.
 
         Raises:
@@ -237,7 +237,7 @@ class Run:
         dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
         source = c.pretrained
         return load_model(
-            source.model, revision=source.revision, config=source.config, vae=source.vae, without=parts_left_out(c),
-            dtype=dtype, full=not c.use_lora, resolution=c.resolution, true_cfg_scale=c.true_cfg_scale,
-            train_text_encoder=c.task == "train" and c.train_text_encoder,
+            source.model, revision=source.revision, config=source.config, vae=source.vae,
+            without=components_left_out(c), dtype=dtype, full=not c.use_lora, resolution=c.resolution,
+            true_cfg_scale=c.true_cfg_scale, train_text_encoder=c.task == "train" and c.train_text_encoder,
         )  # fmt: skip

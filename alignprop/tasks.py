@@ -8,23 +8,23 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from alignprop.adapters import adapted_networks, set_adapter
-from alignprop.background import Background
-from alignprop.checkpoint import find_checkpoint
-from alignprop.evaluate import Evaluation, statistics, write_report
-from alignprop.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
-from alignprop.guide import RewardGuidance, Timed
-from alignprop.lora_file import read_lora
-from alignprop.manifest import check_base
-from alignprop.memory import apply_policy
-from alignprop.pictures import plot_bars, plot_soup, save_comparison, save_image
-from alignprop.planner import candidates, gpu_bytes, skeletons, table
-from alignprop.policies import POLICIES
-from alignprop.processes import on_main
+from alignprop.engine.background import Background
+from alignprop.engine.processes import on_main
+from alignprop.evaluation.evaluate import Evaluation, statistics, write_report
+from alignprop.evaluation.pictures import plot_bars, plot_soup, save_comparison, save_image
+from alignprop.lora.adapters import adapted_networks, set_adapter
+from alignprop.lora.files import read_lora
+from alignprop.lora.scaling import anneal_lora, scale_lora
+from alignprop.lora.soups import mix
+from alignprop.memory.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
+from alignprop.memory.planner import candidates, gpu_bytes, skeletons, table
+from alignprop.memory.residency import apply_policy
+from alignprop.method.reward_guidance import RewardGuidance, Timed
 from alignprop.run import Run
-from alignprop.scaling import anneal_lora, scale_lora
-from alignprop.settings import ConfigError, resolve, save_config
-from alignprop.soups import mix
+from alignprop.runs.checkpoint import find_checkpoint
+from alignprop.runs.manifest import check_base
+from alignprop.settings.memory_policies import POLICIES
+from alignprop.settings.resolve import ConfigError, resolve, save_config
 from alignprop.weights import load_denoiser
 
 BASE_MODEL = "stablediffusion"

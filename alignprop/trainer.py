@@ -6,18 +6,18 @@ Prabhudesai et al. 2023, arXiv 2310.03739. `AlignPropTrainer.step` is the method
 import torch
 from tqdm.auto import tqdm
 
-from alignprop import estimators
 from alignprop.callbacks import check_given
-from alignprop.divergence import base_conditioning, base_distance
-from alignprop.estimators import ESTIMATORS, build_estimator
+from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.loop import TrainingLoop, now
-from alignprop.losses import LOSSES
+from alignprop.method import estimators
+from alignprop.method.base_distance import base_conditioning, base_distance
+from alignprop.method.estimators import ESTIMATORS, build_estimator
+from alignprop.method.losses import LOSSES
+from alignprop.method.plans import GradientPlan
 from alignprop.models.base import Conditioning, select
-from alignprop.plans import GradientPlan
-from alignprop.policies import chunks
 from alignprop.prompts import draw_prompts
-from alignprop.seeding import generator, generators, seed_global
-from alignprop.settings import estimator_options, one_of
+from alignprop.settings.memory_policies import chunks
+from alignprop.settings.resolve import estimator_options, one_of
 
 
 class AlignPropTrainer(TrainingLoop):
@@ -91,7 +91,7 @@ class AlignPropTrainer(TrainingLoop):
         enter("denoise")
         latents.backward(adjoint)  # the sweep
         if c.kl_coeff:
-            distances = self.hold_to_base(key, indices, prompts, cond, latents.detach()[:: 1 + plan.copies])
+            distances = self.add_base_distance(key, indices, prompts, cond, latents.detach()[:: 1 + plan.copies])
             scores = torch.cat([scores, distances[None]])
             scores[0] += c.kl_coeff * distances
         if c.train_text_encoder:
@@ -99,7 +99,7 @@ class AlignPropTrainer(TrainingLoop):
             model.backward_prompts(prompts, {n: t.grad for n, t in cond.items() if t.grad is not None})
         return scores
 
-    def hold_to_base(
+    def add_base_distance(
         self, key: tuple, indices, prompts: list[str], cond: Conditioning, latents: torch.Tensor
     ) -> torch.Tensor:
         """Adds ∂(kl_coeff · mean base distance of the global batch)/∂θ of some of its samples to θ's `.grad`.
@@ -111,7 +111,7 @@ class AlignPropTrainer(TrainingLoop):
             latents: their final ones.
 
         Returns:
-            The base distance of each (divergence.py), [B].
+            The base distance of each (method/base_distance.py), [B].
         """
         c, run, streams = self.config, self.run, generators(indices, *key, "kl")
         if c.train_text_encoder:

@@ -11,16 +11,20 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from alignprop.adapters import add_adapter, get_adapter, trained_parameters, update_adapter
-from alignprop.lora_file import read_lora, save_lora
+from alignprop.engine.sharding import DTensor, gather, shard, spread, whole_copy
+from alignprop.lora.adapters import add_adapter, get_adapter, trained_parameters, update_adapter
+from alignprop.lora.files import read_lora, save_lora
 from alignprop.models.base import Model
-from alignprop.settings import ConfigError
-from alignprop.sharding import DTensor, gather, shard, spread, whole_copy
+from alignprop.settings.resolve import ConfigError
 
 # (parameters, config.train) -> optimizer
 OPTIMIZERS = {
     "adamw": lambda p, t: torch.optim.AdamW(
-        p, t.learning_rate, (t.adam_beta1, t.adam_beta2), t.adam_epsilon, t.adam_weight_decay,
+        p,
+        t.learning_rate,
+        (t.adam_beta1, t.adam_beta2),
+        t.adam_epsilon,
+        t.adam_weight_decay,
         fused=p[0].is_cuda or None,
     ),
     "adafactor": lambda p, t: torch.optim.Adafactor(p, t.learning_rate, weight_decay=t.adam_weight_decay),

@@ -1,14 +1,15 @@
 """Every estimator once more, as its paper defines it: one sample, a plain loop, one autograd graph.
 
-What training does in another way (alignprop/rollout.py) is held against these by tests/test_definitions.py and
-scripts/gradient_table.py. The random choices are read off a plan; what they mean is written here anew.
+What training does in another way (alignprop/method/rollout.py) is held against these by
+tests/scripts/test_definitions.py and scripts/gradient_table.py. The random choices are read off a
+plan; what they mean is written here anew.
 """
 
 import numpy as np
 import torch
 
-from alignprop.plans import GradientPlan
-from alignprop.samplers import Sampler
+from alignprop.method.plans import GradientPlan
+from alignprop.method.samplers import Sampler
 
 
 class Chain:

@@ -4,7 +4,7 @@
     python scripts/export_lora.py logs/my_run my_model --format merged
 
 - kohya: for ComfyUI, the Stable Diffusion web UI and its relatives, sd-scripts, and diffusers;
-  alignprop/kohya_names.py says which of them reads which model's
+  alignprop/lora/kohya_names.py says which of them reads which model's
 - diffusers: for pipelines' `load_lora_weights`, without the header that other tools do not know
 - merged: a diffusers pipeline's folder, the base model with the LoRA in its weights
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace what is there")
     options = parser.parse_args()
     with plain_endings():
-        from alignprop.export import export_lora  # takes seconds, which --help need not
+        from alignprop.publish.export import export_lora  # takes seconds, which --help need not
 
         check = export_lora(
             options.checkpoint,

@@ -25,8 +25,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
 
-from alignprop.checkpoint import checkpoints_of, read_state  # noqa: E402
-from alignprop.manifest import damage_of  # noqa: E402
+from alignprop.runs.checkpoint import checkpoints_of, read_state  # noqa: E402
+from alignprop.runs.manifest import damage_of  # noqa: E402
 from alignprop.stopping import STOPPED  # noqa: E402
 
 # Like the quickstart, but with short steps, so that there is much to interrupt.

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm.auto import tqdm
 
-from alignprop.estimators import ESTIMATORS, build_estimator
+from alignprop.engine.seeding import generator, generators
+from alignprop.method.estimators import ESTIMATORS, build_estimator
 from alignprop.models.base import select
 from alignprop.prompts import draw_prompts
-from alignprop.seeding import generator, generators
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config
 from scripts.definitions import DEFINITIONS, Chain

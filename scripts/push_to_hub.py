@@ -13,8 +13,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what its client warns of, we say ourselves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script, from any folder
 
-from alignprop.fields import FIELDS
-from alignprop.settings import ConfigError
+from alignprop.settings.fields import FIELDS
+from alignprop.settings.resolve import ConfigError
 from alignprop.stopping import plain_endings
 
 
@@ -27,8 +27,8 @@ def main() -> None:
     rule = FIELDS["hub.repo"]
     if not options.repo or not rule.accepts(options.repo):
         raise ConfigError(f"--repo = {options.repo!r} must be {rule.wanted.removeprefix('empty or ')}")
-    from alignprop.card import read_run  # with torch, which takes seconds
-    from alignprop.hub import check_hub, push
+    from alignprop.publish.card import read_run  # with torch, which takes seconds
+    from alignprop.publish.hub import check_hub, push
 
     read_run(options.run)  # mistakes here are found without the network
     check_hub(options.repo, options.private, "--repo")

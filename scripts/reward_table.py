@@ -3,8 +3,8 @@
     python scripts/reward_table.py [hps clip pickscore imagereward siglip aesthetic]
 
 The references are published code (the packages hpsv2 and image-reward, installed aside in `work/` the first time) and
-transformers' processors and models; `tests/reward_references.py` has them. Columns, of pictures that need no resize
-unless it says "resized":
+transformers' processors and models; `tests/helpers/reward_references.py` has them. Columns, of pictures
+that need no resize unless it says "resized":
 
 - pixels: largest difference in 1/255, before normalising; in brackets, of resized pictures: PIL rounds to 8 bits
   after each of its two passes, the rewards keep float32
@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.reward_references import CASES, Difference, compare
+from tests.helpers.reward_references import CASES, Difference, compare
 
 
 def main(names: list[str]) -> None:

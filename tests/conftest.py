@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tests.single_file import make_pipeline
+from tests.helpers.single_file import make_pipeline
 
 torch.set_num_threads(1)
 
@@ -45,7 +45,7 @@ def offline(monkeypatch):
 def no_plots(request, monkeypatch):
     """Drawing curves costs more than the toy runs; the test of the run folder keeps it."""
     if "complete" not in request.node.name:
-        monkeypatch.setattr("alignprop.records.plot_curves", lambda rows, path: None)
+        monkeypatch.setattr("alignprop.runs.records.plot_curves", lambda rows, path: None)
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def toy_config(pipeline_folder, tmp_path):
         c = get_config(preset)
         defaults = {
             "pretrained.model": str(pipeline_folder),
-            "reward_fn": "tests.toy_rewards:redness",
-            "eval_reward_fn": "tests.toy_rewards:contrast",
+            "reward_fn": "tests.helpers.toy_rewards:redness",
+            "eval_reward_fn": "tests.helpers.toy_rewards:contrast",
             "prompt_fn": str(prompts),
             "eval_prompt_fn": str(prompts),
             "log_dir": str(tmp_path / "logs"),

@@ -13,7 +13,7 @@ Conditioning = dict[str, torch.Tensor]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(which text encoder, or "" for the denoiser, the name in it) of what a LoRA file calls a layer (parts.py)."""
+    """Splits a layer's name in a LoRA file into its text encoder ("": the denoiser) and its name there."""
     part, _, inner = name.partition(".")
     return (part, inner) if part in ENCODERS else ("", name)
 
@@ -74,7 +74,7 @@ class Model(Protocol):
         """g in f = u + g·(c - u), where there are two branches."""
 
     def schedule(self, num_inference_steps: int) -> dict:
-        """What the scheduler's `set_timesteps` is told besides the number of steps (samplers.py)."""
+        """What the scheduler's `set_timesteps` is told besides the number of steps (method/samplers.py)."""
 
     def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
         """x[0]: float32 latents [B, ...], sample b drawn from the b-th generator."""
@@ -89,6 +89,6 @@ class Model(Protocol):
         """Writes an adapter so that `load_lora_weights(folder)` of its pipeline reads it.
 
         Args:
-            tensors: both factors of each layer, as `LoraWeights` has them, under the names of parts.py.
+            tensors: both factors of each layer, as `LoraWeights` has them, under the names of lora/networks.py.
             scale: alpha / rank.
         """

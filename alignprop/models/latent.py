@@ -7,7 +7,7 @@ import torch
 from alignprop.models.base import ENCODERS, split_name
 from alignprop.models.loading import load_pipeline
 from alignprop.models.text import TextConditioned
-from alignprop.settings import ConfigError
+from alignprop.settings.resolve import ConfigError
 
 
 class LatentDiffusion(TextConditioned):
@@ -135,7 +135,7 @@ class LatentDiffusion(TextConditioned):
         """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads.
 
         Args:
-            tensors: both factors of each layer, under the names of parts.py.
+            tensors: both factors of each layer, under the names of lora/networks.py.
             scale: alpha / rank.
         """
         parts, options = {}, {}
@@ -146,6 +146,7 @@ class LatentDiffusion(TextConditioned):
             metadata = _adapter_metadata(layers, scale, endings=part in ENCODERS)
             options |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
         self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **options)
+
 
 def _adapter_metadata(layers: dict[str, torch.Tensor], scale: float, endings: bool) -> dict | None:
     """What diffusers makes a `LoraConfig` of; None where alpha = rank, which readers assume of each layer by itself.

@@ -6,7 +6,7 @@ import torch
 
 from alignprop.models.base import Conditioning
 from alignprop.models.latent import LatentDiffusion
-from alignprop.settings import ConfigError
+from alignprop.settings.resolve import ConfigError
 
 
 class StableDiffusion(LatentDiffusion):

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from alignprop.tracking import MetricsLog
+from alignprop.runs.tracking import MetricsLog
 from scripts.bakeoff.claims import claims
 from scripts.bakeoff.figures import draw
 from scripts.bakeoff.summary import COLUMNS, best, shown, summarise

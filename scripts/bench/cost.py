@@ -4,10 +4,11 @@
     python scripts/bench/cost.py --quick                only the smaller micro-batch of the first model
     python scripts/bench/cost.py --json out.json        and writes every figure
 
-No weights and no GPU are needed: the code itself runs on tensors without data (alignprop/accounting.py), ours in each
-memory policy, theirs as `their_step` below. On both sides the model is the same, with its weights in bfloat16 and a
-LoRA of rank 4 in float32, trained by AdamW towards a CLIP ViT-L aesthetic score in bfloat16, with guidance and 50
-sampler steps, of which the last K carry gradient.
+No weights and no GPU are needed: the code itself runs on tensors without data
+(alignprop/memory/accounting.py), ours in each memory policy, theirs as `their_step` below. On both
+sides the model is the same, with its weights in bfloat16 and a LoRA of rank 4 in float32, trained by AdamW
+towards a CLIP ViT-L aesthetic score in bfloat16, with guidance and 50 sampler steps, of which the last K carry
+gradient.
 
 The peak counts weights, activations, gradients and AdamW's moments. It leaves out what no operator allocates: the
 CUDA context, workspaces of kernels, what an allocator cannot hand out again. Of the VAE both sides have the decoder
@@ -18,8 +19,8 @@ sampler steps, decoding, the reward and the backward pass, whatever is computed 
 and remember it; it is counted here all the same. A larger batch by accumulating micro-batches has the same peak, and
 costs as many times more.
 
-A step is linear in K and in the sampler steps, so a few short ones are run and the rest follows (tests/test_cost.py
-holds it against all 50).
+A step is linear in K and in the sampler steps, so a few short ones are run and the rest follows
+(tests/scripts/test_cost.py holds it against all 50).
 """
 
 import argparse
@@ -41,16 +42,16 @@ from ml_collections import ConfigDict  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from alignprop.accounting import Account  # noqa: E402
-from alignprop.forecast import GIB, encode, forecast  # noqa: E402
-from alignprop.lora import add_lora, trainable_parameters  # noqa: E402
+from alignprop.engine.seeding import generators  # noqa: E402
+from alignprop.lora.factors import add_lora, trainable_parameters  # noqa: E402
+from alignprop.memory.accounting import Account  # noqa: E402
+from alignprop.memory.forecast import GIB, encode, forecast  # noqa: E402
+from alignprop.memory.planner import skeletons  # noqa: E402
 from alignprop.models.base import Model  # noqa: E402
 from alignprop.models.configs import find_tower_config  # noqa: E402
 from alignprop.models.skeleton import build_module  # noqa: E402
-from alignprop.planner import skeletons  # noqa: E402
-from alignprop.policies import POLICIES  # noqa: E402
-from alignprop.seeding import generators  # noqa: E402
-from alignprop.settings import resolve  # noqa: E402
+from alignprop.settings.memory_policies import POLICIES  # noqa: E402
+from alignprop.settings.resolve import resolve  # noqa: E402
 from config.align_prop import get_config  # noqa: E402
 from scripts.bench.tables import markdown  # noqa: E402
 

@@ -28,20 +28,20 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-from alignprop import estimators  # noqa: E402
-from alignprop.adapters import add_adapter, set_adapter, trained_parameters  # noqa: E402
-from alignprop.checkpoint import checkpoints_of  # noqa: E402
-from alignprop.lora_file import read_lora  # noqa: E402
+from alignprop.engine.seeding import generators  # noqa: E402
+from alignprop.lora.adapters import add_adapter, set_adapter, trained_parameters  # noqa: E402
+from alignprop.lora.files import read_lora  # noqa: E402
+from alignprop.method import estimators  # noqa: E402
+from alignprop.method.rollout import Rollout  # noqa: E402
+from alignprop.method.samplers import build_sampler  # noqa: E402
 from alignprop.models import FAMILIES  # noqa: E402
 from alignprop.models.loading import load_model  # noqa: E402
-from alignprop.rollout import Rollout  # noqa: E402
-from alignprop.samplers import build_sampler  # noqa: E402
-from alignprop.seeding import generators  # noqa: E402
+from alignprop.runs.checkpoint import checkpoints_of  # noqa: E402
 from alignprop.tasks import evaluate, evaluate_soup, plan  # noqa: E402
 from alignprop.trainer import AlignPropTrainer  # noqa: E402
 from config import align_prop, models  # noqa: E402
-from tests.tiny_families import SIDE  # noqa: E402
-from tests.tiny_pipelines import make_family  # noqa: E402
+from tests.helpers.tiny_families import SIDE  # noqa: E402
+from tests.helpers.tiny_pipelines import make_family  # noqa: E402
 
 PROMPTS = ["a red cat", "two blue circle on the square"]
 STEPS = 3
@@ -155,7 +155,7 @@ def config_for(family: str, folder: Path, log_dir: Path, preset: str = "quicksta
     prompts.write_text("a cat\na dog\ntwo red circle\na blue bird\n")
     small = {
         "pretrained.model": str(folder), "resolution": SIDE.get(family), "guidance_scale": GUIDED,
-        "reward_fn": "tests.toy_rewards:redness", "eval_reward_fn": "", "prompt_fn": str(prompts),
+        "reward_fn": "tests.helpers.toy_rewards:redness", "eval_reward_fn": "", "prompt_fn": str(prompts),
         "eval_prompt_fn": str(prompts), "log_dir": str(log_dir), "num_inference_steps": STEPS, "num_epochs": 2,
         "eval_freq": 0, "num_eval_images": 4, "num_eval_prompts": None, "eval_diversity": False, "max_vis_images": 2,
         "per_gpu_capacity": 2, "train.total_batch_size": 4, "train.total_samples_per_epoch": 8,

@@ -6,11 +6,11 @@ from scripts.bench import cost  # isort: skip (first, for what it sets)
 import torch
 from ml_collections import ConfigDict
 
-from alignprop.forecast import Forecast, forecast
+from alignprop.memory.forecast import Forecast, forecast
+from alignprop.memory.planner import skeletons
 from alignprop.models.configs import find_config, find_tower_config
 from alignprop.models.skeleton import build_module, random_model
-from alignprop.planner import skeletons
-from alignprop.settings import memory_policy, resolve
+from alignprop.settings.resolve import memory_policy, resolve
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import TINY
 from rewards.aesthetic import AestheticHead, AestheticReward

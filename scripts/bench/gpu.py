@@ -37,8 +37,8 @@ from scripts.bench.full_size import MODELS, VARIANTS, Case, build_trainer, expec
 import torch  # noqa: E402 (after what the line above sets for its libraries)
 from tqdm import tqdm  # noqa: E402
 
-from alignprop.forecast import GIB, Forecast  # noqa: E402
-from alignprop.policies import POLICIES  # noqa: E402
+from alignprop.memory.forecast import GIB, Forecast  # noqa: E402
+from alignprop.settings.memory_policies import POLICIES  # noqa: E402
 from scripts.bench.tables import markdown  # noqa: E402
 
 

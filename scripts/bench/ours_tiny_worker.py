@@ -1,7 +1,7 @@
 """Our AlignPropTrainer on the bundled model, as a worker that time_to_reward.py asks."""
 
-from alignprop.lora import get_lora
-from alignprop.lora_file import save_lora
+from alignprop.lora.factors import get_lora
+from alignprop.lora.files import save_lora
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config
 from scripts.bench.worker import facts_of, serve

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
 
 from scripts.bench.worker import PACKAGES, Worker, WorkerError  # noqa: E402
-from tests.single_file import make_pipeline  # noqa: E402
+from tests.helpers.single_file import make_pipeline  # noqa: E402
 
 CACHE = ROOT / "work" / "step_time"
 TRL = "trl==0.23.1"

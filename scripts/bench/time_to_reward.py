@@ -111,8 +111,8 @@ class Referee:
 
     def __call__(self, adapter: Path | None) -> dict[str, float]:
         """Means of "reward", of its terms, and of "obedience", with the LoRA in a folder or, without one, with none."""
-        from alignprop.lora import set_lora
-        from alignprop.lora_file import read_lora
+        from alignprop.lora.factors import set_lora
+        from alignprop.lora.files import read_lora
 
         set_lora(self.run.model.denoiser, read_lora(adapter) if adapter else None)
         row = self.run.evaluator().row()

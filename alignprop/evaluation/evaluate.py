@@ -1,0 +1,237 @@
+"""Evaluation: fixed prompts, fixed noise, any number of rewards, and a report a person can look at.
+
+Picture j of a prompt set always has the same prompt and the same noise, whatever the batch size or the number of
+processes, and nothing here touches the randomness of training.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from alignprop.engine.seeding import generator, generators, seed_global
+from alignprop.engine.sharding import is_sharded
+from alignprop.evaluation.judges import Judges, diversity
+from alignprop.evaluation.pictures import save_grid
+from alignprop.lora.adapters import adapted_networks
+from alignprop.method.base_distance import base_conditioning, chain_distance
+from alignprop.method.rollout import Rollout
+from alignprop.models.base import select
+from alignprop.prompts import PromptSet
+from alignprop.settings.memory_policies import chunks
+
+NUM_COMPARED = 8  # pictures whose base distance is measured: the first, whatever the batch size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation of n pictures found.
+
+    Attributes:
+        prompts: n prompts.
+        images: float [min(n, keep), 3, H, W] in [0, 1], the first pictures.
+        rewards: the reward of interest, float64 [n].
+        terms: for each single reward, its own scores, float64 [n].
+        measures: what is said of all pictures together, as far as it was measured: "diversity" (evaluation/judges.py),
+            "base_distance" (method/base_distance.py).
+        metadata: n rows, those of the prompts.
+    """
+
+    prompts: list[str]
+    images: torch.Tensor
+    rewards: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    measures: dict[str, float] = field(default_factory=dict)
+    metadata: list[dict] = field(default_factory=list)
+
+    @property
+    def columns(self) -> dict[str, torch.Tensor]:
+        """Everything that was measured, [n] each; the reward only where it is not one of the terms itself."""
+        alone = any(torch.equal(self.rewards, scores) for scores in self.terms.values())
+        return self.terms if alone else {"reward": self.rewards, **self.terms}
+
+    def row(self) -> dict:
+        """The means, as a row of metrics.jsonl."""
+        return {
+            "kind": "eval",
+            "reward": self.rewards.mean().item(),
+            "reward_std": self.rewards.std(correction=0).item(),
+            "rewards": {name: scores.mean().item() for name, scores in self.terms.items()},
+            **self.measures,
+        }
+
+    def labels(self) -> list[str]:
+        """A caption for each kept picture: its prompt and its score under the first single reward."""
+        scores = next(iter(self.terms.values())).tolist()
+        return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], scores, strict=False)]
+
+
+def statistics(scores: torch.Tensor) -> dict[str, float]:
+    """Mean, standard deviation and standard error of the mean of scores [n]."""
+    std = scores.std().item() if len(scores) > 1 else 0.0
+    return {"mean": scores.mean().item(), "std": std, "stderr": std / math.sqrt(len(scores)), "n": len(scores)}
+
+
+class _Picture(NamedTuple):
+    """What is told of picture j to all processes; None is what was not asked for."""
+
+    j: int
+    scores: dict[str, float]
+    image: torch.Tensor | None
+    embedding: torch.Tensor | None
+    distance: float | None
+
+
+class Evaluator:
+    """Samples pictures for a prompt set and scores them, sharded over the processes.
+
+    Args:
+        rollout: samples the pictures.
+        judges: score them.
+        num_images: n; the prompts repeat, each time with other noise.
+        num_prompts: how many of the prompts are used, all where there are fewer; None: all.
+        batch_size: pictures at once on one process.
+        decode_chunk: pictures that are decoded and scored at once; 0: the batch.
+        keep: how many of the pictures are returned.
+        base_distance: measure it, where the model has an adapter.
+        enter: called with the name of each phase before it begins (memory.Residency).
+
+    Attributes:
+        sample: (generators, cond, prompts, metadata) -> final latents; may be replaced (method/reward_guidance.py).
+    """
+
+    def __init__(
+        self, rollout: Rollout, judges: Judges, prompts: PromptSet, accelerator: Accelerator, *, num_images: int,
+        num_prompts: int | None, batch_size: int, decode_chunk: int, seed: int, keep: int, base_distance: bool,
+        enter: Callable[[str], None],
+    ):  # fmt: skip
+        self.rollout, self.judges, self.prompts, self.base_distance = rollout, judges, prompts, base_distance
+        self.accelerator = accelerator
+        self.num_images, self.batch_size, self.seed, self.keep = num_images, batch_size, seed, keep
+        self.decode_chunk, self.enter = decode_chunk, enter
+        self.sample = lambda streams, cond, prompts, metadata: rollout(streams, cond, None)
+        # Shuffled, so that few pictures of a sorted prompt file still show all kinds of prompts.
+        order = torch.randperm(len(prompts), generator=generator(seed, "evaluation order")).tolist()[:num_prompts]
+        self.order = [order[j % len(order)] for j in range(num_images)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        on_image: Callable[[int, torch.Tensor], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
+        """The same result on every process.
+
+        Args:
+            on_image: called with (j, picture [3, H, W]) for each picture, on the process that made it.
+            should_stop: asked before each batch, by all processes together; True ends it, and the result is None.
+        """
+        size, n, accelerator = self.batch_size, self.num_images, self.accelerator
+        at_once = size * accelerator.num_processes
+        seed_global(self.seed, "evaluation", accelerator.process_index)
+        found, compares = [], self.base_distance and bool(adapted_networks(self.rollout.model))
+        for first in tqdm(range(0, n, at_once), "evaluating", leave=False, disable=not accelerator.is_main_process):
+            if should_stop():
+                return None
+            start = first + accelerator.process_index * size
+            batch = range(start, min(start + size, n))
+            # The weights that FSDP2 has spread are gathered by all processes together: one that has no picture left
+            # draws the first again, for nothing.
+            if not batch and not is_sharded(self.rollout.denoiser):
+                continue
+            for picture in self._batch(batch or range(1), compares and first < NUM_COMPARED)[: len(batch)]:
+                if on_image:
+                    on_image(picture.j, picture.image)
+                found.append(picture if picture.j < self.keep else picture._replace(image=None))
+        return self._evaluation(sorted(gather_object(found), key=lambda picture: picture.j))
+
+    def _evaluation(self, found: list[_Picture]) -> Evaluation:
+        columns = {name: torch.tensor([p.scores[name] for p in found]).double() for name in found[0].scores}
+        kept = torch.stack([p.image for p in found if p.image is not None])
+        places, source = [self.order[p.j] for p in found], self.prompts
+        prompts, metadata = ([rows[i] for i in places] for rows in (source.prompts, source.metadata))
+        embeddings = [p.embedding for p in found if p.embedding is not None]
+        distances = [p.distance for p in found if p.distance is not None]
+        measures = {
+            "diversity": diversity(torch.stack(embeddings), prompts) if embeddings else None,
+            "base_distance": sum(distances) / len(distances) if distances else None,
+        }
+        measures = {name: value for name, value in measures.items() if value is not None}
+        return Evaluation(prompts, kept, self.judges.reward.combine(columns), columns, measures, metadata)
+
+    def _batch(self, batch: range, compare: bool) -> list[_Picture]:
+        prompts = [self.prompts.prompts[self.order[j]] for j in batch]
+        metadata = [self.prompts.metadata[self.order[j]] for j in batch]
+        model = self.rollout.model
+        if not model.knows(prompts):
+            self.enter("encode")
+        cond = model.encode_prompts(prompts)
+        base_cond = base_conditioning(model, prompts, cond) if compare else None
+        self.enter("denoise")
+        latents = self.sample(generators(batch, self.seed, "evaluation"), cond, prompts, metadata)
+        distances = self._distances(batch, latents, cond, base_cond) if compare else [None] * len(batch)
+        self.enter("decode")
+        parts = chunks(len(batch), self.decode_chunk)
+        images = [model.decode(latents[part]) for part in parts]
+        scores, embeddings = {}, [None] * len(batch)
+        for phase, (reward, tower) in self.judges.phases.items():
+            if reward or tower:
+                self.enter(phase)
+            if reward:
+                scores |= self._score(reward, images, prompts, metadata)
+            if tower:
+                embeddings = torch.cat([tower.embed_images(part) for part in images]).cpu()
+        rows = [{name: column[row].item() for name, column in scores.items()} for row in range(len(batch))]
+        return [*map(_Picture, batch, rows, torch.cat(images).cpu(), embeddings, distances)]
+
+    def _distances(self, batch: range, latents, cond, base_cond) -> list[float | None]:
+        """Base distances of the pictures that are compared; where FSDP2 has spread the weights, of one at least."""
+        rows = slice(max(sum(j < NUM_COMPARED for j in batch), is_sharded(self.rollout.denoiser)))
+        noise = generators(batch[rows], self.seed, "base distance")
+        found = torch.empty(0)
+        if noise:
+            cond, base_cond = select(cond, rows), select(base_cond, rows)
+            found = chain_distance(self.rollout, latents[rows], cond, noise, base_cond)
+        return [d if j < NUM_COMPARED else None for j, d in zip_longest(batch, found.tolist())]
+
+    def _score(self, reward, images: list[torch.Tensor], prompts, metadata) -> dict[str, torch.Tensor]:
+        parts = chunks(len(prompts), self.decode_chunk)
+        found = [reward.score_terms(i, prompts[p], metadata[p]) for i, p in zip(images, parts, strict=True)]
+        return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> dict:
+    """scores.csv (a row per picture), summary.json (statistics overall and per prompt) and grid.png.
+
+    Returns:
+        What summary.json holds.
+    """
+    names = list(evaluation.terms)
+    with open(folder / "scores.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "prompt", "reward", *names])
+        for j, prompt in enumerate(evaluation.prompts):
+            scores = [evaluation.terms[name][j].item() for name in names]
+            writer.writerow([f"{j:06d}.png", prompt, evaluation.rewards[j].item(), *scores])
+    all_scores = {"reward": evaluation.rewards, **evaluation.terms}
+    rows_of: dict[str, list[int]] = {}
+    for j, prompt in enumerate(evaluation.prompts):
+        rows_of.setdefault(prompt, []).append(j)
+    summary = {name: statistics(scores) for name, scores in all_scores.items()}
+    summary |= evaluation.measures
+    summary["per_prompt"] = {
+        prompt: {name: statistics(scores[rows]) for name, scores in all_scores.items()}
+        for prompt, rows in rows_of.items()
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    save_grid(evaluation.images, evaluation.labels(), folder / "grid.png")
+    return summary

@@ -1,0 +1,105 @@
+"""The LoRA of a whole model: of its denoiser, and of its text encoders where they are trained too.
+
+Its layers are named as in a file (networks.py), so that what mixes or scales a LoRA need not know where they belong.
+"""
+
+import torch
+
+from alignprop.lora.factors import (
+    LoraWeights,
+    add_lora,
+    check_modules,
+    get_lora,
+    has_lora,
+    set_lora,
+    trainable_parameters,
+    update_lora,
+)
+from alignprop.lora.networks import adaptable_networks, locate, name_in_file
+from alignprop.models.base import Model
+from alignprop.models.loading import no_place_for_encoders
+from alignprop.settings.resolve import ConfigError
+
+ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # a CLIP's attention, as in diffusers' training scripts
+
+
+def add_adapter(model: Model, rank: int, alpha: float, target_modules, seed: int, text_encoders: bool = False) -> None:
+    """Adds a trainable float32 adapter whose ΔW is zero to the denoiser, and to the text encoders where asked for.
+
+    Raises:
+        ConfigError: no layer of the denoiser has such a name, or the model's LoRA files hold no text encoder.
+    """
+    add_lora(model.denoiser, rank, alpha, target_modules or model.lora_targets, seed)
+    if text_encoders and not model.lora_encoders:
+        raise no_place_for_encoders(model.pipeline_class().__name__)
+    for name, encoder in model.lora_encoders.items() if text_encoders else ():
+        add_lora(encoder, rank, alpha, ENCODER_TARGETS, seed, name)
+        for parameter in trainable_parameters(encoder).values():
+            parameter.data = parameter.data.to(model.device)  # where it stays: only what is frozen comes and goes
+
+
+def trained_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
+    """All that is trained, by its name in the state of a run."""
+    return {
+        name_in_file(model, part, name): parameter
+        for part, module in adaptable_networks(model).items()
+        for name, parameter in trainable_parameters(module).items()
+    }
+
+
+def adapted_networks(model: Model) -> list[torch.nn.Module]:
+    """The denoiser and the text encoders, as far as they have an adapter."""
+    return [module for module in adaptable_networks(model).values() if has_lora(module)]
+
+
+def get_adapter(model: Model) -> LoraWeights:
+    """The model's adapter, on the CPU."""
+    found = {part: get_lora(module) for part, module in adaptable_networks(model).items() if has_lora(module)}
+    tensors = {name_in_file(model, part, n): t for part, lora in found.items() for n, t in lora.tensors.items()}
+    return LoraWeights(tensors, found[""].scale)
+
+
+def set_adapter(model: Model, weights: LoraWeights | None) -> None:
+    """Replaces whatever adapter the model has by `weights`, frozen; None leaves the plain model.
+
+    Raises:
+        ConfigError: some of the adapter's tensors have no place in the model, or another shape.
+    """
+    found = split(model, weights) if weights else {}
+    for part, module in adaptable_networks(model).items():
+        if part in found or has_lora(module):
+            set_lora(module, found.get(part))
+
+
+def update_adapter(model: Model, weights: LoraWeights) -> None:
+    """Copies `weights` into the trainable adapter that the model already has.
+
+    Raises:
+        ConfigError: the two differ in their modules, rank or scale.
+    """
+    found = split(model, weights)
+    for part, module in adaptable_networks(model).items():
+        if has_lora(module) != (part in found):
+            has = "no" if has_lora(module) else "a"
+            raise ConfigError(
+                f"resume_from: the checkpoint has {has} LoRA of the {part or 'denoiser'}, and this run has "
+                f"train_text_encoder = {has_lora(module)}"
+            )
+        if part in found:
+            update_lora(module, found[part])
+
+
+def split(model: Model, weights: LoraWeights) -> dict[str, LoraWeights]:
+    """The adapters that `weights` is made of, by their part (lora/networks.py), with the names of its layers.
+
+    Raises:
+        ConfigError: some of it has no place in the model, or another shape.
+    """
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.tensors.items():
+        part, inner = locate(model, name)
+        tensors.setdefault(part, {})[inner] = tensor
+    found = {part: LoraWeights(factors, weights.scale) for part, factors in tensors.items()}
+    for part, lora in found.items():
+        check_modules(adaptable_networks(model)[part], lora, f"model's {part}" if part else "model")
+    return found

@@ -1,0 +1,162 @@
+"""The LoRA adapter of one network, a denoiser or a text encoder: creating, replacing, checking.
+
+One that does not fit the network is refused: an adapter that loads as a silent no-op costs its user days.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from alignprop.engine.seeding import generator
+from alignprop.settings.resolve import ConfigError
+
+ADAPTER = "default"  # its name in the network
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """An adapter on its own: ΔW = scale · B @ A for every adapted module.
+
+    Attributes:
+        tensors: "<module>.lora_A.weight" [rank, in, ...] and "<module>.lora_B.weight" [out, rank, ...], float32.
+        scale: alpha / rank.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    scale: float
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted(name.removesuffix(".lora_A.weight") for name in self.tensors if "lora_A" in name)
+
+    def rank(self, module: str) -> int:
+        return self.tensors[f"{module}.lora_A.weight"].shape[0]
+
+    def delta(self, module: str) -> torch.Tensor:
+        """ΔW, in the shape of the module's weight."""
+        a, b = self.tensors[f"{module}.lora_A.weight"], self.tensors[f"{module}.lora_B.weight"]
+        return self.scale * (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
+
+
+def add_lora(network, rank: int, alpha: float, target_modules, seed: int, encoder: str = "") -> None:
+    """Adds a trainable float32 adapter whose ΔW is zero to a frozen network.
+
+    Args:
+        rank: of each ΔW.
+        alpha: ΔW = alpha / rank · B @ A.
+        target_modules: endings of the names of the layers to adapt.
+        encoder: the name of the text encoder that it is, if it is one.
+
+    Raises:
+        ConfigError: no layer has such a name.
+    """
+    from peft import LoraConfig
+
+    names = [name for name, _ in network.named_modules()]
+    missing = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if missing:
+        field, what = ("train_text_encoder", encoder) if encoder else ("lora_target_modules", "denoiser")
+        raise ConfigError(f"{field}: the {what} has no layer whose name ends in {missing}")
+    with torch.random.fork_rng(devices=[]):
+        key = (seed, "lora", encoder) if encoder else (seed, "lora")
+        torch.manual_seed(generator(*key).initial_seed())
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
+        network.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in trainable_parameters(network).values():
+        parameter.data = parameter.data.float()
+
+
+def trainable_parameters(network) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+def get_lora(network) -> LoraWeights:
+    """The network's adapter, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    config = network.peft_config[ADAPTER]
+    tensors = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    return LoraWeights({k: v.detach().cpu().clone() for k, v in tensors.items()}, config.lora_alpha / config.r)
+
+
+def set_lora(network, weights: LoraWeights | None) -> None:
+    """Replaces whatever adapter the network has by `weights`, frozen; None leaves the plain network.
+
+    Raises:
+        ConfigError: some of the adapter's tensors have no place in the network, or another shape.
+    """
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    if has_lora(network):
+        # What diffusers calls so, transformers calls otherwise.
+        delete = network.delete_adapters if hasattr(network, "delete_adapters") else network.delete_adapter
+        delete(ADAPTER)
+    if weights is None:
+        return
+    check_modules(network, weights)
+    rank = {f"^{re.escape(m)}$": weights.rank(m) for m in weights.modules}
+    alpha = {pattern: weights.scale * r for pattern, r in rank.items()}
+    largest = max(rank.values())
+    config = LoraConfig(
+        r=largest,
+        lora_alpha=weights.scale * largest,
+        target_modules=weights.modules,
+        rank_pattern=rank,
+        alpha_pattern=alpha,
+    )
+    network.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in trainable_parameters(network).values():
+        parameter.data = parameter.data.float()
+    set_peft_model_state_dict(network, weights.tensors, adapter_name=ADAPTER)
+    for parameter in trainable_parameters(network).values():
+        parameter.requires_grad_(False)
+
+
+def has_lora(network) -> bool:
+    return bool(getattr(network, "peft_config", None))
+
+
+def update_lora(network, weights: LoraWeights) -> None:
+    """Copies `weights` into the trainable adapter that the network already has.
+
+    Raises:
+        ConfigError: the two differ in their modules, rank or scale.
+    """
+    from peft import set_peft_model_state_dict
+
+    own = get_lora(network)
+    if own.tensors.keys() != weights.tensors.keys():
+        matched = len(own.tensors.keys() & weights.tensors.keys())
+        raise ConfigError(
+            f"resume_from: {matched} of the checkpoint's {len(weights.tensors)} LoRA keys match the {len(own.tensors)} "
+            f"of this run, {len(weights.tensors) - matched} do not; lora_target_modules or pretrained.model differ"
+        )
+    module = own.modules[0]
+    for name, mine, theirs in (
+        ("lora_rank", own.rank(module), weights.rank(module)),
+        ("lora_alpha / lora_rank", own.scale, weights.scale),
+    ):
+        if mine != theirs:
+            raise ConfigError(f"resume_from: the checkpoint has {name} = {theirs}, this run has {mine}")
+    set_peft_model_state_dict(network, weights.tensors, adapter_name=ADAPTER)
+
+
+def check_modules(network, weights: LoraWeights, what: str = "model") -> None:
+    """Raises: ConfigError, unless every factor has a place in the network, called `what`, of its shape."""
+    layers = {name: getattr(layer, "weight", None) for name, layer in network.named_modules()}
+    absent = [m for m in weights.modules if layers.get(m) is None or layers[m].dim() < 2]
+    if absent:
+        keys, unmatched = 2 * len(weights.modules), 2 * len(absent)
+        raise ConfigError(
+            f"LoRA: {keys - unmatched} of its {keys} keys match a layer of this {what}, {unmatched} do not, for "
+            f"example those of {absent[0]!r} — is it from another base model?"
+        )
+    for module in weights.modules:
+        outputs, inputs, *kernel = shape = layers[module].shape
+        a, b = weights.tensors[f"{module}.lora_A.weight"], weights.tensors[f"{module}.lora_B.weight"]
+        if a.shape[1:] != (inputs, *kernel) or b.shape != (outputs, a.shape[0], *(1 for _ in kernel)):
+            raise ConfigError(
+                f"LoRA: {module!r} is {'×'.join(map(str, shape))} in this {what}; the file's factors are "
+                f"{list(b.shape)} and {list(a.shape)} — is it from another base model?"
+            )

@@ -1,0 +1,173 @@
+"""The sampling chain as numbers: every step is one affine map around one network call.
+
+    x[i+1] = a[i]·x[i] + b[i]·f(x[i], t[i], c) + s[i]·z[i]          i = 0 … N-1
+    x̂0[i]  = p[i]·x[i] + q[i]·f(x[i], t[i], c)                       the clean latents that step i predicts
+
+`f` is the denoiser's output after guidance and `z` is standard normal noise. DDIM with epsilon- or v-prediction
+and any eta has this form (Song et al. 2021, arXiv 2010.02502, eq. 12), and so has Euler's method for flow matching
+(Lipman et al. 2023, arXiv 2210.02747). Their coefficients need no formulas of our own: `scheduler.step` is affine, and
+calling it with ones and zeros reads them off exactly. Only noise in a flow's chain, which policy gradients need and
+Euler's method lacks, is added here (`add_noise`).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from alignprop.settings.resolve import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The coefficients of one sampling chain of N steps; fields have shape [N] unless they say otherwise.
+
+    Attributes:
+        timesteps: the network's time input, noisiest first: int64, or float32 of flow matching, which half precision
+            would round.
+        a, b, s: float64; the weights of the latents, of the network's output and of fresh noise.
+        p, q: float64; those of the latents and of the network's output in x̂0.
+        alpha, sigma: float64 [N+1]; what x[i] has of clean latents and of noise: x[i] ~ alpha[i]·x0 + sigma[i]·z.
+    """
+
+    timesteps: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    s: torch.Tensor
+    p: torch.Tensor | None = None
+    q: torch.Tensor | None = None
+    alpha: torch.Tensor | None = None
+    sigma: torch.Tensor | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def is_stochastic(self) -> bool:
+        return bool((self.s != 0).any())
+
+
+_ONE, _ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+
+def build_sampler(
+    scheduler, num_inference_steps: int, eta: float, field: str = "num_inference_steps", **schedule
+) -> Sampler:  # fmt: skip
+    """The chain of the kind of model that a diffusers scheduler belongs to: flow matching or discrete-time diffusion.
+
+    Args:
+        num_inference_steps, eta, field: as of `ddim_sampler`.
+        schedule: as of `flow_sampler`, for a flow.
+
+    Raises:
+        ConfigError: as `ddim_sampler` and `flow_sampler`.
+    """
+    if not type(scheduler).__name__.startswith("FlowMatch"):
+        return ddim_sampler(scheduler, num_inference_steps, eta, field)
+    return add_noise(flow_sampler(scheduler, num_inference_steps, **schedule), eta)
+
+
+def add_noise(sampler: Sampler, eta: float) -> Sampler:
+    """A flow's chain with fresh noise in every step, and with the same distribution at every noise level.
+
+        x[i+1] = α[i+1]·x̂0 + √(σ[i+1]² - s²)·ê + s·z,    ê = x[i] + (1 - σ[i])·f, the noise that f predicts,
+        s = eta·σ[i+1]·√(1 - (α[i]·σ[i+1] / (α[i+1]·σ[i]))²)
+
+    which is DDIM's step (eq. 12 and 16) for any α and σ. In small steps it is the stochastic differential equation of
+    Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), whose noise level is √2·eta.
+
+    Args:
+        sampler: `flow_sampler`'s.
+        eta: from 0, the deterministic chain, to 1, ancestral sampling.
+    """
+    if not eta:
+        return sampler
+    alpha, sigma = sampler.alpha, sampler.sigma
+    kept = alpha[:-1] * sigma[1:] / (alpha[1:] * sigma[:-1])
+    s = eta * sigma[1:] * (1 - kept**2).sqrt()
+    direction = (sigma[1:] ** 2 - s**2).sqrt()
+    a, b = alpha[1:] + direction, direction * alpha[:-1] - alpha[1:] * sigma[:-1]
+    return replace(sampler, a=a, b=b, s=s)
+
+
+def flow_sampler(scheduler, num_inference_steps: int, **schedule) -> Sampler:
+    """Reads the chain of Euler's method off the configuration of a flow-matching scheduler.
+
+        x[i+1] = x[i] + (σ[i+1] - σ[i])·f(x[i], 1000·σ[i], c)
+
+    Args:
+        scheduler: any diffusers scheduler of a flow-matching model; its shift of the noise levels is used.
+        num_inference_steps: N, at least 1.
+        schedule: what else its `set_timesteps` takes: `mu`, where the shift depends on the size of the picture, and
+            `sigmas`, where the model's pipeline has its own.
+
+    Raises:
+        ConfigError: the shift depends on the size of the picture, and there is no `mu`.
+    """
+    # It would add noise of its own.
+    euler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, stochastic_sampling=False)
+    if euler.config.use_dynamic_shifting and schedule.get("mu") is None:
+        raise ConfigError(
+            "pretrained.model: its scheduler shifts the noise levels with the size of the picture "
+            "(use_dynamic_shifting), and no shift (mu) is known for it"
+        )
+
+    def responses(sample, model_output):
+        euler.set_timesteps(num_inference_steps, **schedule)  # it counts its steps by itself, now from 0 again
+        return torch.cat([euler.step(model_output, t, sample).prev_sample for t in euler.timesteps])
+
+    a, b = responses(_ONE, _ZERO), responses(_ZERO, _ONE)
+    sigma = euler.sigmas.double()
+    return Sampler(
+        timesteps=euler.timesteps, a=a, b=b, s=torch.zeros_like(a),
+        p=torch.ones_like(a), q=-sigma[:-1], alpha=1 - sigma, sigma=sigma,
+    )  # fmt: skip
+
+
+def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0, field: str = "num_inference_steps") -> Sampler:
+    """Reads the DDIM chain off a diffusers scheduler's configuration.
+
+    Args:
+        scheduler: any diffusers scheduler of a discrete-time diffusion model; its noise schedule, timestep spacing
+            and prediction type are used.
+        num_inference_steps: N, from 1 to the number of training timesteps.
+        eta: 0 is the deterministic chain, 1 adds as much noise as ancestral (DDPM) sampling.
+        field: the name of `num_inference_steps` in messages.
+
+    Raises:
+        ConfigError: the prediction type is unknown to DDIM, or the model has no timesteps for so many steps.
+    """
+    # A clipped or thresholded x̂0 would make the step non-linear; latent diffusion models do neither.
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    if ddim.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ConfigError(
+            f"pretrained.model: its scheduler predicts {ddim.config.prediction_type!r}; "
+            "DDIM needs 'epsilon', 'v_prediction' or 'sample'"
+        )
+    if num_inference_steps > ddim.config.num_train_timesteps:
+        raise ConfigError(
+            f"{field} = {num_inference_steps} must not exceed the model's {ddim.config.num_train_timesteps}"
+        )
+    ddim.set_timesteps(num_inference_steps)
+    if ddim.timesteps.max() >= ddim.config.num_train_timesteps:
+        raise ConfigError(
+            f"{field} = {num_inference_steps} is too many for the model's timestep_spacing = "
+            f"{ddim.config.timestep_spacing!r} with steps_offset = {ddim.config.steps_offset}; half of them will do"
+        )
+
+    def response(t, sample, model_output, noise):
+        step = ddim.step(model_output, t, sample, eta=eta, variance_noise=noise)
+        return torch.stack([step.prev_sample, step.pred_original_sample])
+
+    def responses(*inputs):
+        return torch.cat([response(t, *inputs) for t in ddim.timesteps], dim=1)
+
+    (a, p), (b, q), (s, _) = (responses(*unit.split(1)) for unit in torch.eye(3, dtype=torch.float64))
+    squares = torch.cat([ddim.alphas_cumprod[ddim.timesteps], ddim.final_alpha_cumprod.reshape(1)]).double()
+    alpha, sigma = squares.sqrt(), (1 - squares).sqrt()
+    # From pure noise (zero terminal SNR), eta = 1 keeps none of x[0]; diffusers takes the root of -1e-8 there.
+    rounded = a.isnan()
+    a, b = (torch.where(rounded, alpha[1:] * x, y) for x, y in ((p, a), (q, b)))
+    s = torch.where(rounded, sigma[1:], s)
+    return Sampler(timesteps=ddim.timesteps.long(), a=a, b=b, s=s, p=p, q=q, alpha=alpha, sigma=sigma)

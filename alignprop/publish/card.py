@@ -1,0 +1,262 @@
+"""The model card of a run: what its folder says, for people who find its weights on the hub.
+
+Markdown behind a header of YAML, as https://huggingface.co/docs/hub/model-cards describes it.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from alignprop.evaluation.stop_when import MEASURES
+from alignprop.lora.files import LORA_FILE
+from alignprop.models import FAMILIES, OLDEST
+from alignprop.models.configs import find_config
+from alignprop.runs.checkpoint import checkpoints_of, step_of
+from alignprop.runs.manifest import damage_of
+from alignprop.runs.tracking import MetricsLog
+from alignprop.settings.effects import PLAN_FIELDS
+from alignprop.settings.fields import is_repo_name
+from alignprop.settings.resolve import ConfigError, flatten
+
+# method: its name, where it is published
+METHODS = {
+    "align_prop": ("AlignProp, reward backpropagation", "2310.03739"),
+    "ddpo": ("DDPO, a policy gradient", "2305.13301"),
+}
+# estimator: the fields that say more of it, where they are not those of `plan`
+_ESTIMATOR_FIELDS = {
+    "truncated": ("trunc_backprop_timestep",),
+    "randomized": ("truncated_backprop_minmax",),
+    "per_step": ("truncated_backprop_minmax",),
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run has left so far, finished or not.
+
+    Attributes:
+        folder: where.
+        config: config.json, {"train.learning_rate": 1e-3, …}.
+        rows: of metrics.jsonl, oldest first.
+        checkpoint: the best or, where none was found to be that, the last.
+    """
+
+    folder: Path
+    config: dict
+    rows: list[dict]
+    checkpoint: Path
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that made the weights of `checkpoint`."""
+        return step_of(self.checkpoint)
+
+    @property
+    def evaluations(self) -> list[dict]:
+        return [row for row in self.rows if row["kind"] == "eval"]
+
+    @property
+    def grid(self) -> Path:
+        """The pictures of `checkpoint`, where it has been evaluated."""
+        return self.folder / "samples" / f"step_{self.step:06d}.png"
+
+    @property
+    def has_lora(self) -> bool:
+        return (self.checkpoint / LORA_FILE).exists()
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Raises: ConfigError: no run, or one without a whole checkpoint."""
+    try:
+        config = flatten(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, AttributeError):
+        config = {}
+    if "pretrained.model" not in config:
+        raise ConfigError(f"{str(folder)!r} is not the folder of a run: it has no config.json of one")
+    best = folder / "checkpoints" / "best"
+    checkpoints = [best.resolve()] if best.exists() else checkpoints_of(folder)
+    if not checkpoints:
+        raise ConfigError(f"{str(folder)!r} has no checkpoint yet")
+    if damage := damage_of(checkpoints[-1]):
+        raise ConfigError(f"{str(checkpoints[-1])!r} is damaged ({damage})")
+    return RunFolder(folder, config, MetricsLog(folder / "metrics.jsonl").rows(), checkpoints[-1])
+
+
+def picture_name(number: int) -> str:
+    """Where the gallery's pictures lie in the repository."""
+    return f"images/{number}.png"
+
+
+def model_card(run: RunFolder, repo: str, prompts: list[str]) -> str:
+    """README.md of the repository `repo`, "user/name".
+
+    Args:
+        prompts: of the pictures in the gallery, which are called `picture_name(0)` and so on.
+    """
+    c, base = run.config, _base_model(run.config)
+    method, paper = METHODS[c["algorithm"]]
+    tags = ["text-to-image", *(["lora"] if run.has_lora else []), c["algorithm"].replace("_", ""), "reward"]
+    widget = [{"text": prompt, "output": {"url": picture_name(n)}} for n, prompt in enumerate(prompts)]
+    header = ModelCardData(
+        base_model=base if is_repo_name(base) else None,  # the hub takes no other
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=tags,
+        widget=widget or None,
+    )
+    what = "A LoRA for" if run.has_lora else "The denoiser of"
+    parts = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {repo.split('/')[1]}",
+        f"{what} {_link(base)}, fine-tuned for the reward {_reward(run)} with {method} "
+        f"([arXiv:{paper}](https://arxiv.org/abs/{paper})).",
+        "<Gallery />" if prompts else "",
+        "## Use",
+        f"```python\n{usage(run, repo, prompts)}\n```",
+        _results(run),
+        "## Training",
+        _table(["", ""], [[name, value] for name, value in _settings(run).items() if value]),
+        f"The command:\n\n```\n{c['command']}\n```" if c.get("command") else "",
+        "[config.json](config.json) has every setting, [metrics.jsonl](metrics.jsonl) a row per step and evaluation.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def usage(run: RunFolder, repo: str, prompts: list[str]) -> str:
+    """Python that makes a picture with the weights in `repo`."""
+    c, base = run.config, _base_model(run.config)
+    pipeline_class, load = "AutoPipelineForText2Image", "from_pretrained"
+    if base.endswith((".safetensors", ".ckpt")):
+        pipeline_class, load = FAMILIES[OLDEST].pipeline, "from_single_file"
+    revision = f', revision="{c["pretrained.revision"]}"' if c.get("pretrained.revision") else ""
+    options = ", ".join(f"{name}={value}" for name, value in _call_options(c).items())
+    image = f"image = pipeline({json.dumps((prompts or ['a cat'])[0], ensure_ascii=False)}, {options}).images[0]"
+    if run.has_lora:
+        return "\n".join([
+            f"from diffusers import {pipeline_class}\n",
+            f'pipeline = {pipeline_class}.{load}("{base}"{revision})',
+            f'pipeline.load_lora_weights("{repo}")',
+            image,
+        ])  # fmt: skip
+    denoiser_class = json.loads((run.checkpoint / "denoiser" / "config.json").read_text())["_class_name"]
+    name = "unet" if "UNet" in denoiser_class else "transformer"
+    return "\n".join([
+        f"from diffusers import {pipeline_class}, {denoiser_class}\n",
+        f'{name} = {denoiser_class}.from_pretrained("{repo}", subfolder="denoiser")',
+        f'pipeline = {pipeline_class}.{load}("{base}"{revision}, {name}={name})',
+        image,
+    ])  # fmt: skip
+
+
+def _call_options(c: dict) -> dict[str, object]:
+    """What the pipeline is told for pictures like the run's."""
+    try:
+        family = find_config(c["pretrained.model"], c.get("pretrained.revision"))["family"]
+    except ConfigError:  # a single file, or on another machine
+        family = OLDEST
+    options = {
+        "num_inference_steps": c["num_inference_steps"],
+        "guidance_scale": c["guidance_scale"] + FAMILIES[family].guidance_offset,
+    }
+    if c.get("true_cfg_scale", 1) != 1:
+        options |= {"true_cfg_scale": c["true_cfg_scale"], "negative_prompt": "''"}
+    if c.get("resolution"):
+        options |= {"height": c["resolution"], "width": c["resolution"]}
+    return options
+
+
+def _results(run: RunFolder) -> str:
+    """What evaluations found, and pictures of it; "" where there was none."""
+    if not run.evaluations:
+        return ""
+    first, last = run.evaluations[0], run.evaluations[-1]
+    own = [row for row in run.evaluations if row["step"] == run.step]
+    shown = {row["step"]: row for row in (first, *own, last)}
+    values = {step: row["rewards"] | {m: row[m] for m in MEASURES if m in row} for step, row in shown.items()}
+    names = list(dict.fromkeys(name for found in values.values() for name in found))
+    heads = [f"step {step}" + (" (this repository)" if step == run.step else "") for step in shown]
+    table = [[f"`{name}`", *(_number(found.get(name)) for found in values.values())] for name in names]
+    c = run.config
+    parts = [
+        "## Results",
+        f"Means over {c['num_eval_images']} pictures of prompts from `{_public(c['eval_prompt_fn'])}`, each time with "
+        f"the same noise. Trained for was {_reward(run)}; everything else was only measured.",
+        _table(["", *heads], table),
+    ]
+    if (run.folder / "before_after.png").exists():
+        parts += [f"![before and after](before_after.png)\n\n*Above before training, below after step {last['step']}.*"]
+    if has_own_grid(run):
+        parts += [f"![samples](samples/{run.grid.name})\n\n*After step {run.step}: the weights of this repository.*"]
+    if (run.folder / "curves.png").exists():
+        parts += ["![curves](curves.png)"]
+    return "\n\n".join(parts)
+
+
+def has_own_grid(run: RunFolder) -> bool:
+    """Whether the checkpoint has pictures that before_after.png does not show, because it is not the last."""
+    last = run.evaluations[-1]["step"] if run.evaluations else 0
+    return run.grid.exists() and not (last == run.step and (run.folder / "before_after.png").exists())
+
+
+def _settings(run: RunFolder) -> dict[str, str]:
+    c, is_ddpo = run.config, run.config["algorithm"] == "ddpo"
+    reached = max((row["step"] for row in run.rows if row["kind"] == "train"), default=run.step)
+    planned = c["num_epochs"] * c["train.steps_per_epoch"]
+    steps = f"{run.step}" if run.step == reached else f"{run.step} of the {reached} that were made"
+    estimator = c["estimator"]
+    fields = _ESTIMATOR_FIELDS.get(estimator) or [f"plan.{f}" for f, names in PLAN_FIELDS.items() if estimator in names]
+    options = [f"{field.removeprefix('plan.')} = {c[field]}" for field in fields if c.get(field) is not None]
+    trained = f"LoRA of rank {c['lora_rank']}, alpha {c['lora_alpha']:g}" if run.has_lora else "every weight"
+    trained += ", also of the text encoder" if c.get("train_text_encoder") else ""
+    versions = {name: value for name, value in c.items() if name.startswith("versions.")}
+    return {
+        "base model": _link(_base_model(c)),
+        "estimator": "" if is_ddpo else ", ".join([f"`{estimator}`", *options]),
+        "reward": _reward(run),
+        "loss": "" if is_ddpo else " ".join(str(c[f]) for f in ("loss", "loss_target") if c.get(f) is not None),
+        "prompts": f"`{_public(c['prompt_fn'])}`",
+        "optimizer steps" if not is_ddpo else "epochs": steps if reached >= planned else f"{steps}; {planned} planned",
+        "samples per step" if not is_ddpo else "samples per epoch": str(
+            c["train.total_samples_per_epoch" if is_ddpo else "train.total_batch_size"]
+        ),
+        "optimizer": f"{c['train.optimizer']}, learning rate {c['train.learning_rate']:g}",
+        "trained": trained,
+        "sampling": f"{c['train.num_inference_steps']} steps, guidance {c['guidance_scale']:g}, eta {c['eta']:g}",
+        "precision": c["mixed_precision"].replace("no", "fp32"),
+        "seed": str(c["seed"]),
+        "versions": ", ".join(f"{name.removeprefix('versions.')} {value}" for name, value in versions.items()),
+    }
+
+
+def _reward(run: RunFolder) -> str:
+    """As the configuration says or, where another was given to the trainer, what its rows call it."""
+    given = run.config["reward_fn"]
+    names = next((list(row["rewards"]) for row in reversed(run.rows) if row["kind"] == "train"), [])
+    return f"`{given if all(name in given for name in names) else ','.join(names)}`"
+
+
+def _base_model(c: dict) -> str:
+    return _public(c["pretrained.model"])
+
+
+def _public(name: str) -> str:
+    """A name as it is; of a path the last part, since the rest tells others nothing."""
+    is_path = os.path.exists(name) or not is_repo_name(name)
+    return Path(name).name if is_path else name
+
+
+def _link(base: str) -> str:
+    return f"[{base}](https://huggingface.co/{base})" if is_repo_name(base) else f"`{base}` (not on the hub)"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))

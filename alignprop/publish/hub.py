@@ -1,0 +1,163 @@
+"""Publishing a run on the Hugging Face hub.
+
+The token is what `huggingface_hub.get_token` finds: HF_TOKEN, or that of a login. It goes into requests to the hub and
+nowhere else.
+"""
+
+import io
+import re
+import shlex
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+
+from alignprop.evaluation.pictures import read_grid
+from alignprop.lora.files import LORA_FILE
+from alignprop.publish.card import RunFolder, has_own_grid, model_card, picture_name, read_run
+from alignprop.settings.resolve import ConfigError
+
+FILES = ("config.json", "metrics.jsonl", "curves.png", "before_after.png")  # of a run folder, as far as it has them
+MAX_PICTURES = 8  # in the card's gallery
+PATIENCE = 120.0  # seconds without a byte after which a connection counts as lost
+
+
+def check_hub(repo: str, private: bool, field: str = "hub.repo") -> None:
+    """Finds out, without changing anything, what would prevent an upload.
+
+    Args:
+        repo: "user/name", well-formed.
+        private: nobody else is to see it.
+        field: what named it, for the error message.
+
+    Raises:
+        ConfigError: no token, or one that is not valid or may not write there; the hub does not answer; the repository
+            is there and public although it is to be private.
+    """
+    with _plain_errors(f"{field} = {repo!r}") as token:
+        api, owner = HfApi(token=token), repo.split("/")[0]
+        me = api.whoami()
+        role = me.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise ConfigError(f"{field} = {repo!r}: the token may only read; make one that may write")
+        # What a fine-grained token says of organisations depends on its rights.
+        names = [me["name"], *(organisation["name"] for organisation in me.get("orgs", ()))]
+        if role == "write" and owner.lower() not in map(str.lower, names):
+            raise ConfigError(f"{field} = {repo!r}: the token belongs to {', '.join(names)}, not to {owner!r}")
+        if private:
+            _refuse_public(api, repo, field)
+
+
+def push(folder: Path, repo: str, private: bool, field: str = "hub.repo") -> str:
+    """Uploads the best weights of a run, or else its last, and what they are, in one commit; the folder stays as it is.
+
+    Args:
+        folder: of a run, finished or not.
+        repo: "user/name", well-formed; made where it is not there yet. Files of the same names are replaced.
+        private: of a new repository: nobody else sees it.
+        field: what named it, for the error message.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ConfigError: there is nothing to upload, or it could not be.
+    """
+    run = read_run(folder)
+    with _plain_errors(f"{field} = {repo!r}") as token:
+        contents = contents_of(run, repo)
+        if any(isinstance(content, bytes) and token.encode() in content for content in contents.values()):
+            raise ConfigError(f"{field} = {repo!r}: the run's configuration or metrics contain the token itself")
+        api = HfApi(token=token)
+        # An organisation may have its repositories private, which False would ask to be lifted.
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        if private:
+            _refuse_public(api, repo, field)
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.create_commit(repo, operations, commit_message=f"{folder.name}, optimizer step {run.step}")
+    return str(url)
+
+
+def push_finished(folder: Path, repo: str, private: bool) -> str:
+    """`push`, after training: its ConfigError says that nothing is lost, and how to repeat the upload."""
+    try:
+        return push(folder, repo, private)
+    except ConfigError as error:
+        command = ["python", "scripts/push_to_hub.py", str(folder), "--repo", repo, *(["--private"] if private else [])]
+        raise ConfigError(
+            f"training is done and {str(folder)!r} is complete, but it was not uploaded: {error}; repeat the upload "
+            f"with: {shlex.join(command)}"
+        ) from None
+
+
+def contents_of(run: RunFolder, repo: str) -> dict[str, Path | bytes]:
+    """{name in the repository: file or content} of everything that is published of a run."""
+    weights = [run.checkpoint / LORA_FILE] if run.has_lora else sorted((run.checkpoint / "denoiser").glob("*"))
+    if not weights:
+        raise ConfigError(f"{str(run.checkpoint)!r} holds neither {LORA_FILE} nor a denoiser")
+    contents = {str(path.relative_to(run.checkpoint)): path for path in weights}
+    # Read now, for a run that is going on writes to them.
+    contents |= {name: (run.folder / name).read_bytes() for name in FILES if (run.folder / name).exists()}
+    if has_own_grid(run):
+        contents[f"samples/{run.grid.name}"] = run.grid.read_bytes()
+    pictures = _gallery(run)
+    contents |= {picture_name(n): picture for n, picture in enumerate(pictures.values())}
+    contents["README.md"] = model_card(run, repo, list(pictures)).encode()
+    return contents
+
+
+def _gallery(run: RunFolder) -> dict[str, bytes]:
+    """Prompt and PNG of the checkpoint's first pictures, one a prompt."""
+    found = {}
+    for label, picture in read_grid(run.grid) if run.grid.exists() else ():
+        prompt = label.rpartition("\n")[0]
+        if prompt not in found and len(found) < MAX_PICTURES:
+            picture.save(file := io.BytesIO(), format="PNG")
+            found[prompt] = file.getvalue()
+    return found
+
+
+def _refuse_public(api: HfApi, repo: str, field: str) -> None:
+    try:
+        is_public = not api.repo_info(repo).private
+    except RepositoryNotFoundError:
+        return
+    if is_public:
+        raise ConfigError(f"{field} = {repo!r} exists and is public; make it private on the hub, or name another")
+
+
+@contextmanager
+def _plain_errors(what: str):
+    """Yields the token. Within it whatever goes wrong is a ConfigError of one line, which never has the token in it."""
+    token, session = "", get_session()
+    before, session.timeout = session.timeout, PATIENCE
+    try:
+        token = get_token() or ""
+        if not token:
+            raise ConfigError(f"{what} needs a token: set HF_TOKEN, or log in with `hf auth login`")
+        if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):  # RFC 6750, 2.1; the client would quote it, escaped
+            raise ConfigError(f"{what}: HF_TOKEN or the login has characters that no token has")
+        yield token
+    except ConfigError:
+        raise
+    except Exception as error:  # the hub, the network, the disk and the hub's client have all kinds
+        reason = _reason(error)
+        # Without its cause: what the client or the hub says may quote the request.
+        raise ConfigError(f"{what}: {reason.replace(token, '…') if token else reason}") from None
+    finally:
+        session.timeout = before
+
+
+def _reason(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    told = " ".join(str(getattr(error, "server_message", None) or error).split())
+    if status == 401:
+        return "the hub does not accept the token; set HF_TOKEN to a valid one, or log in again with `hf auth login`"
+    if status == 403:
+        return f"the token may not write there: {told}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the hub cannot be reached: HF_HUB_OFFLINE is set"
+    if status is None:
+        return f"the hub cannot be reached, or the upload was not possible: {type(error).__name__}: {told}"
+    return f"the hub answers {status}: {told}"

@@ -1,0 +1,193 @@
+"""Checkpoints of a run: writing them whole, finding them again, keeping a limited number.
+
+<run>/checkpoints/checkpoint_<step>/
+    pytorch_lora_weights.safetensors   what to use: loads in any diffusers pipeline (or denoiser/ without LoRA)
+    training_state.pt                  what to resume from: optimizer, scaler, moving average, step
+    manifest.json                      size and SHA-256 of every other file; the base model
+<run>/checkpoints/best                 a link to the checkpoint with the highest held-out reward
+"""
+
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from alignprop.runs.manifest import MANIFEST, STATE_FILE, damage_of, write_manifest
+from alignprop.settings.resolve import ConfigError
+
+
+def checkpoints_of(run_folder) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    found = Path(run_folder).glob("checkpoints/checkpoint_*")
+    return sorted((p for p in found if re.fullmatch(r"checkpoint_\d+", p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps before it was saved."""
+    return int(checkpoint.name.removeprefix("checkpoint_"))
+
+
+def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from", run_name: str = "") -> Path | None:
+    """The whole checkpoint that a person means.
+
+    Args:
+        resume_from: a checkpoint folder or LoRA file; a run folder, for its newest; or "latest", for the newest whole
+            one of `run_name`, or of all runs in `log_dir` where that is empty.
+
+    Returns:
+        Its path. None for the "latest" of a named run that has none yet: the run is to start.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    if resume_from == "latest":
+        return _newest_whole(Path(log_dir), field, run_name)
+    path = Path(os.path.expanduser(resume_from))
+    path = path.resolve() if os.path.islink(path) else path  # `best` is one
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
+        raise ConfigError(f"{field} = {resume_from!r} does not exist; give a checkpoint, a run folder or 'latest'")
+    if checkpoints := checkpoints_of(path):
+        path = checkpoints[-1]
+    holds_weights = any(path.glob("*.safetensors")) or any((path / n).exists() for n in (STATE_FILE, "denoiser"))
+    if path.is_dir() and not holds_weights and not (path / MANIFEST).exists():
+        raise ConfigError(f"{field} = {resume_from!r} holds no checkpoint; give a checkpoint, a run folder or 'latest'")
+    if damage := damage_of(path):
+        own_run = run_folder_of(path)
+        others = reversed(checkpoints_of(own_run) if own_run else [])
+        whole = next((p for p in others if p != path and not damage_of(p)), None)
+        earlier = f"the newest whole one is {str(whole)!r}" if whole else "no other of its run is whole"
+        raise ConfigError(f"{field} = {resume_from!r}: {str(path)!r} is damaged ({damage}); {earlier}")
+    return path
+
+
+def _newest_whole(log_dir: Path, field: str, run_name: str) -> Path | None:
+    runs = [checkpoints_of(run) for run in ([log_dir / run_name] if run_name else log_dir.glob("*"))]
+    newest_first = sorted(filter(None, runs), key=lambda checkpoints: checkpoints[-1].stat().st_mtime, reverse=True)
+    found = [checkpoint for checkpoints in newest_first for checkpoint in reversed(checkpoints)]
+    for checkpoint in found:
+        damage = damage_of(checkpoint)
+        if not damage:
+            return checkpoint
+        print(f"warning: {field} = 'latest' passes over {str(checkpoint)!r}, damaged ({damage})", file=sys.stderr)
+    if run_name and not found:
+        return None
+    where = f"run_name = {run_name!r}" if run_name else f"no run in log_dir = {str(log_dir)!r}"
+    raise ConfigError(f"{field} = 'latest', but {where} has {'no whole' if found else 'a'} checkpoint")
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint belongs to; None for a folder or file that lies elsewhere."""
+    path = checkpoint.resolve()
+    is_a_runs = path.parent.name == "checkpoints" and re.fullmatch(r"(checkpoint|abandoned)_\d+", path.name)
+    return path.parents[1] if is_a_runs else None
+
+
+def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable[[Path], None], base: dict) -> Path:
+    """Writes a checkpoint into a temporary folder, flushes it to the disk and renames it: it is whole or absent.
+
+    Args:
+        state: nested dicts and lists of tensors, numbers and strings.
+        write_weights: writes the usable weights into the folder that it is given.
+        base: what `base_model` says of the model.
+
+    Raises:
+        ConfigError: it could not be written, for example onto a full disk. Earlier checkpoints are as they were.
+    """
+    folder = Path(run_folder) / "checkpoints"
+    temporary, final = folder / f"writing_{step}", folder / f"checkpoint_{step}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_weights(temporary)
+        torch.save(state, temporary / STATE_FILE)
+        write_manifest(temporary, base)
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason, free = " ".join(str(error).split()), shutil.disk_usage(run_folder).free / 2**20
+        earlier = "there is no earlier one"
+        if checkpoints_of(run_folder):
+            earlier = f"earlier ones are untouched; go on from there with resume_from={str(run_folder)!r}"
+        raise ConfigError(
+            f"the checkpoint of step {step} could not be written to {str(folder)!r}, where {free:.0f} MiB are free: "
+            f"{reason} — {earlier}"
+        ) from error
+    return final
+
+
+def prune(run_folder, limit: int, keep: Collection[Path], held_out: dict[int, float]) -> None:
+    """Links `best` and deletes the oldest checkpoints.
+
+    Args:
+        limit: how many of the newest to keep; 0 keeps all.
+        keep: never deleted, nor is the best.
+        held_out: step -> held-out reward, as far as it was measured.
+    """
+    checkpoints = checkpoints_of(run_folder)
+    measured = [p for p in checkpoints if step_of(p) in held_out]
+    best = max(measured, key=lambda p: held_out[step_of(p)], default=None)
+    if best:
+        link, temporary = best.with_name("best"), best.with_name("best.new")
+        with suppress(OSError):  # some file systems have no links; the checkpoint is kept all the same
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(best.name)
+            os.replace(temporary, link)
+    kept = {path.resolve() for path in keep} | {best and best.resolve()}
+    for old in checkpoints[:-limit] if limit else ():
+        if old.resolve() not in kept:
+            # Half-deleted, it must not look like a checkpoint; on a network somebody may be reading it.
+            shutil.rmtree(old.rename(old.with_name(f"deleting_{step_of(old)}")), ignore_errors=True)
+
+
+def clean_up(run_folder, step: int) -> None:
+    """Makes a run folder that of a run at optimizer step `step`, whatever it was interrupted in.
+
+    Removes what was half-written or half-deleted, and renames checkpoints of a later step to abandoned_<step>: a run
+    that continues from `step` leaves that future, and its newest checkpoint must not be mistaken for the run's.
+    """
+    for pattern in ("writing_*", "deleting_*"):
+        for folder in Path(run_folder).glob(f"checkpoints/{pattern}"):
+            shutil.rmtree(folder, ignore_errors=True)
+    (Path(run_folder) / "checkpoints" / "best").unlink(missing_ok=True)  # `prune` links it again
+    for checkpoint in reversed(checkpoints_of(run_folder)):  # so that what is left is always an earlier run
+        if step_of(checkpoint) > step:
+            abandoned = checkpoint.with_name(f"abandoned_{step_of(checkpoint)}")
+            shutil.rmtree(abandoned, ignore_errors=True)
+            checkpoint.rename(abandoned)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The training state of a checkpoint. Never unpickles anything but tensors and plain values.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise ConfigError(f"resume_from = {str(checkpoint)!r} holds no {STATE_FILE}, which training continues from")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ConfigError(f"{str(path)!r} cannot be read ({type(error).__name__}); is the file whole?") from error
+
+
+def _flush(path: Path) -> None:
+    """Has the disk really hold a file, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)

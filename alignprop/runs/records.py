@@ -1,0 +1,203 @@
+"""What a training run writes down, for people and for its own continuation. Only the main process writes.
+
+<run>/
+    config.json          the resolved configuration
+    metrics.jsonl        a row per optimizer step and per evaluation
+    samples/             a grid of the same prompts and noise at every evaluation
+    before_after.png     the first of them over the last
+    curves.png           rewards and gradient norm
+    checkpoints/         see runs/checkpoint.py
+"""
+
+import fcntl
+import io
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+
+from alignprop.engine.background import Background
+from alignprop.evaluation.evaluate import Evaluation
+from alignprop.evaluation.pictures import plot_curves, save_before_after, save_grid
+from alignprop.evaluation.stop_when import MEASURES
+from alignprop.runs.checkpoint import checkpoints_of, clean_up, prune, run_folder_of
+from alignprop.runs.tracking import MetricsLog
+from alignprop.settings.resolve import ConfigError, save_config
+
+
+class Records:
+    """The folder of a training run, held by one process at a time.
+
+    An evaluation is reported in the background, while training goes on until its next row: when that is there, so is
+    everything before it. What does not fit on the disk is raised then, or by `wait`.
+
+    Args:
+        folder: may not exist yet.
+        config: resolved.
+        started_from: the checkpoint that the run continues from, if any.
+    """
+
+    def __init__(self, folder: Path, config: ConfigDict, started_from: Path | None):
+        self.folder, self.config, self.started_from = folder, config, started_from
+        self._seen = checkpoints_of(folder)
+        self._lock: int | None = None
+        self._background = Background()
+
+    def open(self, step: int) -> None:
+        """Makes the folder that of a run at optimizer step `step`, whatever it was interrupted in.
+
+        Raises:
+            ConfigError: another process is training in it, or has since this one started; metrics.jsonl is damaged.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        if checkpoints_of(self.folder) != self._seen:
+            self.close()
+            raise ConfigError(
+                f"run_name = {self.folder.name!r}: while this process was loading, another one trained in "
+                f"{str(self.folder)!r}; start again"
+            )
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+        self.metrics.rows()  # may be damaged, and nothing has been changed yet
+        clean_up(self.folder, step)
+        for grid in (self.folder / "samples").glob("step_*.png"):
+            if int(grid.stem.removeprefix("step_")) > step:
+                grid.unlink()
+        # A run that starts over drops also the evaluation of step 0.
+        self.metrics.truncate_after(step or -1)
+        save_config(self.config, self.folder / "config.json")
+
+    def wait(self) -> None:
+        """Returns when everything that was reported is in the folder."""
+        self._background.wait()
+
+    def close(self) -> None:
+        """Lets another process have the folder; the end of this one does too, however it comes."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _hold(self) -> None:
+        self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ConfigError(
+                f"run_name = {self.folder.name!r}: another process is training in {str(self.folder)!r}; wait for its "
+                "end or choose another name"
+            ) from None
+        except OSError:  # a network file system without locks
+            self.close()
+
+    def append(self, row: dict) -> None:
+        """Writes a row, after everything that was reported before it, so that no later checkpoint is ahead of it."""
+        self.wait()
+        self.metrics.append(row)
+
+    def report(self, evaluation: Evaluation, row: dict) -> None:
+        """Writes the pictures of an evaluation and at last its row, which says that it is done, in the background."""
+        self._background.submit(self._report, evaluation, row)
+
+    def _report(self, evaluation: Evaluation, row: dict) -> None:
+        self._draw(evaluation, row)
+        self.metrics.append(row)
+
+    def is_evaluated(self, step: int) -> bool:
+        return any(row["step"] == step for row in self.evaluations())
+
+    def evaluations(self) -> list[dict]:
+        """The rows of all evaluations, oldest first."""
+        self.wait()
+        return [row for row in self.metrics.rows() if row["kind"] == "eval"]
+
+    def prune_checkpoints(self, measure: Callable[[dict], float | None]) -> None:
+        """Keeps the newest, the best, and the one that this run continued from; in the background, where the evaluation
+        that may tell the best is still being reported.
+
+        Args:
+            measure: what decides, of an evaluation's row; None where that does not have it.
+        """
+        self._background.submit(self._prune, measure)
+
+    def _prune(self, measure: Callable[[dict], float | None]) -> None:
+        found = {row["step"]: measure(row) for row in self.metrics.rows() if row["kind"] == "eval"}
+        held_out = {step: value for step, value in found.items() if value is not None}
+        keep = [self.started_from] if self.started_from else []
+        prune(self.folder, self.config.num_checkpoint_limit, keep, held_out)
+
+    def _draw(self, evaluation: Evaluation, row: dict) -> None:
+        """The sample grid, and from the second evaluation on before_after.png and curves.png, `row` included."""
+        samples, labels = self.folder / "samples", evaluation.labels()
+        save_grid(evaluation.images, labels, samples / f"step_{row['step']:06d}.png")
+        if row["step"] == 0:
+            buffer = io.BytesIO()  # torch would not say that the disk is full
+            torch.save([evaluation.images, labels], buffer)
+            (samples / "before.pt").write_bytes(buffer.getvalue())
+            return
+        if (samples / "before.pt").exists():
+            self._draw_before_after(evaluation.images, labels, samples / "before.pt")
+        plot_curves([*self.metrics.rows(), row], self.folder / "curves.png")
+
+    def _draw_before_after(self, images: torch.Tensor, labels: list[str], before: Path) -> None:
+        first, first_labels = torch.load(before, weights_only=True)
+        pairs = list(zip(first_labels, labels, strict=False))
+        # A resumed run may evaluate other prompts, or fewer; then there is nothing to set side by side.
+        if first.shape == images.shape and all(prompt(a) == prompt(b) for a, b in pairs):
+            both = [f"{a} → {b.splitlines()[-1]}" for a, b in pairs]
+            save_before_after(first, images, both, self.folder / "before_after.png")
+
+    def summary(self) -> str:
+        """The held-out rewards and measures before and after, and what lies in the folder."""
+        lines, evaluations = [], self.evaluations()
+        if evaluations:
+            first, last = evaluations[0], evaluations[-1]
+            lines.append(f"\nheld-out rewards, step {first['step']} → step {last['step']}:")
+            before, after = (e["rewards"] | {m: e[m] for m in MEASURES if m in e} for e in (first, last))
+            for name in (name for name in before if name in after):
+                lines.append(f"  {name:32s} {_shown(before[name])} → {_shown(after[name])}")
+        steps = [row for row in self.metrics.rows() if row["kind"] == "train"]
+        if steps and steps[-1]["skipped_steps"]:
+            lines.append(f"skipped, because not finite: {steps[-1]['skipped_steps']} updates of {len(steps)} steps")
+        lines.append(f"in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.glob("[!.]*"))))
+        return "\n".join(lines)
+
+
+def choose_folder(config: ConfigDict, checkpoint: Path | None) -> Path:
+    """log_dir/run_name; the checkpoint's own run where that has one and no other name is given.
+
+    Raises:
+        ConfigError: it holds another run, or cannot be written to.
+    """
+    c = config
+    own = run_folder_of(checkpoint) if checkpoint else None
+    name = c.run_name or f"{c.get('preset', c.task)}_{time.strftime('%Y%m%d_%H%M%S')}"
+    folder = own if own and not c.run_name else Path(c.log_dir) / name
+    if c.task == "train" and own != folder.resolve() and checkpoints_of(folder):
+        raise ConfigError(
+            f"run_name = {c.run_name!r}: {str(folder)!r} already holds a run; choose another name, or continue it "
+            f"with resume_from={str(folder)!r}"
+        )
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(
+            f"log_dir = {c.log_dir!r}, run_name = {c.run_name!r}: {str(existing)!r} is not a folder that can be "
+            "written to; another run_name puts the results elsewhere"
+        )
+    return folder
+
+
+def prompt(label: str) -> str:
+    """The prompt of a picture's caption, which `Evaluation.labels` put above its score."""
+    return label.rpartition("\n")[0]
+
+
+def _shown(value: float | None) -> str:
+    value = float("nan") if value is None else value
+    return f"{value:8.1e}" if 0 < abs(value) < 0.01 else f"{value:8.3f}"

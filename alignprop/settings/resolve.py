@@ -1,0 +1,222 @@
+"""From the configuration that a person wrote to the one that runs: derive, check, warn."""
+
+import difflib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from alignprop.settings.fields import DERIVED, FIELDS
+from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
+
+
+class ConfigError(Exception):
+    """A mistake in what the user asked for; its text is one line that says what is allowed.
+
+    Not a ValueError, which absl would rewrap with our traceback when a preset raises it.
+    """
+
+
+def one_of(field: str, value: str, allowed: Iterable[str]) -> str:
+    """`value`, if it is allowed; else a ConfigError that names the field and the nearest allowed value."""
+    allowed = list(allowed)
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{field} = {value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
+    """A frozen copy of `config` with every derived value filled in, checked.
+
+    Derived here, after the overrides: `lora_alpha`, `train.num_inference_steps`, `trunc_backprop_timestep`,
+    `truncated_backprop_minmax` and the fields of `memory` where they are None, `train.gradient_accumulation_steps`
+    (micro-batches of one process per optimizer step) and `train.steps_per_epoch` (optimizer steps). What is "auto"
+    stays so, and what follows from it is left out, until `settle`.
+
+    Args:
+        num_processes: the number of processes that really run.
+
+    Raises:
+        ConfigError: a value or a combination that cannot run.
+    """
+    c = ConfigDict(config.to_dict()).unlock()
+    _check_fields(c)
+    _check_combinations(c)
+    train = c.train
+    if train.num_inference_steps is None:
+        train.num_inference_steps = c.num_inference_steps
+    steps = train.num_inference_steps
+    c.log_dir = os.path.expanduser(c.log_dir)
+    c.pretrained.model = os.path.expanduser(c.pretrained.model)
+    if c.lora_alpha is None:
+        c.lora_alpha = float(c.lora_rank)
+    # A command line gives "to_q,to_v" as one word.
+    if c.lora_target_modules is not None:
+        c.lora_target_modules = tuple(name for names in c.lora_target_modules for name in names.split(","))
+    if c.trunc_backprop_timestep is None:
+        c.trunc_backprop_timestep = steps - 1
+    if c.truncated_backprop_minmax is None:
+        c.truncated_backprop_minmax = (0, steps)
+    _check_truncation(c)
+    if c.memory_policy != "auto":
+        _fill_memory(c, POLICIES[c.memory_policy])
+    _check_memory(c)
+    if c.task == "train" and c.per_gpu_capacity != "auto":
+        at_once = c.per_gpu_capacity * num_processes
+        _check_multiple(
+            "train.total_batch_size", train.total_batch_size, at_once,
+            f"per_gpu_capacity × processes = {c.per_gpu_capacity} × {num_processes} = {at_once}",
+        )  # fmt: skip
+        _check_multiple(
+            "train.total_samples_per_epoch", train.total_samples_per_epoch, train.total_batch_size,
+            f"train.total_batch_size = {train.total_batch_size}",
+        )  # fmt: skip
+        train.gradient_accumulation_steps = train.total_batch_size // at_once
+        # A step of DDPO is a whole epoch: it samples, and then makes several updates with these samples.
+        updates = train.total_samples_per_epoch // train.total_batch_size
+        train.steps_per_epoch = updates if c.algorithm == "align_prop" else 1
+    return c.lock()
+
+
+def settle(config: ConfigDict, num_processes: int, policy: str, capacity: int) -> ConfigDict:
+    """`config`, resolved, with these values where `memory_policy` or `per_gpu_capacity` is "auto"."""
+    content = config.to_dict()
+    if content["per_gpu_capacity"] == "auto":
+        content["per_gpu_capacity"] = capacity
+    c = ConfigDict(content)
+    if c.memory_policy == "auto":
+        _fill_memory(c, POLICIES[policy])
+        _check_memory(c)
+    return resolve(c, num_processes)
+
+
+def estimator_options(config: ConfigDict) -> dict:
+    """What `estimators.build_estimator` takes, by its names; None where the method's own value is to be used."""
+    first, minmax = config.trunc_backprop_timestep, config.truncated_backprop_minmax
+    return {"first": first, "minmax": minmax, **config.plan.to_dict()}
+
+
+def components_left_out(config: ConfigDict) -> list[str]:
+    """The names in `pretrained.without`."""
+    return [name.strip() for name in config.pretrained.without.split(",") if name.strip()]
+
+
+def memory_policy(config: ConfigDict) -> MemoryPolicy:
+    """What `memory` says, in a configuration without "auto"."""
+    return MemoryPolicy(**config.memory.to_dict())
+
+
+def _fill_memory(c: ConfigDict, policy: MemoryPolicy) -> None:
+    for name in NAMES:
+        if c.memory[name] is None:
+            c.memory[name] = getattr(policy, name)
+
+
+def check_name(field: str) -> None:
+    """Raises: ConfigError with the nearest name, if the configuration has no such field."""
+    if field not in FIELDS and field not in DERIVED:
+        near = difflib.get_close_matches(field, FIELDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; config/align_prop.py has them all"
+        raise ConfigError(f"{field} is not a field of the configuration{hint}")
+
+
+def _check_fields(c: ConfigDict) -> None:
+    flat = flatten(c.to_dict())
+    for field in flat:
+        check_name(field)
+    for field, rule in FIELDS.items():
+        if field not in flat:
+            raise ConfigError(f"{field} is missing from the configuration; it must be {rule.wanted}")
+        value = flat[field]
+        if rule.choices and value is not None:
+            one_of(field, value, rule.choices)
+        elif not rule.accepts(value):
+            raise ConfigError(f"{field} = {value!r} must be {rule.wanted}")
+
+
+def _check_combinations(c: ConfigDict) -> None:
+    if c.kl_coeff and not c.use_lora:
+        raise ConfigError(f"kl_coeff = {c.kl_coeff} needs use_lora = True: without its adapter the model is the base")
+    if c.train_text_encoder and not c.use_lora:
+        raise ConfigError("train_text_encoder = True needs use_lora = True: a text encoder is trained by a LoRA only")
+    if c.train_text_encoder and c.algorithm == "ddpo":
+        raise ConfigError("train_text_encoder = True needs algorithm = 'align_prop': DDPO trains the denoiser alone")
+    if c.guide.window[0] >= c.guide.window[1]:
+        raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
+    if c.task == "train" and c.algorithm == "ddpo" and not c.eta:
+        raise ConfigError("eta = 0 must be greater than 0 where algorithm = 'ddpo': a policy needs chance; it has 1.0")
+    if c.loss != "maximise" and c.loss_target is None:
+        raise ConfigError(f"loss = {c.loss!r} needs loss_target, in units of the reward")
+    if c.task == "evaluate_soup":
+        if not c.resume_from:
+            raise ConfigError("resume_from is empty; evaluate_soup needs the checkpoint that mixing_coef_1 multiplies")
+        if not c.allow_extrapolation and not all(0 <= x <= 1 for x in c.mixing_coef_1):
+            raise ConfigError(
+                f"mixing_coef_1 = {tuple(c.mixing_coef_1)}: each coefficient must be from 0 to 1, unless "
+                "allow_extrapolation = True"
+            )
+
+
+def _check_memory(c: ConfigDict) -> None:
+    memory = c.memory
+    if memory.residency != "phase":
+        return
+    if memory.keep_steps:
+        raise ConfigError(
+            f"memory.keep_steps = {memory.keep_steps} must be 0 where memory.residency = 'phase': kept graphs would "
+            "hold the weights that leave the device"
+        )
+    if not c.use_lora and c.task == "train":
+        raise ConfigError("memory.residency = 'phase' needs use_lora = True: only frozen weights can leave the device")
+
+
+def _check_multiple(field: str, value: int, unit: int, unit_name: str) -> None:
+    if value % unit:
+        below, above = value // unit * unit, (value // unit + 1) * unit
+        nearest = f"{below} or {above}" if below else above
+        raise ConfigError(f"{field} = {value} is not a multiple of {unit_name}; nearest: {nearest}")
+
+
+def _check_truncation(c: ConfigDict) -> None:
+    steps, first, minmax = c.train.num_inference_steps, c.trunc_backprop_timestep, tuple(c.truncated_backprop_minmax)
+    name = "num_inference_steps" if steps == c.num_inference_steps else "train.num_inference_steps"
+    if not 0 <= first < steps:
+        raise ConfigError(f"trunc_backprop_timestep = {first} must be from 0 to {name} - 1 = {steps - 1}")
+    if len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= steps:
+        raise ConfigError(
+            f"truncated_backprop_minmax = {minmax} must be (low, high) with 0 <= low < high <= {name} = {steps}"
+        )
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """{"train": {"learning_rate": 1}} -> {"train.learning_rate": 1}."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """One line for each field that two (nested) configurations have with different values; where a run lies aside."""
+    before, now = flatten(before), flatten(now)
+    aside = ("run_name", "log_dir", "resume_from", "command")
+    shared = [name for name in now if name in before and name not in aside]
+    return [f"{name}: {before[name]!r} → {now[name]!r}" for name in shared if before[name] != now[name]]
+
+
+def save_config(config: ConfigDict, path) -> None:
+    """Writes the resolved configuration and the versions of what ran it, as JSON."""
+    from importlib.metadata import version
+
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    content = {**config.to_dict(), "versions": {name: version(name) for name in packages}}
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)  # so that a full disk leaves the earlier one

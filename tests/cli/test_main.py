@@ -1,0 +1,33 @@
+"""The command line, as a person uses it: one process, and two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_main(*arguments, processes=1, environment=()):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", **dict(environment)
+    }  # fmt: skip
+    command = [sys.executable, *(launcher if processes > 1 else []), "main.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def flags(config, preset="quickstart"):
+    """The command-line flags that turn a preset into `config`."""
+    from alignprop.settings.resolve import flatten
+    from config.align_prop import get_config
+
+    theirs, ours = flatten(get_config(preset).to_dict()), flatten(config.to_dict())
+    changed = {k: v for k, v in ours.items() if v != theirs[k]}
+    return [f"--config=config/align_prop.py:{preset}", *(f"--config.{k}={v}" for k, v in changed.items())]
+
+
+def test_a_run_ends_with_what_it_reached_and_where_that_lies(toy_config):
+    done = run_main(*flags(toy_config(run_name="r", num_epochs=1)))
+    assert done.returncode == 0, done.stderr
+    assert "held-out rewards, step 0 → step 2" in done.stdout and "before_after.png" in done.stdout

@@ -1,0 +1,1 @@
+"""What tests share: small models and rewards, stand-ins, references."""

@@ -1,0 +1,239 @@
+"""Each reward beside its reference, with the same random weights: published code, or transformers' own way.
+
+A reference starts from 8-bit PIL pictures and text, with the processor of its own, and ends in scores and their
+gradient with respect to its pixels. `CASES` has one function a reward, `compare` what both make of the same.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from rewards import WeightedReward, build_reward
+from tests.helpers import aside, imagereward_reference, siglip_reference
+from tests.helpers.imagereward_files import imagereward_state, make_bert_tokenizer
+from tests.helpers.reward_files import make_options, make_siglip, open_clip_state
+
+PROMPTS = [
+    "a red cat",
+    "two dogs on a sofa",
+    "The artist’s “blue” horse, trending on ArtStation, 8k!!",
+    "salt &amp;amp; pepper; cafÃ© 1984 -- naïve 猫 🐈",
+    "very long " * 60,
+    "don't stop, it's we'll they'd",
+]
+# More prompts for the tokenizer alone: whitespace, accents, digits, empty, case.
+TEXTS = [
+    "", "  tabs\tand\nlines  ", "ÀÉÎ Straße ΣΊΣΥΦΟΣ", "12345 3.14", "a_b-c/d\\e", "½ﬁ①", "e\u0301 vs é", "'S 'T",
+    "1 < 2 &amp;amp; 3",
+]  # fmt: skip
+HPS_MODEL = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 224, "layers": 3, "width": 320, "head_width": 80, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Attributes:
+        reward: the reward alone, as built from a spec.
+        images: [1, 3, H, W] in [0, 1], one a prompt of PROMPTS; the first two need no resize.
+        pixels: the reference's, normalised, [3, h, w] each.
+        tokens: ours and the reference's ids of PROMPTS, and of TEXTS where it was asked; None without text.
+        scores: the reference's [6].
+        gradient: the reference's ∂ Σ scores[:2] / ∂ pixels[:2], [2, 3, h, w].
+        answers: all that a reference in another process left.
+    """
+
+    reward: WeightedReward
+    images: list[torch.Tensor]
+    pixels: list[torch.Tensor]
+    tokens: tuple[torch.Tensor, torch.Tensor] | None
+    scores: torch.Tensor
+    gradient: torch.Tensor
+    answers: dict | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    Attributes:
+        pixels, resized: largest difference in 1/255, before normalising, of pictures that fit and of others.
+        tokens: whether all ids are equal; None without text.
+        scores, gradient: relative, of the two pictures that fit.
+        resized_scores: relative to the scores' own spread, of all pictures.
+    """
+
+    pixels: float
+    resized: float
+    tokens: bool | None
+    scores: float
+    gradient: float
+    resized_scores: float
+
+
+def compare(case: Case) -> Difference:
+    (term,) = case.reward.terms.values()
+    preprocess = term.blip.preprocess if hasattr(term, "blip") else term.tower.preprocess
+    steps = [
+        ((preprocess(image)[0] - pixels) * preprocess.std * 255).abs().max().item()
+        for image, pixels in zip(case.images, case.pixels, strict=True)
+    ]
+    with torch.no_grad():
+        pairs = zip(case.images, PROMPTS, strict=True)
+        scores = torch.cat([case.reward(image, [prompt]) for image, prompt in pairs])
+    fitting = torch.cat(case.images[:2]).requires_grad_()
+    (gradient,) = torch.autograd.grad(case.reward(fitting, PROMPTS[:2]).sum(), fitting)
+    expected = case.gradient / preprocess.std  # the reference's is with respect to normalised pixels
+    error = scores - case.scores
+    return Difference(
+        pixels=max(steps[:2]),
+        resized=max(steps[2:]),
+        tokens=None if case.tokens is None else torch.equal(*case.tokens),
+        scores=(error[:2].abs().max() / case.scores[:2].abs().max()).item(),
+        gradient=((gradient - expected).norm() / expected.norm()).item(),
+        resized_scores=(error.abs().max() / case.scores.std()).item(),
+    )
+
+
+# ---- pictures
+
+
+def pictures(side: int) -> list[torch.Tensor]:
+    """uint8 [H, W, 3] with edges and flat parts: two that fit, then down, up, and two that are not square.
+
+    The last leaves an odd number of columns to cut away, half of which torchvision rounds up, transformers down.
+    """
+    found = []
+    for i, (height, width) in enumerate([(side, side), (side, side), (512, 512), (40, 40), (300, 200), (157, 398)]):
+        coarse = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(i))
+        picture = torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
+        found.append((picture[0].permute(1, 2, 0) * 255).round().to(torch.uint8))
+    return found
+
+
+def as_images(array: torch.Tensor) -> torch.Tensor:
+    return array.permute(2, 0, 1).unsqueeze(0).float() / 255
+
+
+def write_request(folder: Path, side: int, **request) -> list[torch.Tensor]:
+    """What a reference in another process reads: pictures as files, and request.json. Returns the images."""
+    arrays = pictures(side)
+    names = [f"picture_{i}.png" for i in range(len(arrays))]
+    for name, array in zip(names, arrays, strict=True):
+        Image.fromarray(array.numpy()).save(folder / name)
+    request = {"pictures": names, "prompts": PROMPTS, "texts": TEXTS, **request}
+    (folder / "request.json").write_text(json.dumps(request))
+    return [as_images(array) for array in arrays]
+
+
+# ---- references in a process of their own
+
+
+def hps(folder: Path) -> Case:
+    """The hpsv2 package, on the CPU and so in float32 (on a GPU it scores under fp16 autocast)."""
+    images = write_request(folder, 224, model=HPS_MODEL)
+    torch.save(images, folder / "images.pt")
+    torch.save({"state_dict": open_clip_state(layers=(3, 3), widths=(320, 256))}, folder / "checkpoint.pt")
+    answers = aside.ask("tests.helpers.hps_reference", aside.install_hps(), folder)
+    options = {"checkpoint": str(folder / "checkpoint.pt"), "tokenizer": str(folder / "tokenizer")}
+    reward = build_reward("hps", {"hps": options})
+    tokens = reward.terms["hps"].tower.tokenize(PROMPTS + TEXTS), answers["tokens"]
+    return Case(reward, images, answers["pixels"], tokens, answers["scores"], answers["gradient"], answers)
+
+
+def imagereward(folder: Path) -> Case:
+    """The image-reward package, with the transformers of its time."""
+    images = write_request(folder, 224)
+    vocabulary = make_bert_tokenizer(folder / "bert-base-uncased") + 2
+    torch.save(imagereward_state(vocabulary), folder / "ImageReward.pt")
+    packages = aside.install_pinned("imagereward_reference", imagereward_reference.REQUIREMENTS)
+    answers = aside.ask("tests.helpers.imagereward_reference", packages, folder)
+    options = {"checkpoint": str(folder / "ImageReward.pt"), "tokenizer": str(folder / "bert-base-uncased")}
+    reward = build_reward("imagereward", {"imagereward": options})
+    tokens = reward.terms["imagereward"].blip.tokenize(PROMPTS + TEXTS)[0], answers["tokens"]
+    return Case(reward, images, answers["pixels"], tokens, answers["scores"], answers["gradient"], answers)
+
+
+# ---- transformers' own processors and models
+
+
+def clip(folder: Path) -> Case:
+    options = make_options("clip", folder)
+    return with_clip("clip", options, options["model"], options["model"], lambda output: output.logits_per_image / 100)
+
+
+def pickscore(folder: Path) -> Case:
+    """As the model's page says: its processor, then the logit scale times the cosine."""
+    options = make_options("pickscore", folder)
+    return with_clip("pickscore", options, options["model"], options["processor"], lambda o: o.logits_per_image)
+
+
+def with_clip(name: str, options: dict, model: str, processor: str, scores_of: Callable) -> Case:
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    model = CLIPModel.from_pretrained(model)
+    texts = CLIPTokenizer.from_pretrained(processor)(
+        PROMPTS, padding=True, truncation=True, max_length=16, return_tensors="pt"
+    )
+    reward = build_reward(name, {name: options})
+    tokens = reward.terms[name].tower.tokenize(PROMPTS), texts.input_ids
+    return ask(
+        reward, CLIPImageProcessorPil.from_pretrained(processor), tokens,
+        lambda pixels: scores_of(model(pixel_values=pixels, **texts)),
+    )  # fmt: skip
+
+
+def aesthetic(folder: Path) -> Case:
+    """Its head is linear, so it is one matrix product after another."""
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    options = make_options("aesthetic", folder)
+    model, head = CLIPModel.from_pretrained(options["clip"]), torch.load(options["head_file"])
+
+    def scores(pixels):
+        x = model.get_image_features(pixel_values=pixels).pooler_output
+        x = x / x.norm(dim=-1, keepdim=True)
+        for i in (0, 2, 4, 6, 7):
+            x = x @ head[f"layers.{i}.weight"].T + head[f"layers.{i}.bias"]
+        return x.expand(-1, len(PROMPTS))
+
+    processor = CLIPImageProcessorPil.from_pretrained(options["clip"])
+    return ask(build_reward("aesthetic", {"aesthetic": options}), processor, None, scores)
+
+
+def siglip(folder: Path) -> Case:
+    """transformers' SiglipModel; its tokenizer, which needs sentencepiece, in a process of its own."""
+    from transformers import SiglipImageProcessorPil, SiglipModel
+
+    write_request(folder, 64)
+    packages = aside.install_pinned("siglip_reference", siglip_reference.REQUIREMENTS)
+    answers = aside.ask("tests.helpers.siglip_reference", packages, folder)
+    name = make_siglip(folder / "siglip", sentencepiece=(folder / "spiece.model").read_bytes(), length=64)
+    model = SiglipModel.from_pretrained(name)
+    reward = build_reward("siglip", {"siglip": {"model": str(name)}})
+    tokens = reward.terms["siglip"].tower.tokenize(PROMPTS + TEXTS), answers["tokens"]
+
+    def scores(pixels):
+        output = model(pixel_values=pixels, input_ids=answers["tokens"][: len(PROMPTS)])
+        return (output.logits_per_image - model.logit_bias) / model.logit_scale.exp()
+
+    return ask(reward, SiglipImageProcessorPil.from_pretrained(name), tokens, scores)
+
+
+def ask(reward: WeightedReward, processor, tokens, scores_of: Callable) -> Case:
+    """scores_of: pixels [n, 3, h, w] to the scores [n, 6] of each with every prompt."""
+    arrays = pictures(64)
+    pixels = [processor(Image.fromarray(a.numpy()), return_tensors="pt").pixel_values[0] for a in arrays]
+    scores = torch.cat([scores_of(p.unsqueeze(0))[:, i] for i, p in enumerate(pixels)]).detach()
+    square = torch.stack(pixels[:2]).requires_grad_()
+    (gradient,) = torch.autograd.grad(scores_of(square).diagonal().sum(), square)
+    return Case(reward, [as_images(array) for array in arrays], pixels, tokens, scores, gradient)
+
+
+CASES = {f.__name__: f for f in (hps, clip, pickscore, imagereward, siglip, aesthetic)}

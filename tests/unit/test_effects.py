@@ -1,0 +1,67 @@
+import inspect
+
+import pytest
+
+from alignprop.method.estimators import ESTIMATORS
+from alignprop.settings.effects import _REWARD_OPTIONS, PLAN_FIELDS, warnings_for
+from alignprop.settings.fields import FIELDS
+from alignprop.settings.resolve import resolve
+from rewards import OPTIONS_OF, REWARDS
+from tests.unit.test_resolve import preset
+
+
+def test_fields_without_effect_are_told():
+    c = resolve(preset(trunc_backprop_timestep=10), 1)
+    assert warnings_for(c, ["trunc_backprop_timestep", "seed"]) == [
+        "trunc_backprop_timestep has no effect: it needs estimator = 'truncated'"
+    ]
+    assert warnings_for(resolve(preset("hps_k1"), 1), ["trunc_backprop_timestep"]) == []
+    (line,) = warnings_for(resolve(preset("evaluate"), 1), ["train.learning_rate", "num_eval_images"])
+    assert line.startswith("train.learning_rate has no effect")
+    overridden = ["train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.adam_weight_decay"]
+    lines = warnings_for(preset(train__optimizer="sgd"), [*overridden, "allow_extrapolation"])
+    assert [line.split()[0] for line in lines] == [*overridden[:3], "allow_extrapolation"]
+    assert warnings_for(preset(), overridden) == []
+
+
+def test_a_plan_field_of_another_estimator_is_told():
+    c = preset("refl", plan__exit_window=0.5, plan__copies=3)
+    assert warnings_for(c, ["plan.exit_window", "plan.copies"]) == [
+        "plan.copies has no effect: it needs estimator = 'draft_lv'"
+    ]
+
+
+def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
+    for field, names in PLAN_FIELDS.items():
+        assert {n for n, f in ESTIMATORS.items() if field in inspect.signature(f).parameters} == set(names)
+    assert {name for name in FIELDS if name.startswith("plan.")} == {f"plan.{field}" for field in PLAN_FIELDS}
+
+
+@pytest.mark.parametrize(("config", "field", "told"), [
+    (dict(), "lora_scale", "task = 'evaluate' or 'guide'"),
+    (dict(task="evaluate_soup"), "lora_schedule", "task = 'evaluate' or 'guide'"),
+    (dict(), "guide.strength", "task = 'guide'"),
+    (dict(), "ddpo.clip_range", "algorithm = 'ddpo'"),
+    (dict(algorithm="ddpo", eta=1.0, ddpo__per_prompt_buffer=8), "ddpo.per_prompt_min_count", "at least as many"),
+    (dict(algorithm="ddpo", eta=1.0), "estimator", "algorithm = 'ddpo' does not use it"),
+    (dict(reward_fn="hps"), "reward_combine", "several rewards"),
+    (dict(reward_fn="hps", eval_reward_fn="aesthetic"), "siglip.model", "that reward in reward_fn or eval_reward_fn"),
+    (dict(), "hub.private", "hub.repo"),
+    (dict(pretrained__model="sd3.safetensors"), "pretrained.without", "a pipeline as pretrained.model"),
+    (dict(task="evaluate", hub__repo="me/toy"), "hub.repo", "does not train"),
+])  # fmt: skip
+def test_newer_fields_without_effect_are_told(config, field, told):
+    (line,) = warnings_for(preset(**config), [field])
+    assert line.startswith(f"{field} has no effect") and told in line
+
+
+def test_options_of_rewards_that_are_named_have_an_effect():
+    c = preset(reward_fn="imagereward:2, jpeg_proxy", eval_reward_fn="count_hard,my_rewards:brightness")
+    used = ["imagereward.dtype", "jpeg.quality", "count.model", "clip.model"]
+    unused = ["hps.version", "pickscore.model"]
+    assert [line.split()[0] for line in warnings_for(c, used + unused)] == unused
+
+
+def test_every_reward_with_options_is_known_here():
+    groups = {name.partition(".")[0] for name in FIELDS if "." in name}
+    assert {*_REWARD_OPTIONS, "clip"} == groups & {*REWARDS, *OPTIONS_OF.values()}

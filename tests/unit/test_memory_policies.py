@@ -1,0 +1,146 @@
+"""Every combination of memory settings gives the gradient of plain autograd, and the same pictures."""
+
+import itertools
+
+import pytest
+import torch
+
+from alignprop.engine.seeding import generator, generators
+from alignprop.lora.adapters import trained_parameters
+from alignprop.memory.accounting import Account
+from alignprop.memory.residency import apply_policy
+from alignprop.method import estimators
+from alignprop.method.guidance import GuidedDenoiser
+from alignprop.models.sd import StableDiffusion
+from alignprop.prompts import draw_prompts
+from alignprop.settings.memory_policies import POLICIES, chunks
+from alignprop.trainer import AlignPropTrainer
+from scripts.bench.families import encode_with_graph
+
+STEPS, BATCH = 2, 2
+
+
+class InDouble(StableDiffusion):
+    def init_latents(self, generators):
+        return super().init_latents(generators).double()
+
+
+@pytest.fixture
+def make_trainer(toy_config, pipeline_folder):
+    def make(**memory):
+        config = toy_config(
+            per_gpu_capacity=BATCH, train__total_batch_size=BATCH, train__total_samples_per_epoch=BATCH,
+            num_inference_steps=STEPS, estimator="full", eval_reward_fn="", **memory,
+        )  # fmt: skip
+        trainer = AlignPropTrainer(config, model=InDouble.load(str(pipeline_folder), dtype=torch.float64))
+        for parameter in trainer.weights.parameters:
+            parameter.data = parameter.data.double().normal_(0, 0.3, generator=generator("w", parameter.numel()))
+        return trainer
+
+    return make
+
+
+def gradient(trainer):
+    (indices,) = trainer._micro_batches()
+    plan = trainer.estimator(trainer.run.rollout.sampler, BATCH, generator("plan"))
+    rewards = trainer.add_gradients((0, 0), indices, plan)[1]
+    found = torch.cat([p.grad.flatten() for p in trainer.weights.parameters])
+    trainer.weights.zero_grad()
+    return found, rewards
+
+
+def by_autograd(trainer, first=0):
+    """∂(mean loss)/∂θ through the plain chain, in one graph from step `first` on; the loss is minus the reward."""
+    model, sampler = trainer.run.model, trainer.run.rollout.sampler
+    prompts, metadata = draw_prompts(trainer.prompts, 0, 0, torch.arange(BATCH))
+    cond, f = encode_with_graph(model, prompts), GuidedDenoiser(model, trainer.config.guidance_scale)
+    latents = model.init_latents(generators(range(BATCH), 0, 0, "noise"))
+    for i, t in enumerate(sampler.timesteps):
+        with torch.set_grad_enabled(i >= first):
+            latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * f(latents, t, cond)
+    rewards = trainer.run.reward(model.decode(latents), prompts, metadata)
+    grads = torch.autograd.grad(-rewards.mean(), trainer.weights.parameters)
+    return torch.cat([g.flatten() for g in grads]), rewards.detach()
+
+
+def relative_difference(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+CHUNKS = {"sweep_chunk": (0, 1), "decode_chunk": (0, 1), "guidance_batching": ("joint", "split")}
+KEPT_OR_PHASE = ({"keep_steps": 0}, {"keep_steps": 1}, {"keep_steps": 2}, {"residency": "phase", "keep_steps": 0})
+
+
+@pytest.mark.parametrize(
+    "layers", list(itertools.product((False, True), repeat=3)), ids=lambda flags: "".join("-x"[f] for f in flags)
+)
+def test_every_combination_gives_the_gradient_of_autograd(make_trainer, layers):
+    names = ("block_checkpointing", "decoder_checkpointing", "lean")
+    plain = {"block_checkpointing": False, "decoder_checkpointing": False, "lean": False}
+    expected, expected_rewards = by_autograd(make_trainer(**{f"memory__{k}": v for k, v in plain.items()}))
+    assert expected.norm() > 0
+    trainer = make_trainer(**{f"memory__{name}": flag for name, flag in zip(names, layers, strict=True)})
+    for *values, more in itertools.product(*CHUNKS.values(), KEPT_OR_PHASE):
+        settings = {"residency": "all", **dict(zip(CHUNKS, values, strict=True)), **more}
+        trainer.run._open.memory.update(settings)
+        trainer.run.use_policy("fast", BATCH)
+        trainer.config = trainer.run.config
+        found, rewards = gradient(trainer)
+        assert relative_difference(found, expected) <= 1e-12, settings
+        assert relative_difference(rewards, expected_rewards) <= 1e-12, settings
+
+
+@pytest.mark.parametrize(("estimator", "memory"), [
+    ("full", {}), ("full", {"sweep_chunk": 1, "decode_chunk": 1}), ("full", {"keep_steps": 1}),
+    ("full", {"keep_steps": 2, "guidance_batching": "split"}), ("truncated", {"sweep_chunk": 1}),
+    ("truncated", {"keep_steps": 1}),
+    ("full", {"lean": True, "block_checkpointing": True, "guidance_batching": "split"}),
+])  # fmt: skip
+def test_the_gradient_of_a_text_encoder_is_that_of_autograd(make_trainer, estimator, memory):
+    """Its own, beside the denoiser's, of which each is compared by itself."""
+    fields = {f"memory__{name}": value for name, value in memory.items()}
+    trainer = make_trainer(train_text_encoder=True, **fields)
+    model, steps = trainer.run.model, trainer.run.rollout.sampler.num_steps
+    names = list(trained_parameters(model))
+    first = steps - 1 if estimator == "truncated" else 0
+    trainer.estimator = lambda sampler, count, draw: estimators.truncated(sampler, count, first=first)
+    expected = split(names, trainer, by_autograd(trainer, first)[0])
+    found = split(names, trainer, gradient(trainer)[0])
+    for part, vector in expected.items():
+        assert vector.norm() > 0 and relative_difference(found[part], vector) <= 1e-12, part
+
+
+def split(names, trainer, vector):
+    """A vector of all parameters, by whether they are of the text encoder."""
+    pieces, found = vector.split([p.numel() for p in trainer.weights.parameters]), {True: [], False: []}
+    for name, piece in zip(names, pieces, strict=True):
+        found["text_encoder" in name].append(piece)
+    return {part: torch.cat(several) for part, several in found.items()}
+
+
+def test_the_policies_need_less_and_less(make_trainer):
+    """On the CPU, with the real tensors of a step, but for those that only a GPU can be rid of."""
+    peaks = {}
+    for name in POLICIES:
+        trainer = make_trainer(memory_policy=name)
+        account = Account("cpu")
+        account.track(trainer.run.model.denoiser, trainer.run.model.decoder)
+        with account:
+            gradient(trainer)
+        peaks[name] = account.peak
+    assert peaks["roomy"] > peaks["fast"] > peaks["lean"] > peaks["balanced"] >= peaks["smallest"]
+
+
+def test_applying_a_policy_twice_changes_nothing(make_trainer):
+    trainer = make_trainer(memory_policy="smallest")
+    once, _ = gradient(trainer)
+    apply_policy(trainer.run.model, trainer.run.memory)
+    assert torch.equal(gradient(trainer)[0], once)
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [
+    (5, 2, [2, 2, 1]), (4, 0, [4]), (3, 9, [3]), (0, 2, []), (0, 0, []),
+])  # fmt: skip
+def test_chunks(count, size, sizes):
+    assert [len(range(count)[part]) for part in chunks(count, size)] == sizes
+    assert [j for part in chunks(count, size) for j in range(count)[part]] == list(range(count))

@@ -1,0 +1,277 @@
+"""Forecasts against what a real step needs, counted on real tensors; and what is chosen by them."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from alignprop.engine.seeding import generator
+from alignprop.memory import planner
+from alignprop.memory.accounting import Account, on_meta
+from alignprop.memory.forecast import encode
+from alignprop.memory.planner import GIB, Forecast, candidates, choose_policy, forecast, skeletons, table
+from alignprop.models.sd import StableDiffusion
+from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
+from alignprop.settings.resolve import ConfigError, resolve
+from alignprop.trainer import AlignPropTrainer
+from rewards import as_reward, build_reward
+from tests.helpers.single_file import make_pipeline
+
+STEPS, CAPACITY = 4, 3
+STAYING = {name: policy for name, policy in POLICIES.items() if policy.residency == "all"}
+STAYING["some kept"] = MemoryPolicy(keep_steps=2)
+STAYING["blocks"] = MemoryPolicy(sweep_chunk=2, block_checkpointing=True)
+
+
+def real_cost(trainer):
+    """(bytes at most, FLOPs) of one micro-batch and of the update, on the CPU."""
+    run, account = trainer.run, Account("cpu")
+    trainer.step()  # prompts are remembered and the optimizer has its moments
+    size = trainer.config.per_gpu_capacity
+    plan = trainer.estimator(run.rollout.sampler, size, generator(trainer.config.seed, 0, "plan"))
+    account.track(run.model.denoiser, run.model.decoder, run.reward)
+    account.track([list(moments.values()) for moments in trainer.weights.optimizer.state.values()])
+    with account:
+        trainer.add_gradients((0, 0), torch.arange(size), plan)
+        trainer.weights.sum_over_processes()
+        trainer.weights.optimizer.step()
+    return account.peak, sum(account.flops.values())
+
+
+@pytest.fixture
+def options():
+    return dict(
+        num_inference_steps=STEPS, estimator="full", per_gpu_capacity=CAPACITY, eval_reward_fn="",
+        train__total_batch_size=CAPACITY, train__total_samples_per_epoch=CAPACITY,
+    )  # fmt: skip
+
+
+def compare(config, folder, memory):
+    """(forecast, real) as (bytes, FLOPs)."""
+    with config.unlocked():
+        config.memory_policy = "fast"
+        config.memory.update(vars(memory))
+    c = resolve(config, 1)
+    reward = build_reward(c.reward_fn, {"aesthetic": c.aesthetic.to_dict()})
+    model = StableDiffusion.load(folder)
+    found = forecast(lambda: (on_meta(model), on_meta(reward)), c, "x", memory, c.per_gpu_capacity)
+    trainer = AlignPropTrainer(config)
+    return (found.peak, found.flops * c.per_gpu_capacity), real_cost(trainer)
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_a_forecast_is_what_a_real_step_needs(toy_config, options, name):
+    """The bundled model with its aesthetic reward; bytes within 5 %, FLOPs within 1 %."""
+    from config.align_prop import TINY
+
+    config = toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn="aesthetic", **options)
+    (ours, our_flops), (real, real_flops) = compare(config, str(TINY / "pipeline"), STAYING[name])
+    assert ours == pytest.approx(real, rel=0.05)
+    assert our_flops == pytest.approx(real_flops, rel=0.01)
+
+
+def test_a_forecast_knows_of_a_text_encoder_that_is_trained(toy_config, options, monkeypatch):
+    """The network's calls need ∂f/∂c too; of the encoder's own passes, which are short, the bytes alone are counted."""
+    from config.align_prop import TINY
+
+    calls = []
+    monkeypatch.setattr(
+        "alignprop.memory.forecast.encode", lambda *call, **how: calls.append(how) or encode(*call, **how)
+    )
+    options |= dict(train_text_encoder=True, reward_fn="aesthetic", pretrained__model=str(TINY / "pipeline"))
+    memory = MemoryPolicy(sweep_chunk=2)
+    (ours, our_flops), (real, real_flops) = compare(toy_config(**options), options["pretrained__model"], memory)
+    assert ours == pytest.approx(real, rel=0.05)
+    assert our_flops == pytest.approx(real_flops, rel=0.004)
+    assert {} in calls and {"backward": True} in calls
+
+
+@pytest.mark.parametrize(("estimator", "exact_bytes"), [("draft_lv", True), ("drtune", False), ("refl", False)])
+def test_a_forecast_knows_of_copies_and_early_exits(toy_config, options, estimator, exact_bytes):
+    """Samples that leave the chain make a step's calls smaller, never larger, than those that memory is planned for."""
+    from config.align_prop import TINY
+
+    options |= dict(estimator=estimator, plan__copies=3) if estimator == "draft_lv" else dict(estimator=estimator)
+    config = toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn="aesthetic", **options)
+    (ours, our_flops), (real, real_flops) = compare(config, str(TINY / "pipeline"), MemoryPolicy())
+    assert our_flops == pytest.approx(real_flops, rel=0.01)
+    assert ours == pytest.approx(real, rel=0.05) if exact_bytes else ours >= 0.95 * real
+
+
+def test_a_forecast_for_a_hundred_million_parameters(toy_config, options, tmp_path):
+    folder = make_pipeline(
+        tmp_path / "large", channels=(128, 256, 512, 512), sample_size=16, vae_channels=(32, 64, 64, 64)
+    )
+    options |= dict(num_inference_steps=3, per_gpu_capacity=2)
+    options |= dict(train__total_batch_size=2, train__total_samples_per_epoch=2)
+    (ours, _), (real, _) = compare(
+        toy_config(pretrained__model=str(folder), **options), str(folder), POLICIES["balanced"]
+    )
+    assert ours == pytest.approx(real, rel=0.05)
+
+
+# ---- choosing
+
+
+def of_size(gib):
+    def forecast(parts, config, policy, memory, capacity, done):
+        return Forecast(policy, capacity, {"sweep": gib(policy, capacity) * GIB}, 1e12)
+
+    return forecast
+
+
+@pytest.fixture
+def accelerator():
+    return SimpleNamespace(
+        device=torch.device("cuda"), num_processes=1, distributed_type=DistributedType.NO
+    )  # nothing is done with the device but to look at its name
+
+
+REWARD = build_reward("tests.helpers.toy_rewards:redness")
+SIZES = {"roomy": 90.0, "fast": 20.0, "lean": 12.0, "balanced": 8.0, "small": 5.0, "smallest": 3.0}
+
+
+@pytest.mark.parametrize(("gpu", "chosen"), [
+    (100, "roomy"), (24, "fast"), (21, "lean"), (12, "balanced"), (6, "small"), (2, "smallest"),
+])  # fmt: skip
+def test_the_fastest_that_fits_is_chosen(toy_config, accelerator, monkeypatch, gpu, chosen):
+    monkeypatch.setattr(planner, "forecast", of_size(lambda policy, capacity: SIZES[policy]))
+    monkeypatch.setattr(planner, "gpu_bytes", lambda: gpu * GIB)
+    said = []
+    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, said.append) == (chosen, 2)
+    assert chosen in said[-1].splitlines()[-1]
+
+
+def test_the_largest_capacity_that_fits_and_divides_the_batch(toy_config, accelerator, monkeypatch):
+    monkeypatch.setattr(planner, "gpu_bytes", lambda: 10 * GIB)
+    monkeypatch.setattr(planner, "forecast", of_size(lambda policy, capacity: 2 * capacity))
+    config = resolve(toy_config(per_gpu_capacity="auto", memory_policy="fast", train__total_batch_size=8), 1)
+    assert choose_policy(config, None, REWARD, accelerator, lambda text: None) == ("fast", 4)
+    assert [n for _, _, n in candidates(config, 2, ("fast",))] == [4, 2, 1]
+    assert [n for _, _, n in candidates(config, 2, ("roomy",))] == [4]
+
+
+def test_without_a_gpu_there_is_nothing_to_plan(toy_config, accelerator, monkeypatch):
+    monkeypatch.setattr(planner, "forecast", lambda *arguments: pytest.fail("planned"))
+    accelerator.device = torch.device("cpu")
+    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, None) == ("fast", 2)
+    accelerator.distributed_type = DistributedType.FSDP
+    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, None) == ("balanced", 2)
+
+
+def test_a_users_own_reward_is_not_called_without_data(toy_config, accelerator, monkeypatch, pipeline_folder):
+    """It may look at values, which there are none of, or keep tensors of its own, which would lose theirs."""
+    model, said = StableDiffusion.load(str(pipeline_folder)), []
+
+    def reward(images, prompts, metadata):
+        pytest.fail("called")
+
+    monkeypatch.setattr(planner, "gpu_bytes", lambda: 10 * GIB)
+    config = resolve(toy_config(), 1)
+    assert choose_policy(config, model, as_reward(reward), accelerator, said.append) == ("roomy", 2)
+    assert "fits" in said[-1]
+
+
+def test_a_model_that_cannot_be_planned_still_runs(toy_config, accelerator, monkeypatch):
+    monkeypatch.setattr(planner, "gpu_bytes", lambda: 10 * GIB)
+    said = []
+    assert choose_policy(resolve(toy_config(), 1), object(), REWARD, accelerator, said.append) == ("balanced", 2)
+    assert "could not be planned (AttributeError" in said[-1]
+
+
+def test_evaluating_needs_no_trained_adapter(toy_config, accelerator):
+    accelerator.device = torch.device("cpu")
+    config = resolve(toy_config("tiny_evaluate", memory_policy="small", use_lora=False), 1)
+    assert choose_policy(config, None, REWARD, accelerator, None) == ("small", 2)
+
+
+def test_what_a_person_sets_is_in_every_candidate(toy_config):
+    config = resolve(toy_config(memory__sweep_chunk=3, memory__lean=True), 1)
+    found = candidates(config, 1)
+    assert [name for name, _, _ in found] == list(POLICIES)
+    assert all(memory == replace(POLICIES[n], sweep_chunk=3, lean=True) for n, memory, _ in found)
+
+
+def test_policies_that_move_modules_are_not_for_whole_denoisers_nor_for_kept_graphs(toy_config):
+    whole = candidates(resolve(toy_config(use_lora=False), 1), 1)
+    assert [n for n, _, _ in whole] == ["roomy", "fast", "lean", "balanced"]
+    assert [n for n, _, _ in candidates(resolve(toy_config(memory__keep_steps=1), 1), 1)][-1] == "balanced"
+
+
+def test_fitting_leaves_room_for_what_is_not_counted():
+    small = Forecast("x", 1, {"encode": GIB, "sweep": 10 * GIB}, 1.0)
+    assert (small.peak, small.phase) == (10 * GIB, "sweep")
+    assert small.fits(11.5 * GIB) and not small.fits(11 * GIB)
+
+
+def test_the_table_has_a_line_for_each():
+    forecasts = [Forecast("small", 2, {"decode": 3 * GIB}, 2e12), Forecast("fast", 4, {"sweep": 9 * GIB}, 1e12)]
+    lines = table(forecasts, 8, 4 * GIB).splitlines()[1:]
+    assert [line.split()[:6] for line in lines] == [
+        ["small", "2", "3.00", "decode", "2", "16"], ["fast", "4", "9.00", "sweep", "1", "8"],
+    ]  # fmt: skip
+    assert lines[0].endswith("  fits") and lines[1].endswith("does not fit")
+
+
+# ---- without weights
+
+
+@pytest.mark.parametrize("reward", ["aesthetic", "clip", "aesthetic:1,tests.helpers.toy_rewards:redness:2"])
+def test_skeletons_have_the_shapes_of_the_real_parts(toy_config, reward):
+    """The bundled model's folder and CLIP, read for their configuration files alone."""
+    from config.align_prop import TINY
+
+    config = resolve(toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn=reward), 1)
+    model, scorer = skeletons(config)()
+    real = StableDiffusion.load(str(TINY / "pipeline"))
+    options = {name: config[name].to_dict() for name in ("aesthetic", "clip")}
+    pairs = [(model.denoiser, real.denoiser), (model.decoder, real.decoder), (scorer, build_reward(reward, options))]
+    for ours, theirs in pairs:
+        shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+        assert all(tensor.is_meta for tensor in ours.state_dict().values())
+
+
+def test_a_forecast_from_files_is_that_of_the_loaded_parts(toy_config, pipeline_folder):
+    config = resolve(toy_config(pretrained__model=str(pipeline_folder)), 1)
+    model, reward = StableDiffusion.load(str(pipeline_folder)), build_reward(config.reward_fn)
+    loaded = forecast(lambda: (on_meta(model), on_meta(reward)), config, "x", POLICIES["small"], 2)
+    assert forecast(skeletons(config), config, "x", POLICIES["small"], 2) == loaded
+
+
+def test_a_single_file_is_planned_from_its_configuration(toy_config, pipeline_folder):
+    config = resolve(toy_config(pretrained__model="model.safetensors", pretrained__config=str(pipeline_folder)), 1)
+    whole = resolve(toy_config(), 1)
+    assert skeletons(config)()[0].latent_shape == skeletons(whole)()[0].latent_shape
+    config = resolve(toy_config(pretrained__model="model.safetensors"), 1)
+    with pytest.raises(ConfigError, match=r"^pretrained.model = 'model.safetensors' is a single file: to plan, pretr"):
+        skeletons(config)
+
+
+def test_kept_steps_cost_fewer_operations_the_more_there_are(toy_config, pipeline_folder):
+    config = resolve(toy_config(num_inference_steps=6, estimator="truncated", trunc_backprop_timestep=2), 1)
+    model = StableDiffusion.load(str(pipeline_folder))
+    reward = build_reward("tests.helpers.toy_rewards:redness")
+    parts, found = (lambda: (on_meta(model), on_meta(reward))), {}
+    done: dict = {}
+    for keep in (0, 1, 2, 4, 99):
+        found[keep] = forecast(parts, config, "x", MemoryPolicy(keep_steps=keep), 2, done)
+    assert found[4] == found[99]
+    config_k1 = resolve(toy_config(num_inference_steps=6, estimator="truncated"), 1)
+    of_one = forecast(parts, config_k1, "x", MemoryPolicy(keep_steps=99), 2, done)
+    assert of_one.peaks["sweep"] < found[1].peaks["sweep"]  # which calls the network again besides
+    assert found[1].peak < found[2].peak < found[4].peak
+    saved = [found[keep].flops - found[4].flops for keep in (0, 1, 2)]
+    assert saved[2] > 0
+    # The lowest step, called again without ∂f/∂x, costs the same call of the network as any other.
+    assert saved == pytest.approx([2 * saved[2], 1.5 * saved[2], saved[2]], rel=1e-6)
+
+
+def test_a_full_fine_tuning_needs_more_than_a_lora(toy_config, pipeline_folder):
+    peaks = []
+    for use_lora in (True, False):
+        config = resolve(toy_config(pretrained__model=str(pipeline_folder), use_lora=use_lora), 1)
+        peaks.append(forecast(skeletons(config), config, "x", POLICIES["fast"], 2).peak)
+    assert peaks[1] > peaks[0]

@@ -1,0 +1,309 @@
+import ast
+import collections
+import inspect
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from ml_collections import ConfigDict
+
+from alignprop.method.losses import LOSSES
+from alignprop.settings.fields import FIELDS
+from alignprop.settings.memory_policies import NAMES, POLICIES
+from alignprop.settings.resolve import (
+    ConfigError,
+    changes,
+    flatten,
+    memory_policy,
+    one_of,
+    resolve,
+    save_config,
+    settle,
+)
+from config import align_prop, ddpo, models
+from config.align_prop import PRESETS, base, get_config
+from rewards import OPTIONS_OF, REWARDS
+from rewards.hps import BACKENDS, CHECKPOINTS
+from rewards.towers import DTYPES
+
+
+def preset(name="hps", **overrides):
+    c = get_config(name)
+    with c.unlocked():
+        c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return c
+
+
+def test_derived_values_follow_the_overrides_and_the_processes():
+    c = resolve(preset(num_inference_steps=20, lora_rank=8), num_processes=4)
+    assert c.trunc_backprop_timestep == 19 and c.truncated_backprop_minmax == (0, 20)
+    assert c.lora_alpha == 8.0
+    assert c.train.gradient_accumulation_steps == 128 // (4 * 4) and c.train.steps_per_epoch == 2
+
+
+def test_explicit_values_are_kept():
+    c = resolve(preset(trunc_backprop_timestep=10, truncated_backprop_minmax=(5, 40), lora_alpha=1.5), 1)
+    assert (c.trunc_backprop_timestep, c.truncated_backprop_minmax, c.lora_alpha) == (10, (5, 40), 1.5)
+
+
+def test_target_modules_may_come_as_one_word():
+    assert resolve(preset(lora_target_modules=("to_q,to_v",)), 1).lora_target_modules == ("to_q", "to_v")
+
+
+def test_the_original_is_left_alone():
+    config = preset()
+    resolve(config, 1)
+    assert config.lora_alpha is None and "steps_per_epoch" not in config.train
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (dict(train__total_batch_size=130), r"total_batch_size = 130 .* 4 × 1 = 4; nearest: 128 or 132"),
+    (dict(train__total_batch_size=2), r"nearest: 4"),
+    (dict(train__total_samples_per_epoch=200), r"total_samples_per_epoch = 200 is not .* = 128; nearest: 128 or 256"),
+    (dict(train__total_samples_per_epoch=100), r"total_samples_per_epoch = 100 is not .*; nearest: 128$"),
+    (dict(trunc_backprop_timestep=50), r"trunc_backprop_timestep = 50 must be from 0 to .* 49"),
+    (dict(truncated_backprop_minmax=(30, 10)), r"truncated_backprop_minmax = \(30, 10\)"),
+    (dict(truncated_backprop_minmax=(0, 51)), r"truncated_backprop_minmax = \(0, 51\)"),
+    (dict(loss="target"), r"loss = 'target' needs loss_target"),
+    (dict(loss="targt"), r"loss = 'targt' .*did you mean 'target'"),
+    (dict(learning_rate=1e-3), r"^learning_rate is not a field .*did you mean 'train.learning_rate'"),
+])  # fmt: skip
+def test_mistakes_name_the_field_the_value_and_what_is_allowed(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(preset(**overrides), 1)
+    assert "\n" not in str(caught.value)
+
+
+# ---- every field by itself
+
+# At least one refused value for every field; what each would be without its row in FIELDS is a traceback, later.
+REFUSED = {
+    "task": ["trian"], "run_name": ["a/b", "..", "a\\b", "x" * 201, "é" * 101, "a\nb"], "log_dir": ["", " "],
+    "log_with": [None], "seed": [-1, 0.5, True], "resume_from": [None], "save_freq": [0], "num_checkpoint_limit": [-1],
+    "timeout_minutes": [0.0, math.nan, math.inf, 1e9], "mixed_precision": ["fp8"], "allow_tf32": ["yes", 1],
+    "pretrained.model": [""], "pretrained.revision": [""], "pretrained.config": [""], "use_lora": [None],
+    "train_text_encoder": ["yes", None],
+    "lora_rank": [0, 2.0], "lora_alpha": [0.0, math.inf], "lora_target_modules": [(), ("to_q", ""), (3,)],
+    "hub.repo": ["me", "me/", "a/b/c", "me/a b", "me/a--b", "me/é", None], "hub.private": ["yes", 1],
+    "channels_last": ["NHWC"], "compile": ["reduce-overhead"], "num_inference_steps": [0],
+    "guidance_scale": [0.5, math.nan], "eta": [-0.5, 1.5],
+    "estimator": [""], "trunc_backprop_timestep": [-1], "truncated_backprop_minmax": [(1,), (0, 1.5), (0, 1, 2)],
+    "algorithm": ["ppo"], "plan.num_active": [0], "plan.exit_window": [0.0, 1.5], "plan.copies": [0, 1.5],
+    "plan.late_bias": [-1.0], "plan.rescale": [2.0], "plan.coupling": [-0.1, 1.1], "plan.order": [0],
+    "plan.support_scale": [0.0], "reward_combine": ["max"], "reward_noise": [-0.1], "kl_coeff": [-1.0],
+    "num_eval_prompts": [0], "eval_diversity": ["yes"], "eval_base_distance": [1], "stop_when": [None],
+    "best_by": [None], "lora_scale": [math.nan], "lora_schedule": ["cosine"],
+    "guide.strength": [0.0], "guide.through": ["vae"], "guide.schedule": ["linear"],
+    "guide.window": [(0.5,), (0.0, 1.5)], "ddpo.inner_epochs": [0], "ddpo.clip_range": [0.0],
+    "ddpo.adv_clip_max": [-1.0], "ddpo.timestep_fraction": [0.0, 1.1], "ddpo.min_noise": [-0.1],
+    "ddpo.per_prompt_buffer": [-1], "ddpo.per_prompt_min_count": [0],
+    "guidance_grad": ["uncond"], "adjoint_clip": [-1.0], "reward_fn": [""], "eval_reward_fn": [None], "loss": ["l2"],
+    "loss_target": [math.nan],
+    "grad_scale": [0.0], "aesthetic.clip": [""], "aesthetic.head_repo": [""], "aesthetic.head_file": [""],
+    "aesthetic.dtype": ["fp32"], "hps.version": ["v3"], "hps.checkpoint": [""], "hps.tokenizer": [""],
+    "hps.dtype": ["half"], "hps.backend": ["open_clip"], "clip.model": [""], "clip.dtype": ["int8"],
+    "pretrained.vae": [""], "pretrained.without": [None, 3], "resolution": [8, 512.0], "true_cfg_scale": [0.5],
+    "pickscore.model": [""], "pickscore.processor": [None], "pickscore.dtype": ["fp8"],
+    "imagereward.checkpoint": [""], "imagereward.tokenizer": [""], "imagereward.dtype": ["float64"],
+    "siglip.model": [""], "siglip.dtype": [None],
+    "count.model": [""], "count.threshold": [0.0, 1.0], "colour.target": [(0.5, 0.5), (0.0, 0.0, 2.0)],
+    "jpeg.quality": [0, 101, 9.5],
+    "prompt_fn": [""], "eval_prompt_fn": [None], "eval_freq": [-1], "resume_from_2": [""],
+    "mixing_coef_1": [(), ("0.5",), (math.nan,), (math.inf, 0.0)], "allow_extrapolation": [2],
+    "soup_mode": ["mean"], "num_eval_images": [0], "max_vis_images": [-3], "num_epochs": [0, True],
+    "memory_policy": ["tiny"], "memory.sweep_chunk": [-1], "memory.decode_chunk": [1.5],
+    "memory.guidance_batching": ["both"], "memory.keep_steps": [-1], "memory.block_checkpointing": [1],
+    "memory.decoder_checkpointing": ["yes"], "memory.residency": ["cpu"], "memory.lean": [0],
+    "per_gpu_capacity": [0, "most", 2.0], "train.num_inference_steps": [0], "train.total_batch_size": [0],
+    "train.total_samples_per_epoch": [-1],
+    "train.optimizer": ["adam"], "train.learning_rate": [0.0, -1e-3, math.nan, math.inf],
+    "train.adam_beta1": [1.0, -0.1], "train.adam_beta2": [1.0], "train.adam_weight_decay": [-0.1],
+    "train.adam_epsilon": [0.0], "train.max_grad_norm": [0.0, math.inf], "train.loss_coeff": [0.0],
+    "train.ema_decay": [1.0, -0.5], "train.max_skipped_steps": [0],
+}  # fmt: skip
+
+
+def test_every_field_has_a_check_and_a_refused_value():
+    fields = flatten(base().to_dict()).keys()
+    assert fields == FIELDS.keys() == REFUSED.keys()
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in REFUSED.items() for v in values])
+def test_a_value_that_cannot_be_is_one_line_with_field_value_and_what_is_allowed(field, value):
+    content = get_config("hps").to_dict()  # unlike an override, a dict may have a value of any type
+    *group, name = field.split(".")
+    (content[group[0]] if group else content)[name] = value
+    config = ConfigDict(content)
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, 1)
+    message = str(caught.value)
+    assert message.startswith(f"{field} = {value!r} ") and "\n" not in message
+    assert "must be " in message or "is not one of " in message
+
+
+def test_presets_share_the_fields_of_base():
+    for name in PRESETS:
+        assert flatten(get_config(name).to_dict()).keys() == {*FIELDS, "preset"}
+
+
+@pytest.mark.parametrize("presets", [align_prop, ddpo, models], ids=lambda module: module.__name__)
+def test_every_field_of_a_preset_can_be_given_on_the_command_line(presets):
+    """A field of no type is refused there: None alone gives it none."""
+    for name in presets.PRESETS:
+        config = presets.get_config(name)
+        for field in FIELDS:
+            *groups, last = field.split(".")
+            place = config[groups[0]] if groups else config
+            assert place.get_type(last) is not type(None), f"{name}: {field}"
+
+
+def test_choices_are_those_of_the_code_that_has_them():
+    assert FIELDS["loss"].choices == tuple(LOSSES)
+    assert FIELDS["memory_policy"].choices == ("auto", *POLICIES)
+    assert {name for name in FIELDS if name.startswith("memory.")} == {f"memory.{name}" for name in NAMES}
+    assert set(FIELDS["hps.version"].choices) == set(CHECKPOINTS)
+    assert set(FIELDS["hps.backend"].choices) == set(BACKENDS)
+    towers = [name for name in FIELDS if name.endswith(".dtype")]
+    assert len(towers) == 6 and all(set(FIELDS[name].choices) == set(DTYPES) for name in towers)
+
+
+def test_every_reward_option_has_a_field():
+    for name, reward in REWARDS.items():
+        options = set(inspect.signature(reward).parameters)
+        fields = {field.partition(".")[2] for field in FIELDS if field.startswith(f"{OPTIONS_OF.get(name, name)}.")}
+        # Which of the hub's files are taken is left to the names in the configuration.
+        assert fields <= options and {o.rpartition("_")[2] for o in options - fields} <= {"revision", "repo"}, name
+
+
+def test_a_field_that_is_missing_is_named():
+    flat = get_config("hps").to_dict()
+    del flat["eta"]
+    with pytest.raises(ConfigError, match=r"^eta is missing"):
+        resolve(ConfigDict(flat), 1)
+
+
+def test_a_resolved_configuration_resolves_again():
+    once = resolve(preset(), 2)
+    assert resolve(once, 2) == once
+
+
+def test_every_field_has_a_comment_of_its_own():
+    source = inspect.getsource(base)
+    lines = source.splitlines()
+    assigned = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign):
+            assigned[ast.unparse(node.targets[0]).removeprefix("c.")] = lines[node.lineno - 1]
+    comments = {field: assigned[field].partition("  # ")[2] for field in flatten(base().to_dict())}
+    assert all(len(re.findall(r"\w+", comment)) >= 2 for comment in comments.values()), comments
+    assert not [c for c, n in collections.Counter(comments.values()).items() if n > 1 and "as aesthetic" not in c]
+
+
+def test_a_memory_policy_fills_what_is_not_set():
+    c = resolve(preset(memory_policy="small", memory__sweep_chunk=2), 1)
+    assert memory_policy(c) == replace(POLICIES["small"], sweep_chunk=2)
+
+
+def test_auto_stays_open_until_it_is_settled():
+    c = resolve(preset(per_gpu_capacity="auto", memory__keep_steps=3), 2)
+    assert c.memory.lean is None and "steps_per_epoch" not in c.train
+    c = settle(c, 2, "fast", 8)
+    assert memory_policy(c) == replace(POLICIES["fast"], keep_steps=3)
+    assert c.per_gpu_capacity == 8 and c.train.gradient_accumulation_steps == 8
+
+
+def test_settling_leaves_what_was_chosen():
+    c = settle(resolve(preset(memory_policy="small"), 1), 1, "fast", 8)
+    assert memory_policy(c) == POLICIES["small"] and c.per_gpu_capacity == 4
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (dict(memory_policy="small", memory__keep_steps=2), r"^memory.keep_steps = 2 must be 0 where .* = 'phase'"),
+    (dict(memory__residency="phase", memory_policy="roomy"), r"^memory.keep_steps = 1000 must be 0"),
+    (dict(memory__residency="phase", use_lora=False), r"^memory.residency = 'phase' needs use_lora = True"),
+    (dict(memory_policy="small", use_lora=False), r"^memory.residency = 'phase' needs use_lora = True"),
+])  # fmt: skip
+def test_policies_that_contradict_themselves(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(preset(**overrides), 1)
+
+
+def test_training_may_have_fewer_sampler_steps_than_evaluation():
+    c = resolve(preset("hps_k1", train__num_inference_steps=15), 1)
+    assert (c.num_inference_steps, c.train.num_inference_steps, c.trunc_backprop_timestep) == (50, 15, 14)
+    assert resolve(preset(), 1).train.num_inference_steps == 50
+    with pytest.raises(ConfigError, match=r"trunc_backprop_timestep = 15 .* train.num_inference_steps - 1 = 14"):
+        resolve(preset(train__num_inference_steps=15, trunc_backprop_timestep=15), 1)
+
+
+@pytest.mark.parametrize("coefficients", [(1.5,), (0.5, -0.1)])
+def test_mixing_coefficients_lie_between_0_and_1_unless_asked_for(coefficients):
+    config = preset("evaluate_soup", resume_from="x", mixing_coef_1=coefficients)
+    with pytest.raises(ConfigError, match=r"mixing_coef_1 = \(.*from 0 to 1, unless allow_extrapolation = True"):
+        resolve(config, 1)
+    config.allow_extrapolation = True
+    assert resolve(config, 1).mixing_coef_1 == coefficients
+
+
+def test_a_soup_needs_its_checkpoint():
+    with pytest.raises(ConfigError, match=r"^resume_from is empty"):
+        resolve(preset("evaluate_soup"), 1)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(kl_coeff=0.1, use_lora=False), r"kl_coeff = 0.1 needs use_lora = True"),
+    (dict(train_text_encoder=True, use_lora=False), r"train_text_encoder = True needs use_lora = True"),
+    (dict(train_text_encoder=True, algorithm="ddpo", eta=1.0), r"train_text_encoder = True needs algorithm = 'align_p"),
+    (dict(guide__window=(0.5, 0.5)), r"guide.window = \(0.5, 0.5\) must be \(from, to\)"),
+    (dict(algorithm="ddpo"), r"eta = 0 must be greater than 0 where algorithm = 'ddpo'"),
+])  # fmt: skip
+def test_combinations_of_newer_fields_that_cannot_run(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(preset(**fields), 1)
+
+
+def test_every_preset_resolves():
+    for name in PRESETS:
+        resolve(preset(name, **({"resume_from": "x"} if "soup" in name else {})), 1)
+
+
+def test_published_hyper_parameters():
+    c = resolve(preset("aesthetic"), 1)
+    train = c.train
+    assert (train.learning_rate, train.adam_beta1, train.adam_beta2, train.adam_weight_decay) == (1e-3, 0.9, 0.999, 0.1)
+    assert (train.max_grad_norm, train.loss_coeff) == (5.0, 0.01)
+    assert (train.total_samples_per_epoch, train.total_batch_size, c.per_gpu_capacity) == (256, 128, 4)
+    assert (c.num_inference_steps, c.guidance_scale, c.mixed_precision) == (50, 7.5, "fp16")
+    assert (c.num_epochs, c.loss, c.loss_target, c.prompt_fn) == (7, "target", 10.0, "simple_animals")
+    assert resolve(preset("hps_k1"), 1).trunc_backprop_timestep == 49 and preset("hps_k1").num_epochs == 200
+
+
+def test_a_variant_states_only_its_difference():
+    estimators = ("draft_lv", "refl", "drtune", "sparse", "bridge", "lagrange", "leapalign")
+    for variant, plain in (("aesthetic_k1", "aesthetic"), ("hps_k1", "hps"), *((name, "hps") for name in estimators)):
+        a, b = (flatten(get_config(n).to_dict()) for n in (variant, plain))
+        assert {k for k in a if a[k] != b[k]} == {"estimator", "preset"}
+
+
+def test_unknown_preset_and_nearest_name():
+    with pytest.raises(ConfigError, match=r"preset = 'aestetic' .*did you mean 'aesthetic'"):
+        get_config("aestetic")
+
+
+def test_one_of_without_a_near_name():
+    with pytest.raises(ConfigError, match=r"^x = 'zzz' is not one of 'a', 'b'$"):
+        one_of("x", "zzz", ["a", "b"])
+
+
+def test_saved_configuration_has_values_and_versions(tmp_path):
+    save_config(resolve(preset(), 2), tmp_path / "config.json")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["train"]["gradient_accumulation_steps"] == 16 and saved["versions"]["torch"]
+
+
+def test_what_tells_where_a_run_lies_and_how_it_was_called_is_no_change():
+    before = {"run_name": "a", "command": "python main.py", "train": {"learning_rate": 1e-3}}
+    now = {"run_name": "b", "command": "python main.py --config.seed=1", "train": {"learning_rate": 1e-4}}
+    assert changes(before, now) == ["train.learning_rate: 0.001 → 0.0001"]

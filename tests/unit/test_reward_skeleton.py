@@ -1,0 +1,71 @@
+"""Rewards without weights: of the same shapes as the real ones, and with a gradient at full size without memory."""
+
+import pytest
+import torch
+
+from alignprop.models.configs import find_tower_config
+from config.align_prop import base
+from rewards import REWARDS, build_reward
+from rewards.skeleton import KNOWN, BlankReward, skeleton_reward, without_custom
+from tests.helpers.reward_files import make_options
+
+NAMES = [name for name, kind in REWARDS.items() if kind in KNOWN]
+# Million parameters, of towers and head.
+FULL_SIZE = {"aesthetic": 304.9, "hps": 986.1, "pickscore": 986.1, "imagereward": 446.2, "clip": 427.6, "siglip": 203.2}
+
+
+def test_every_reward_with_towers_has_a_skeleton():
+    assert set(NAMES) == set(FULL_SIZE)
+
+
+def full_size(name, **options):
+    c = base()
+    options = {key: c[key].to_dict() | options for key in REWARDS if key in c}
+    find = lambda *which: {k: v for k, v in find_tower_config(*which)["model"].items() if k != "_class_name"}  # noqa: E731
+    return skeleton_reward(name, options, find)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_size_reward_has_a_gradient_without_memory(name):
+    reward = full_size(name)
+    assert sum(p.numel() for p in reward.parameters()) / 1e6 == pytest.approx(FULL_SIZE[name], abs=0.06)
+    assert {t.device.type for t in [*reward.parameters(), *reward.buffers()]} == {"meta"}
+    assert not any(p.requires_grad for p in reward.parameters())
+    images = torch.zeros(2, 3, 512, 512, device="meta", requires_grad=True)
+    scores = reward(images, ["a cat", "a dog"])
+    assert scores.shape == (2,) and scores.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert gradient.shape == images.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_precision_is_that_of_the_option(name):
+    reward = full_size(name, dtype="bfloat16")
+    halves = {p.dtype for key, p in reward.named_parameters() if ".head." not in key}
+    assert halves == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_skeleton_has_the_shapes_of_the_reward(name, tmp_path):
+    real = build_reward(name, {name: make_options(name, tmp_path)})
+    (term,) = real.terms.values()
+    tower = term.blip if name == "imagereward" else term.tower
+    if name == "imagereward":
+        config = {"vision_config": tower.vision_model.config, "text_config": tower.text_encoder.config}
+        config = {part: values.to_dict() for part, values in config.items()}
+    else:
+        config = tower.model.config.to_dict()
+    options = {"model": "x", "clip": "x", "dtype": "float32"}
+    blank = skeleton_reward(name, {name: options}, lambda *which: config)
+    describe = lambda reward: {k: (p.shape, p.dtype) for k, p in reward.named_parameters() if "head" not in k}  # noqa: E731
+    assert describe(blank) == describe(real)
+    (other,) = blank.terms.values()
+    blank_tower = other.blip if name == "imagereward" else other.tower
+    assert type(blank_tower.preprocess) is type(tower.preprocess)
+
+
+def test_what_is_not_ours_is_blank():
+    reward = build_reward("tests.helpers.toy_rewards:redness,jpeg_proxy")
+    assert all(isinstance(term, BlankReward) for term in without_custom(reward).terms.values())
+    pick = full_size("pickscore")
+    assert without_custom(pick).terms["pickscore"] is pick.terms["pickscore"]

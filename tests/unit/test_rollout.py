@@ -1,0 +1,358 @@
+"""The sweep against plain autograd through the same chain, a closed form, and the absence of gradient."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from alignprop.engine.seeding import generator, generators
+from alignprop.lora.factors import add_lora, trainable_parameters
+from alignprop.method import estimators
+from alignprop.method.plans import GradientPlan
+from alignprop.method.rollout import Rollout
+from alignprop.method.samplers import Sampler, ddim_sampler
+from alignprop.models.sd import StableDiffusion
+from alignprop.settings.memory_policies import MemoryPolicy
+
+STEPS, BATCH = 6, 3
+CHAIN = ddim_sampler(DDIMScheduler(), STEPS)
+PLANS = {
+    "full": estimators.full(CHAIN, BATCH),
+    "truncated K=1": estimators.truncated(CHAIN, BATCH, first=STEPS - 1),
+    "truncated K=5": estimators.truncated(CHAIN, BATCH, first=STEPS - 5),
+    "randomized": estimators.randomized(CHAIN, BATCH, generator("r"), minmax=(0, STEPS)),
+    "per_step": estimators.per_step(CHAIN, BATCH, generator("p"), minmax=(0, STEPS)),
+}
+
+
+def make_model(folder, dtype):
+    model = StableDiffusion.load(str(folder), dtype=dtype)
+    add_lora(model.denoiser, rank=2, alpha=2, target_modules=["to_q", "to_v", "to_out.0"], seed=0)
+    for name, parameter in trainable_parameters(model.denoiser).items():
+        parameter.data = parameter.data.to(dtype)
+        if "lora_B" in name:  # a fresh adapter has B = 0, and would give A no gradient to compare
+            parameter.data.normal_(0, 0.5, generator=generator(name))
+    return model
+
+
+def reward(latents):
+    """Any smooth function of x[N] whose gradient differs between samples and pixels."""
+    weights = torch.randn(latents.shape, generator=generator("reward"), dtype=latents.dtype)
+    return (weights * latents.sin()).sum()
+
+
+def guided(model, latents, t, cond, guidance_scale):
+    """Classifier-free guidance as the pipeline writes it, in one call of twice the batch."""
+    if guidance_scale == 1:
+        return model.predict(latents, t, {"prompt_embeds": cond["prompt_embeds"]})
+    both = {"prompt_embeds": torch.cat([cond["negative_prompt_embeds"], cond["prompt_embeds"]])}
+    unconditional, conditional = model.predict(torch.cat([latents, latents]), t, both).chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def autograd_gradients(model, plan, guidance_scale, eta, dtype):
+    """The definition: `scheduler.step` in a loop, a detached network output at every inactive step and sample."""
+    ddim = DDIMScheduler.from_config(model.scheduler.config)
+    ddim.set_timesteps(STEPS)
+    gens = generators(range(BATCH), "x")
+    cond = model.encode_prompts(["a cat", "two dogs", "a red circle"])
+    latents = model.init_latents(gens).to(dtype)
+    for i, t in enumerate(ddim.timesteps):
+        output = guided(model, latents, t, cond, guidance_scale)
+        active = plan.active[i].view(-1, 1, 1, 1)
+        output = torch.where(active, output, output.detach())
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in gens]).to(dtype) if eta else None
+        latents = ddim.step(output, t, latents, eta=eta, variance_noise=noise).prev_sample
+    return latents, gradients_of(reward(latents), model)
+
+
+def sweep_gradients(model, plan, guidance_scale, eta, dtype, **options):
+    model_init = model.init_latents
+    model.init_latents = lambda gens: model_init(gens).to(dtype)
+    rollout = Rollout(model, ddim_sampler(model.scheduler, STEPS, eta), guidance_scale, **options)
+    cond = model.encode_prompts(["a cat", "two dogs", "a red circle"])
+    latents = rollout(generators(range(BATCH), "x"), cond, plan)
+    model.init_latents = model_init
+    return latents, gradients_of(reward(latents), model)
+
+
+def gradients_of(value, model):
+    parameters = list(trainable_parameters(model.denoiser).values())
+    grads = torch.autograd.grad(value, parameters, allow_unused=True)
+    pairs = zip(parameters, grads, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
+
+
+def relative_difference(ours, expected):
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("prediction_type", "eta", "guidance_scale"), [
+    ("epsilon", 0.0, 5.0), ("v_prediction", 0.0, 5.0), ("epsilon", 1.0, 5.0), ("v_prediction", 1.0, 1.0),
+    ("epsilon", 0.0, 1.0),
+])  # fmt: skip
+def test_sweep_is_exact_in_float64(pipelines, plan, prediction_type, eta, guidance_scale):
+    model = make_model(pipelines[prediction_type], torch.float64)
+    arguments = (model, PLANS[plan], guidance_scale, eta, torch.float64)
+    expected_latents, expected = autograd_gradients(*arguments)
+    latents, ours = sweep_gradients(*arguments)
+    assert relative_difference(latents, expected_latents) <= 1e-12
+    assert expected.norm() > 0
+    assert relative_difference(ours, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_sweep_in_float32(pipelines, plan):
+    model = make_model(pipelines["epsilon"], torch.float32)
+    arguments = (model, PLANS[plan], 5.0, 0.0, torch.float32)
+    assert relative_difference(sweep_gradients(*arguments)[1], autograd_gradients(*arguments)[1]) <= 1e-5
+
+
+def test_inactive_steps_give_exactly_no_gradient(pipelines):
+    model = make_model(pipelines["epsilon"], torch.float32)
+    latents, gradients = sweep_gradients(model, estimators.none(CHAIN, BATCH), 5.0, 0.0, torch.float32)
+    assert latents.requires_grad and not gradients.any()
+
+
+def test_an_inactive_step_is_not_called_again(pipelines):
+    """A step without gradient costs nothing in the sweep: no network call, no samples of other rows."""
+    model = make_model(pipelines["epsilon"], torch.float32)
+    calls = []
+    predict = model.predict
+    model.predict = lambda x, t, c: calls.append((torch.is_grad_enabled(), len(x) // 2)) or predict(x, t, c)
+    active = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    active[4, 1] = active[3] = True
+    sweep_gradients(model, GradientPlan.exact(active), 5.0, 0.0, torch.float32)
+    assert [rows for with_grad, rows in calls if with_grad] == [1, BATCH]
+    assert len(calls) == STEPS + 2
+
+
+def test_calls_that_only_other_processes_need_change_nothing(pipelines, monkeypatch):
+    """Spread over processes, the network is called by all of them where one needs it, and so is ∂f/∂x."""
+    model = make_model(pipelines["epsilon"], torch.float64)
+    active = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    active[2, 0] = active[4, 1] = active[5, 1] = True
+    plans = [GradientPlan.exact(active), GradientPlan.exact(active, weight=active.double())]
+    expected = [sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1] for plan in plans]
+    everywhere = torch.ones(2, STEPS, dtype=torch.bool)
+    monkeypatch.setattr(Rollout, "network_calls", lambda self, plan: everywhere)
+    calls, predict = [], model.predict
+    model.predict = lambda x, t, c: calls.append(torch.is_grad_enabled()) or predict(x, t, c)
+    ours = [sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1] for plan in plans]
+    assert sum(calls) == 2 * STEPS and expected[0].norm() > 0
+    assert max(map(relative_difference, ours, expected)) <= 1e-13
+
+
+def test_weight_and_coupling_follow_their_definition(pipelines):
+    """w scales a step's gradient and γ its share of λ; γ·f(x) + (1-γ)·f(x detached) is their autograd."""
+    model = make_model(pipelines["epsilon"], torch.float64)
+    draw = lambda name: 0.5 + torch.rand(STEPS, BATCH, generator=generator(name), dtype=torch.float64)  # noqa: E731
+    plan = GradientPlan.exact(PLANS["per_step"].active, coupling=draw("coupling"), weight=draw("weight"))
+    sampler = ddim_sampler(model.scheduler, STEPS)
+    cond = model.encode_prompts(["a cat", "two dogs", "a red circle"])
+    latents = model.init_latents(generators(range(BATCH), "x")).double()
+    parameters = trainable_parameters(model.denoiser)
+    for i, t in enumerate(sampler.timesteps):
+        active, w, gamma = (v[i].view(-1, 1, 1, 1) for v in (plan.active, plan.weight, plan.coupling))
+        for p in parameters.values():
+            p.requires_grad_(False)
+        through_x = guided(model, latents, t, cond, 5.0)
+        for p in parameters.values():
+            p.requires_grad_(True)
+        through_theta = guided(model, latents.detach(), t, cond, 5.0)
+        value = through_x.detach()
+        output = value + active * (gamma * (through_x - value) + w * (through_theta - value))
+        latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * output
+    expected = gradients_of(reward(latents), model)
+    ours = sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1]
+    assert relative_difference(ours, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("plan", ["full", "truncated K=1", "randomized"])
+@pytest.mark.parametrize("keep_steps", [0, 1, 3, 99])
+@pytest.mark.parametrize("sweep_chunk", [1, 2, 0])
+def test_chunks_and_kept_graphs_change_nothing(pipelines, plan, keep_steps, sweep_chunk):
+    model, arguments = make_model(pipelines["epsilon"], torch.float64), (PLANS[plan], 5.0, 1.0, torch.float64)
+    expected_latents, expected = sweep_gradients(model, *arguments)
+    memory = MemoryPolicy(sweep_chunk=sweep_chunk, keep_steps=keep_steps)
+    latents, gradients = sweep_gradients(model, *arguments, memory=memory)
+    assert relative_difference(latents, expected_latents) <= 1e-13
+    assert relative_difference(gradients, expected) <= 1e-12
+
+
+def test_a_kept_graph_is_not_called_again(pipelines):
+    """With one sample in a chunk each network call is made once where its graph is kept, else twice."""
+    model = make_model(pipelines["epsilon"], torch.float64)
+    calls, predict = [], model.predict
+    model.predict = lambda x, t, c: calls.append(torch.is_grad_enabled()) or predict(x, t, c)
+    memory = MemoryPolicy(sweep_chunk=1, keep_steps=2)
+    sweep_gradients(model, PLANS["truncated K=5"], 5.0, 0.0, torch.float64, memory=memory)
+    assert len(calls) == BATCH * (STEPS + 3) and sum(calls) == BATCH * 5
+
+
+def test_gradient_checkpointing_changes_nothing(pipelines):
+    model = make_model(pipelines["epsilon"], torch.float64)
+    expected = sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float64)[1]
+    model.denoiser.enable_gradient_checkpointing()
+    assert relative_difference(sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float64)[1], expected) <= 1e-13
+
+
+class LinearModel:
+    """f(x, t, c) = θ·x: the chain is a product, its derivative has a closed form."""
+
+    def __init__(self, theta):
+        self.denoiser = torch.nn.Module()
+        self.denoiser.theta = torch.nn.Parameter(torch.tensor(theta, dtype=torch.float64))
+
+    def init_latents(self, gens):
+        return torch.stack([torch.randn(2, generator=g, dtype=torch.float64) for g in gens])
+
+    def mixing_scale(self, guidance_scale):
+        return guidance_scale
+
+    def branches(self, cond, guidance_scale):
+        return [cond]
+
+    def predict(self, x, t, branch):
+        return self.denoiser.theta * x
+
+
+def test_closed_form_on_a_linear_denoiser():
+    """x[N] = x[0] ∏(a + bθ); with the steps of a set S active, ∂x[N]/∂θ = x[0] Σ_S b[i] ∏ over other active
+    (a + bθ) and, where later steps are inactive, the detached f leaves the factor a alone."""
+    a, b = torch.tensor([0.9, 0.8, 1.1, 0.7]).double(), torch.tensor([0.5, -0.3, 0.2, 0.4]).double()
+    theta, s = 0.6, torch.zeros(4)
+    active = torch.tensor([[False, True], [True, True], [False, True], [True, True]])
+    model = LinearModel(theta)
+    rollout = Rollout(model, Sampler(torch.arange(4), a, b, s), guidance_scale=1.0)
+    latents = rollout(generators(range(2), "x"), {}, GradientPlan.exact(active))
+    weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double()
+    (gradient,) = torch.autograd.grad((weights * latents).sum(), [model.denoiser.theta])
+
+    x = [model.init_latents(generators(range(2), "x"))]
+    for i in range(4):
+        x.append((a[i] + b[i] * theta) * x[-1])
+    expected = 0.0
+    for sample in range(2):
+        for i in range(4):
+            if active[i, sample]:
+                later = [a[j] + b[j] * theta * active[j, sample] for j in range(i + 1, 4)]
+                slope = b[i] * torch.stack([torch.ones(()).double(), *later]).prod()
+                expected += (weights[sample] * slope * x[i][sample]).sum()
+    torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=0)
+
+
+class ShiftedModel(LinearModel):
+    """f(x, t, c) = θ·x + 3·c."""
+
+    def predict(self, x, t, branch):
+        return super().predict(x, t, branch) + 3 * branch["c"]
+
+
+def conditional_gradient(plan, sampler, weights, theta=0.6, **options):
+    """∂(sum of weights · final latents)/∂c of two samples."""
+    c = torch.tensor([[0.3, -0.2], [0.5, 0.1]], dtype=torch.float64, requires_grad=True)
+    other = torch.zeros(2, 2, dtype=torch.float64)
+    rollout = Rollout(ShiftedModel(theta), sampler, guidance_scale=1.0, **options)
+    latents = rollout(generators(range(2), "x"), {"c": c, "other": other}, plan)
+    (weights * latents).sum().backward()
+    assert other.grad is None
+    return c.grad
+
+
+@pytest.mark.parametrize("memory", [MemoryPolicy(), MemoryPolicy(keep_steps=9), MemoryPolicy(sweep_chunk=1)])
+def test_the_gradient_of_the_conditioning_in_closed_form(memory):
+    """3·Σ over a sample's active steps of w[i]·b[i]·∏ over later ones of what becomes of λ there."""
+    a, b, theta = torch.tensor([0.9, 0.8, 1.1, 0.7]).double(), torch.tensor([0.5, -0.3, 0.2, 0.4]).double(), 0.6
+    active = torch.tensor([[False, True], [True, True], [False, True], [True, False]])
+    coupling, weight = (torch.rand(4, 2, generator=generator(n), dtype=torch.float64) + 0.5 for n in ("γ", "w"))
+    plan = GradientPlan.exact(active, coupling=coupling, weight=weight)
+    weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double()
+    found = conditional_gradient(plan, Sampler(torch.arange(4), a, b, torch.zeros(4)), weights, theta, memory=memory)
+    expected = torch.zeros(2, 2).double()
+    for sample in range(2):
+        carried = 1.0
+        for i in reversed(range(4)):
+            if active[i, sample]:
+                expected[sample] += 3 * weight[i, sample] * b[i] * carried * weights[sample]
+            carried *= a[i] + b[i] * theta * coupling[i, sample] * active[i, sample]
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+def test_copies_of_a_sample_share_its_conditioning():
+    """Of the last step alone: 3·q for each, and λ goes no further."""
+    zeros, half = torch.zeros(3).double(), torch.full((3,), 0.5).double()
+    level = torch.full((4,), 0.5).double()
+    sampler = Sampler(torch.arange(3), half, half, zeros, p=half, q=0.7 + zeros, alpha=level, sigma=level)
+    weights = torch.arange(12).double().view(6, 2)
+    found = conditional_gradient(estimators.draft_lv(sampler, 2, copies=2), sampler, weights)
+    torch.testing.assert_close(found, 3 * 0.7 * weights.view(2, 3, 2).sum(dim=1), rtol=1e-13, atol=0)
+
+
+def test_without_an_active_step_the_conditioning_gets_exactly_nothing():
+    sampler = Sampler(torch.arange(4), torch.ones(4), torch.ones(4), torch.zeros(4))
+    assert not conditional_gradient(estimators.none(sampler, 2), sampler, torch.ones(2, 2)).any()
+
+
+def test_adjoint_clip_bounds_growth_and_is_off_by_default():
+    a, b = torch.full((5,), 2.0), torch.zeros(5)
+
+    def norms(**options):
+        model = LinearModel(0.1)
+        rollout = Rollout(model, Sampler(torch.arange(5), a, b, torch.zeros(5)), 1.0, **options)
+        rollout(generators(range(2), "x"), {}, estimators.full(rollout.sampler, 2)).sum().backward()
+        sums, counts = rollout.adjoint_norms.take()
+        return sums / counts
+
+    start = 2**0.5
+    torch.testing.assert_close(norms()[1:], start * torch.tensor([16.0, 8, 4, 2, 1]).double())
+    torch.testing.assert_close(norms(adjoint_clip=3.0)[1:], start * torch.tensor([3.0, 3, 3, 2, 1]).double())
+
+
+def test_adjoint_norms_leave_out_steps_and_samples_below_their_truncation():
+    rollout = Rollout(
+        LinearModel(0.0), Sampler(torch.arange(3), torch.ones(3), torch.ones(3), torch.zeros(3)), guidance_scale=1.0
+    )
+    active = torch.tensor([[False, False], [False, True], [True, True]])
+    latents = rollout(generators(range(2), "x"), {}, GradientPlan.exact(active))
+    (latents * torch.tensor([[1.0], [5.0]])).sum().backward()
+    sums, counts = rollout.adjoint_norms.take()
+    assert counts.tolist() == [0, 0, 1, 2]
+    torch.testing.assert_close(sums[2:], torch.tensor([5.0, 6.0]).double() * 2**0.5)
+    assert not rollout.adjoint_norms.take().any()
+
+
+def test_without_gradient_the_rollout_is_the_plain_pipeline(pipelines):
+    from diffusers import StableDiffusionPipeline
+
+    model = StableDiffusion.load(str(pipelines["epsilon"]))
+    rollout = Rollout(model, ddim_sampler(model.scheduler, STEPS), guidance_scale=5.0)
+    prompts = ["a cat", "two dogs"]
+    with torch.no_grad():
+        images = model.decode(rollout(generators(range(2), "x"), model.encode_prompts(prompts), None))
+    plain = StableDiffusionPipeline.from_pretrained(pipelines["epsilon"], safety_checker=None)
+    plain.set_progress_bar_config(disable=True)
+    latents = model.init_latents(generators(range(2), "x"))
+    expected = plain(prompts, latents=latents, num_inference_steps=STEPS, guidance_scale=5.0, output_type="pt").images
+    assert (images - expected).abs().max() <= 1e-5
+
+
+def test_half_precision_calls_leave_the_chain_in_float32(pipelines):
+    model = make_model(pipelines["epsilon"], torch.float32)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    options = {"autocast": autocast, "memory": MemoryPolicy(guidance_batching="split")}
+    half, gradients = sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float32, **options)
+    exact, expected = sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float32)
+    sampler, cond = ddim_sampler(model.scheduler, STEPS), model.encode_prompts(["a cat", "two dogs", "a red circle"])
+    latents = model.init_latents(generators(range(BATCH), "x"))
+    with torch.no_grad(), autocast():
+        for i, t in enumerate(sampler.timesteps):
+            outputs = [model.predict(latents, t, branch) for branch in model.branches(cond, 5.0)]
+            assert all(output.dtype == torch.bfloat16 for output in outputs)
+            unconditional, conditional = (output.float() for output in outputs)
+            model_output = unconditional + 5.0 * (conditional - unconditional)
+            latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * model_output
+    assert torch.equal(half, latents)
+    assert half.dtype == gradients.dtype == torch.float32
+    assert 0 < relative_difference(half, exact) < 0.05
+    assert torch.cosine_similarity(gradients, expected, dim=0) > 0.95
