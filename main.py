@@ -23,7 +23,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from alignprop.settings.effects import warnings_for
-from alignprop.settings.resolve import FIELDS, ConfigError, check_name, resolve
+from alignprop.settings.errors import ConfigError
+from alignprop.settings.resolve import FIELDS, check_name, resolve
 from alignprop.stopping import plain_endings
 
 PRESET = "config/align_prop.py:quickstart"

@@ -14,7 +14,7 @@ _HOMES = {  # module, name in it
     "DDPOTrainer": ("alignprop.ddpo", "DDPOTrainer"),
     "get_config": ("config.align_prop", "get_config"),
     "get_ddpo_config": ("config.ddpo", "get_config"),
-    "ConfigError": ("alignprop.settings.resolve", "ConfigError"),
+    "ConfigError": ("alignprop.settings.errors", "ConfigError"),
     "RewardError": ("rewards", "RewardError"),
     "plain_endings": ("alignprop.stopping", "plain_endings"),
 }

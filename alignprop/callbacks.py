@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from alignprop.engine.seeding import generator
 from alignprop.prompts import PromptSet
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from rewards.base import reward_name
 from rewards.combine import describe
 

@@ -21,8 +21,8 @@ from alignprop.engine.sharding import is_fsdp
 from alignprop.loop import TrainingLoop, now
 from alignprop.models.base import Conditioning, select
 from alignprop.prompts import draw_prompts
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import chunks
-from alignprop.settings.resolve import ConfigError
 
 
 def log_probability(sampler, i: int, latents, model_output, next_latents) -> torch.Tensor:

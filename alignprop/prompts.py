@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from alignprop.engine.seeding import generator
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 HPS_REPO = "zhwang/HPDv2"

@@ -33,8 +33,9 @@ from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import base_model, check_base
 from alignprop.runs.records import Records, choose_folder
 from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
+from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.memory_policies import POLICIES
-from alignprop.settings.resolve import ConfigError, components_left_out, memory_policy, one_of, resolve, settle
+from alignprop.settings.resolve import components_left_out, memory_policy, resolve, settle
 from rewards import require_differentiable
 
 

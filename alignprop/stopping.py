@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 STOPPED = 75
 """Exit status of a run that stopped when asked and saved: EX_TEMPFAIL, "run me again"."""

@@ -23,8 +23,9 @@ from alignprop.method.reward_guidance import RewardGuidance, Timed
 from alignprop.run import Run
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import check_base
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES
-from alignprop.settings.resolve import ConfigError, resolve, save_config
+from alignprop.settings.resolve import resolve, save_config
 from alignprop.weights import load_denoiser
 
 BASE_MODEL = "stablediffusion"

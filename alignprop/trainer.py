@@ -16,8 +16,9 @@ from alignprop.method.losses import LOSSES
 from alignprop.method.plans import GradientPlan
 from alignprop.models.base import Conditioning, select
 from alignprop.prompts import draw_prompts
+from alignprop.settings.errors import one_of
 from alignprop.settings.memory_policies import chunks
-from alignprop.settings.resolve import estimator_options, one_of
+from alignprop.settings.resolve import estimator_options
 
 
 class AlignPropTrainer(TrainingLoop):

@@ -15,7 +15,7 @@ from alignprop.engine.sharding import DTensor, gather, shard, spread, whole_copy
 from alignprop.lora.adapters import add_adapter, get_adapter, trained_parameters, update_adapter
 from alignprop.lora.files import read_lora, save_lora
 from alignprop.models.base import Model
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 # (parameters, config.train) -> optimizer
 OPTIMIZERS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
-from alignprop.settings.resolve import one_of
+from alignprop.settings.errors import one_of
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 

@@ -9,7 +9,7 @@ step of the run.
 
 from ml_collections import ConfigDict
 
-from alignprop.settings.resolve import one_of
+from alignprop.settings.errors import one_of
 from config import align_prop
 
 

@@ -9,7 +9,7 @@ Fields are those of config/align_prop.py. Pictures are of the model's own size; 
 
 from ml_collections import ConfigDict
 
-from alignprop.settings.resolve import one_of
+from alignprop.settings.errors import one_of
 from config import align_prop
 
 

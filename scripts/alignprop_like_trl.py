@@ -25,8 +25,9 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 import alignprop
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import FIELDS
-from alignprop.settings.resolve import ConfigError, check_name
+from alignprop.settings.resolve import check_name
 
 SAME = {  # TRL's flag: its default there, and our field, which means the same
     "pretrained_model": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "pretrained.model"),

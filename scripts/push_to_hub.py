@@ -13,8 +13,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what its client warns of, we say ourselves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script, from any folder
 
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import FIELDS
-from alignprop.settings.resolve import ConfigError
 from alignprop.stopping import plain_endings
 
 

@@ -18,8 +18,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.resolve import ConfigError
 
 
 def check_engine(accelerator: Accelerator, use_lora: bool, optimizer: str, train_text_encoder=False) -> None:

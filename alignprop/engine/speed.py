@@ -3,7 +3,7 @@
 import torch
 
 from alignprop.models.base import Model
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 def use_channels_last(model: Model) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from alignprop.settings.resolve import ConfigError, one_of
+from alignprop.settings.errors import ConfigError, one_of
 from rewards import WeightedReward
 
 MEASURES = ("diversity", "base_distance")  # of an evaluation, besides its rewards

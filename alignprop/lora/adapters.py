@@ -18,7 +18,7 @@ from alignprop.lora.factors import (
 from alignprop.lora.networks import adaptable_networks, locate, name_in_file
 from alignprop.models.base import Model
 from alignprop.models.loading import no_place_for_encoders
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # a CLIP's attention, as in diffusers' training scripts
 

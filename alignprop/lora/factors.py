@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from alignprop.engine.seeding import generator
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 ADAPTER = "default"  # its name in the network
 

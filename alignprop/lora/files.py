@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from alignprop.lora import kohya
 from alignprop.lora.factors import LoraWeights
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _PAIR = re.compile(r"\.lora_[AB]\.weight$")

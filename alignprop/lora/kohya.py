@@ -10,7 +10,7 @@ import torch
 
 from alignprop.lora.kohya_names import PREFIX, find_format, known_layers, plain_layers
 from alignprop.lora.networks import layer
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 _SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 

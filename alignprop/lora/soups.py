@@ -6,7 +6,7 @@ c = 1 is the first checkpoint and c = 0 the second, exactly; the second may be t
 import torch
 
 from alignprop.lora.factors import LoraWeights
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 def mix(first: LoraWeights, second: LoraWeights | None, c: float, mode: str) -> LoraWeights | None:

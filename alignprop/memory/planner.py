@@ -11,8 +11,9 @@ from alignprop.models.base import Model
 from alignprop.models.configs import find_config, find_tower_config
 from alignprop.models.loading import SINGLE_FILE
 from alignprop.models.skeleton import skeleton
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
-from alignprop.settings.resolve import ConfigError, components_left_out
+from alignprop.settings.resolve import components_left_out
 from rewards import REWARDS, WeightedReward
 from rewards.skeleton import skeleton_reward, without_custom
 

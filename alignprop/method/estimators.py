@@ -18,7 +18,7 @@ import torch
 from alignprop.method.plans import GradientPlan, late_biased, stratified_integers, stratified_pairs
 from alignprop.method.quadrature import contributions, interpolation_weights, supports
 from alignprop.method.samplers import Sampler
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 Estimator = Callable[[Sampler, int, torch.Generator], GradientPlan]
 

@@ -8,7 +8,7 @@ is the chain itself. A leap knows f at a few supports only and takes for the oth
 import torch
 
 from alignprop.method.samplers import Sampler
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 def contributions(sampler: Sampler, start: int, end: int) -> torch.Tensor:

@@ -23,8 +23,8 @@ import torch
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import Sampler
 from alignprop.models.base import Conditioning, select
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import chunks
-from alignprop.settings.resolve import ConfigError
 from rewards import RewardError, WeightedReward
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from alignprop.models import FAMILIES
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 BUNDLED = Path(__file__).resolve().parent.parent.parent / "assets" / "configs"
 TOWERS = {"clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTextRetrieval"}

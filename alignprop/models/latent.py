@@ -7,7 +7,7 @@ import torch
 from alignprop.models.base import ENCODERS, split_name
 from alignprop.models.loading import load_pipeline
 from alignprop.models.text import TextConditioned
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 class LatentDiffusion(TextConditioned):

@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.base import ENCODERS
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 SINGLE_FILE = (".safetensors", ".ckpt")
 INDEX = "model_index.json"

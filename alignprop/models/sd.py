@@ -6,7 +6,7 @@ import torch
 
 from alignprop.models.base import Conditioning
 from alignprop.models.latent import LatentDiffusion
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 class StableDiffusion(LatentDiffusion):

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from alignprop.models import FAMILIES
 from alignprop.models.base import ENCODERS, Model
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 def skeleton(facts: dict, dtype: torch.dtype, without=(), **options) -> Model:

@@ -19,8 +19,9 @@ from alignprop.runs.checkpoint import checkpoints_of, step_of
 from alignprop.runs.manifest import damage_of
 from alignprop.runs.tracking import MetricsLog
 from alignprop.settings.effects import PLAN_FIELDS
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import is_repo_name
-from alignprop.settings.resolve import ConfigError, flatten
+from alignprop.settings.resolve import flatten
 
 # method: its name, where it is published
 METHODS = {

@@ -31,7 +31,7 @@ from alignprop.publish.verification import (
     weightless,
 )
 from alignprop.runs.checkpoint import find_checkpoint, run_folder_of
-from alignprop.settings.resolve import ConfigError, one_of
+from alignprop.settings.errors import ConfigError, one_of
 
 FORMATS = ("kohya", "diffusers", "merged")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

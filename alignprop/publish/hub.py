@@ -16,7 +16,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from alignprop.evaluation.pictures import read_grid
 from alignprop.lora.files import LORA_FILE
 from alignprop.publish.card import RunFolder, has_own_grid, model_card, picture_name, read_run
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 FILES = ("config.json", "metrics.jsonl", "curves.png", "before_after.png")  # of a run folder, as far as it has them
 MAX_PICTURES = 8  # in the card's gallery

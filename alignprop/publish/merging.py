@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from alignprop.lora.factors import LoraWeights
 from alignprop.models.base import split_name
 from alignprop.publish.verification import Deltas
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 INDEX = "model_index.json"
 

@@ -11,7 +11,7 @@ from alignprop.lora.factors import LoraWeights
 from alignprop.lora.networks import adaptable_networks, name_in_file
 from alignprop.models.base import Model
 from alignprop.models.skeleton import skeleton
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 Deltas = dict[str, Callable[[], torch.Tensor]]
 """How to get the ΔW of a layer, float32 in the shape of its weight, by the layer's name: all at once are too many."""

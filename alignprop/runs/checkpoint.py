@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from alignprop.runs.manifest import MANIFEST, STATE_FILE, damage_of, write_manifest
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 def checkpoints_of(run_folder) -> list[Path]:

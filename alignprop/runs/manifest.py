@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"

@@ -25,7 +25,8 @@ from alignprop.evaluation.pictures import plot_curves, save_before_after, save_g
 from alignprop.evaluation.stop_when import MEASURES
 from alignprop.runs.checkpoint import checkpoints_of, clean_up, prune, run_folder_of
 from alignprop.runs.tracking import MetricsLog
-from alignprop.settings.resolve import ConfigError, save_config
+from alignprop.settings.errors import ConfigError
+from alignprop.settings.resolve import save_config
 
 
 class Records:

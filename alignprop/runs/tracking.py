@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from alignprop.evaluation.pictures import draw_grid
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 TRACKERS = ("wandb", "tensorboard")
 

@@ -3,30 +3,13 @@
 import difflib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
 from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
-
-
-class ConfigError(Exception):
-    """A mistake in what the user asked for; its text is one line that says what is allowed.
-
-    Not a ValueError, which absl would rewrap with our traceback when a preset raises it.
-    """
-
-
-def one_of(field: str, value: str, allowed: Iterable[str]) -> str:
-    """`value`, if it is allowed; else a ConfigError that names the field and the nearest allowed value."""
-    allowed = list(allowed)
-    if value in allowed:
-        return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"{field} = {value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
 
 
 def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:

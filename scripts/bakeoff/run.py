@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
 
-from alignprop.settings.resolve import ConfigError  # noqa: E402
+from alignprop.settings.errors import ConfigError  # noqa: E402
 from scripts.bakeoff.report import write_report  # noqa: E402
 from scripts.bakeoff.schedule import METHODS, REWARDS, Bakeoff, Budget, runs_of  # noqa: E402
 

@@ -19,8 +19,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from alignprop.engine.sharding import check_engine, check_policy, gather, shard
 from alignprop.lora.factors import add_lora
 from alignprop.models.sd import StableDiffusion
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
-from alignprop.settings.resolve import ConfigError
 from alignprop.trainer import AlignPropTrainer
 from tests.cli.test_main import flags
 from tests.distributed.test_accelerate_configs import launch

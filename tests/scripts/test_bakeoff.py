@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from scripts.bakeoff.claims import against_ddpo, claims, differences
 from scripts.bakeoff.curves import curve, mean_error, samples_to_reach, value_at
 from scripts.bakeoff.figures import COLOURS, mean_curve

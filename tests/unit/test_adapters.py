@@ -24,7 +24,7 @@ from alignprop.lora.files import LORA_FILE, read_lora, save_lora
 from alignprop.lora.soups import mix
 from alignprop.models.loading import load_model
 from alignprop.models.sd import StableDiffusion
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from tests.helpers.tiny_pipelines import make_family
 
 PROMPTS = ["a cat", "two dogs"]

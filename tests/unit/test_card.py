@@ -13,7 +13,8 @@ from alignprop.lora.files import LORA_FILE
 from alignprop.publish.card import model_card, read_run, usage
 from alignprop.publish.hub import contents_of
 from alignprop.runs.checkpoint import checkpoints_of
-from alignprop.settings.resolve import ConfigError, resolve, save_config
+from alignprop.settings.errors import ConfigError
+from alignprop.settings.resolve import resolve, save_config
 from config import ddpo
 from tests.helpers.training import train
 from tests.unit.test_pictures import BLUE, RED, flat

@@ -13,7 +13,7 @@ from alignprop.runs.checkpoint import (
     write_checkpoint,
 )
 from alignprop.runs.manifest import MANIFEST, STATE_FILE
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 BASE = {"name": "base", "weights": [1.0]}
 

@@ -11,7 +11,7 @@ import transformers
 
 from alignprop.models.configs import BUNDLED, bundled_config, find_config, find_tower_config, folder_config
 from alignprop.models.skeleton import build_module
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 FILES = sorted(path.stem for path in BUNDLED.glob("*.json"))
 CLIP_L, CLIP_L_PROJECTED, CLIP_G, T5_XXL = 123_060_480, 123_650_304, 694_659_840, 4_762_310_656

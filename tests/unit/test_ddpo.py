@@ -16,7 +16,8 @@ from alignprop.method.guidance import GuidedDenoiser
 from alignprop.method.samplers import Sampler
 from alignprop.prompts import draw_prompts
 from alignprop.runs.checkpoint import checkpoints_of
-from alignprop.settings.resolve import ConfigError, resolve
+from alignprop.settings.errors import ConfigError
+from alignprop.settings.resolve import resolve
 from config import align_prop, ddpo
 from tests.cli.test_main import flags, run_main
 from tests.distributed.test_processes import assert_rows_agree, difference

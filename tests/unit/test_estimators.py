@@ -4,7 +4,7 @@ import torch
 from alignprop.engine.seeding import generator
 from alignprop.method import estimators
 from alignprop.method.samplers import Sampler
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 N, B = 50, 64
 

@@ -17,7 +17,7 @@ from alignprop.lora.files import read_lora, save_lora
 from alignprop.method.base_distance import chain_distance
 from alignprop.models.sd import StableDiffusion
 from alignprop.run import Run
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from alignprop.tasks import evaluate, evaluate_soup
 from rewards import RewardError
 from tests.helpers.training import train

@@ -23,7 +23,8 @@ from alignprop.models.configs import bundled_config, folder_config
 from alignprop.models.sd import StableDiffusion
 from alignprop.publish.export import export_lora
 from alignprop.publish.verification import pipeline_around, weightless
-from alignprop.settings.resolve import ConfigError, resolve, save_config
+from alignprop.settings.errors import ConfigError
+from alignprop.settings.resolve import resolve, save_config
 from tests.helpers.single_file import _unet_key, make_pipeline
 from tests.helpers.tiny_families import TINY, random_conditioning, tiny_model
 

@@ -5,7 +5,7 @@ from alignprop.engine.seeding import generator
 from alignprop.lora.factors import LoraWeights, add_lora, get_lora, set_lora, trainable_parameters, update_lora
 from alignprop.method.guidance import GuidedDenoiser
 from alignprop.models.sd import StableDiffusion
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 

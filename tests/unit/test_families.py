@@ -11,7 +11,8 @@ from alignprop.models import FAMILIES
 from alignprop.models.configs import find_config, folder_config
 from alignprop.models.loading import load_model
 from alignprop.models.skeleton import skeleton
-from alignprop.settings.resolve import ConfigError, resolve
+from alignprop.settings.errors import ConfigError
+from alignprop.settings.resolve import resolve
 from config import models
 from scripts.bench.families import (
     GUIDED,

@@ -14,8 +14,9 @@ from alignprop.lora.files import LORA_FILE
 from alignprop.publish.hub import check_hub, push
 from alignprop.run import Run
 from alignprop.runs.checkpoint import checkpoints_of
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import is_repo_name
-from alignprop.settings.resolve import ConfigError, resolve, save_config
+from alignprop.settings.resolve import resolve, save_config
 from alignprop.trainer import AlignPropTrainer
 from scripts import push_to_hub
 from tests.cli.test_main import flags, run_main

@@ -24,8 +24,9 @@ from alignprop.lora.files import LORA_FILE
 from alignprop.prompts import draw_prompts
 from alignprop.run import Run
 from alignprop.runs.checkpoint import checkpoints_of
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import FIELDS
-from alignprop.settings.resolve import ConfigError, flatten, resolve
+from alignprop.settings.resolve import flatten, resolve
 from alignprop.stopping import plain_endings
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config

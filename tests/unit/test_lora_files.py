@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 from alignprop.lora.factors import get_lora, set_lora, trainable_parameters
 from alignprop.lora.files import LORA_FILE, read_lora, save_lora
 from alignprop.models.sd import StableDiffusion
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from tests.unit.test_factors import add_random, predict
 
 

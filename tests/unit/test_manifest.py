@@ -5,7 +5,7 @@ import torch
 
 from alignprop.models.sd import StableDiffusion
 from alignprop.runs.manifest import MANIFEST, STATE_FILE, base_model, check_base, damage_of, write_manifest
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 @pytest.fixture

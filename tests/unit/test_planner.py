@@ -13,8 +13,9 @@ from alignprop.memory.accounting import Account, on_meta
 from alignprop.memory.forecast import encode
 from alignprop.memory.planner import GIB, Forecast, candidates, choose_policy, forecast, skeletons, table
 from alignprop.models.sd import StableDiffusion
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
-from alignprop.settings.resolve import ConfigError, resolve
+from alignprop.settings.resolve import resolve
 from alignprop.trainer import AlignPropTrainer
 from rewards import as_reward, build_reward
 from tests.helpers.single_file import make_pipeline

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from alignprop.prompts import ASSETS, HPS_STYLES, PROMPT_SETS, PromptSet, draw_prompts, load_prompts
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 def message(name, **kwargs):

@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from alignprop.method.quadrature import contributions, interpolation_weights, supports
 from alignprop.method.samplers import ddim_sampler, flow_sampler
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 FLOW = flow_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), 12)
 DDIM = ddim_sampler(DDIMScheduler(), 12)

@@ -10,7 +10,7 @@ from alignprop.evaluation.evaluate import Evaluator
 from alignprop.evaluation.pictures import save_grid
 from alignprop.lora.files import LORA_FILE
 from alignprop.runs.checkpoint import checkpoints_of, write_checkpoint
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
 from tests.helpers.training import rows, train
 

@@ -10,14 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignprop.method.losses import LOSSES
+from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import FIELDS
 from alignprop.settings.memory_policies import NAMES, POLICIES
 from alignprop.settings.resolve import (
-    ConfigError,
     changes,
     flatten,
     memory_policy,
-    one_of,
     resolve,
     save_config,
     settle,

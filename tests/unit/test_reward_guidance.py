@@ -15,8 +15,8 @@ from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
 from alignprop.run import Run
 from alignprop.settings.effects import warnings_for
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
-from alignprop.settings.resolve import ConfigError
 from alignprop.tasks import guide
 from rewards import RewardError, as_reward
 from tests.cli.test_main import run_main

@@ -6,7 +6,7 @@ import torch
 from alignprop.models.sd import StableDiffusion
 from alignprop.run import Run
 from alignprop.runs.checkpoint import checkpoints_of
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
 from rewards import RewardError
 from tests.helpers.training import train, weights

@@ -11,7 +11,7 @@ from diffusers import (
 )
 
 from alignprop.method.samplers import add_noise, build_sampler, ddim_sampler, flow_sampler
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 def scheduler(prediction_type, **options):

@@ -7,7 +7,7 @@ from alignprop.engine.seeding import generators
 from alignprop.models.base import select
 from alignprop.models.loading import load_model
 from alignprop.models.sd import StableDiffusion
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from tests.helpers.single_file import make_pipeline, write_single_file
 
 

@@ -7,7 +7,7 @@ from alignprop.memory.accounting import Account
 from alignprop.models.configs import bundled_config, folder_config
 from alignprop.models.sd import StableDiffusion
 from alignprop.models.skeleton import build_module, random_model, skeleton
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from tests.helpers.tiny_families import SIDE, TINY
 
 FULL_SIZE = {  # latents, side of the picture, TFLOP of one sample's network call

@@ -4,7 +4,7 @@ import torch
 from alignprop.engine.seeding import generator
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.soups import mix
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 LAYERS = ("block.to_q", "block.to_v")
 

@@ -3,7 +3,7 @@ import torch
 
 from alignprop.engine.speed import compile_blocks, use_channels_last
 from alignprop.models.sd import StableDiffusion
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
 
 

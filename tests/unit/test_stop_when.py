@@ -4,7 +4,7 @@ from alignprop.evaluation.evaluate import Evaluator
 from alignprop.evaluation.stop_when import Condition, parse_stop_when, reason_to_stop, values
 from alignprop.run import Run
 from alignprop.runs.checkpoint import checkpoints_of
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
 from rewards import build_reward
 from tests.helpers.training import rows, train

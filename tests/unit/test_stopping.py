@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from alignprop.stopping import plain_endings, stop_requests
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from alignprop.runs.tracking import MetricsLog, log_images, log_row, parse_log_with, start_trackers, wandb_mode
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 
 
 def row(step, **values):

@@ -11,7 +11,7 @@ from alignprop.method.guidance import GuidedDenoiser
 from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import draw_prompts
 from alignprop.runs.checkpoint import checkpoints_of
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from alignprop.stopping import STOPPED
 from alignprop.trainer import AlignPropTrainer
 from tests.helpers.toy_rewards import redness

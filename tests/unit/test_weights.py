@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from alignprop.lora.factors import trainable_parameters
 from alignprop.lora.files import LORA_FILE
 from alignprop.runs.checkpoint import checkpoints_of
-from alignprop.settings.resolve import ConfigError
+from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
 from alignprop.weights import OPTIMIZERS
 from tests.helpers.training import half_precision, train, weights
