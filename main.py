@@ -123,9 +123,9 @@ def run_task(config, plan_only=False, gpu_memory=None):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
     if plan_only:
-        from alignprop.tasks import plan
+        from alignprop.tasks import compare_policies
 
-        plan(config, gpu_memory)
+        compare_policies(config, gpu_memory)
     elif config.task == "evaluate":
         from alignprop.tasks import evaluate
 

@@ -19,7 +19,7 @@ from alignprop.callbacks import check_given
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_fsdp
 from alignprop.loop import TrainingLoop, now
-from alignprop.models.base import Conditioning, select
+from alignprop.models.base import Conditioning, encode, select
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import chunks
@@ -121,24 +121,26 @@ class DDPOTrainer(TrainingLoop):
         prompts, _ = draw_prompts(self.prompts, *key, torch.arange(total))
         blocks, scores = [], []
         for first in tqdm(range(0, total, size), "sampling", leave=False, disable=not run.is_main):
-            found = [self.sample(key, first + indices) for indices in self._micro_batches()]
-            blocks.append([samples for several, _ in found for samples in several])
-            scores.append(run.accelerator.gather(torch.cat([s for _, s in found], dim=1).T.contiguous()))
+            sampled = [self.sample(key, first + indices) for indices in self.micro_batches()]
+            blocks.append([samples for trajectories, _ in sampled for samples in trajectories])
+            scores.append(run.accelerator.gather(torch.cat([s for _, s in sampled], dim=1).T.contiguous()))
             # Gathered by process; back to the order of the epoch.
             scores[-1] = scores[-1][self._gathered_order()]
         rewards, *terms = torch.cat(scores).T
         limit = c.ddpo.adv_clip_max
         advantages = self.statistics.advantages(prompts, rewards).clamp(-limit, limit)
-        told = []
+        updates = []
         for inner in range(c.ddpo.inner_epochs):
             order = torch.randperm(len(blocks), generator=generator(*key, "updates", inner)).tolist()
             for block in tqdm(order, "updating", leave=False, disable=not run.is_main):
-                told.append(self.update(blocks[block], advantages, generator(*key, "steps", inner, block)))
+                updates.append(self.update(blocks[block], advantages, generator(*key, "steps", inner, block)))
         self.global_step += 1
-        losses, grad_norms, ratios, clipped, divergences = (sum(t) / len(told) for t in zip(*told, strict=True))
+        losses, grad_norms, ratios, clipped, divergences = (
+            sum(means) / len(updates) for means in zip(*updates, strict=True)
+        )
         return self.row(
-            rewards, terms, started, loss=losses, grad_norm=grad_norms, ratio_mean=ratios, clip_fraction=clipped,
-            approx_kl=divergences, samples=self.global_step * total, updates=self.global_step * len(told),
+            rewards, dict(zip(run.reward.terms, terms, strict=True)), started, loss=losses, grad_norm=grad_norms,
+            ratio_mean=ratios, clip_fraction=clipped, approx_kl=divergences, samples=self.global_step * total, updates=self.global_step * len(updates),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -150,27 +152,25 @@ class DDPOTrainer(TrainingLoop):
         """
         run = self.run
         prompts, metadata = draw_prompts(self.prompts, *key, indices)
-        if not run.model.knows(prompts):
-            run.residency.enter("encode")
-        cond = run.model.encode_prompts(prompts)
-        run.residency.enter("denoise")
-        parts = chunks(len(indices), self.config.memory.sweep_chunk)
-        found = [self.draw(key, indices[rows], prompts[rows], select(cond, rows)) for rows in parts]
-        run.residency.enter("decode")
-        final = torch.cat([samples.latents[-1] for samples in found]).to(run.accelerator.device)
+        cond = encode(run.model, prompts, run.residency)
+        with run.residency("denoise"):
+            groups = chunks(len(indices), run.choice.memory.sweep_chunk)
+            trajectories = [self.draw(key, indices[rows], prompts[rows], select(cond, rows)) for rows in groups]
+        final = torch.cat([samples.latents[-1] for samples in trajectories]).to(run.accelerator.device)
         scores = []
-        for rows in chunks(len(final), self.config.memory.decode_chunk):
-            terms = run.reward.score_terms(run.model.decode(final[rows]), prompts[rows], metadata[rows])
-            scores.append(torch.stack([run.reward.combine(terms), *terms.values()]))
-        return found, torch.cat(scores, dim=1)
+        with run.residency("decode"):
+            for rows in chunks(len(final), run.choice.memory.decode_chunk):
+                terms = run.reward.score_terms(run.model.decode(final[rows]), prompts[rows], metadata[rows])
+                scores.append(torch.stack([run.reward.combine(terms), *terms.values()]))
+        return trajectories, torch.cat(scores, dim=1)
 
     def draw(self, key: tuple, indices: torch.Tensor, prompts: list[str], cond: Conditioning) -> Samples:
         """Trajectories of samples that the network is called with together."""
         rollout, steps = self.run.rollout, []
         rollout.sample(generators(indices, *key, "noise"), cond, on_step=lambda *step: steps.append(step))
         latents = [steps[0][1], *(x_next for *_, x_next in steps)]
-        told = {i: log_probability(rollout.sampler, i, *step) for i, *step in steps if rollout.sampler.s[i]}
-        return Samples(indices, prompts, [x.cpu() for x in latents], {i: t.cpu() for i, t in told.items()})
+        logs = {i: log_probability(rollout.sampler, i, *step) for i, *step in steps if rollout.sampler.s[i]}
+        return Samples(indices, prompts, [x.cpu() for x in latents], {i: log.cpu() for i, log in logs.items()})
 
     def update(self, block: list[Samples], advantages, draw: torch.Generator) -> list[float]:
         """One optimizer update with `total_batch_size` samples.
@@ -186,9 +186,9 @@ class DDPOTrainer(TrainingLoop):
         count = max(1, round(self.config.ddpo.timestep_fraction * len(self.noisy_steps)))
         drawn = torch.randperm(len(self.noisy_steps), generator=draw)[:count].sort().values
         steps = [self.noisy_steps[j] for j in drawn]
-        self.run.residency.enter("denoise")
-        told = [self.add_gradients(samples, i, advantages, count) for samples in block for i in steps]
-        losses, ratios, clipped, divergences = self.run.accelerator.gather(torch.cat(told, dim=1).T.contiguous()).T
+        with self.run.residency("sweep"):
+            values = [self.add_gradients(samples, i, advantages, count) for samples in block for i in steps]
+        losses, ratios, clipped, divergences = self.run.accelerator.gather(torch.cat(values, dim=1).T.contiguous()).T
         grad_norm = self.weights.update(losses)
         means = [t.double().mean().item() for t in (losses, ratios, clipped, divergences)]
         return [means[0], grad_norm, *means[1:]]
@@ -214,7 +214,7 @@ class DDPOTrainer(TrainingLoop):
         total = losses.sum() / (c.train.total_batch_size * count)
         (vector,) = torch.autograd.grad(scaler.scale(total) if scaler else total, model_output)
         parameters = self.weights.parameters
-        products = rollout.f.products(graph, t, cond, vector, parameters)[:-1]
+        products = rollout.f.products_of(graph, vector, parameters).tensors
         for parameter, product in zip(parameters, products, strict=True):
             if product is not None:
                 product = product.to(parameter.grad_dtype)
@@ -224,9 +224,10 @@ class DDPOTrainer(TrainingLoop):
         return torch.stack([losses.detach(), ratio, clipped.to(ratio), log_ratio.detach().square() / 2])
 
     def try_memory(self) -> None:
-        size = self.config.per_gpu_capacity
-        several, _ = self.sample((self.config.seed, "trial"), torch.arange(size))
-        self.add_gradients(several[0], self.noisy_steps[0], torch.zeros(size), 1)
+        size = self.run.choice.capacity
+        trajectories, _ = self.sample((self.config.seed, "trial"), torch.arange(size))
+        with self.run.residency("sweep"):
+            self.add_gradients(trajectories[0], self.noisy_steps[0], torch.zeros(size), 1)
 
     def extra_state(self) -> dict:
         return {"prompt_rewards": {prompt: list(rewards) for prompt, rewards in self.statistics.rewards.items()}}
@@ -238,6 +239,6 @@ class DDPOTrainer(TrainingLoop):
     def _gathered_order(self) -> torch.Tensor:
         """Where each sample of a block is among what was gathered from the processes one after the other."""
         c, n = self.config, self.run.accelerator.num_processes
-        size = c.per_gpu_capacity
+        size = self.run.choice.capacity
         places = torch.arange(c.train.total_batch_size).view(n, -1, size)  # process, its micro-batch, sample
         return places.transpose(0, 1).flatten()

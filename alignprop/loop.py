@@ -12,10 +12,11 @@ from alignprop.engine.processes import on_main
 from alignprop.engine.sharding import is_fsdp
 from alignprop.engine.speed import compile_blocks
 from alignprop.evaluation.evaluate import Evaluation
-from alignprop.memory.residency import apply_policy
+from alignprop.memory.checkpointing import apply_policy
+from alignprop.memory.planner import next_choice
 from alignprop.prompts import load_prompts
 from alignprop.publish.hub import push_finished
-from alignprop.run import Run
+from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
 from alignprop.settings.resolve import changes
 from alignprop.stopping import STOPPED, stop_requests
@@ -49,26 +50,27 @@ class TrainingLoop:
         needs_gradient=False,
     ):  # fmt: skip
         self.image_samples_hook = image_samples_hook
-        own = PromptFunction(prompt_function) if prompt_function else None
-        self.prompts = own or load_prompts(config.prompt_fn, "prompt_fn")
-        self.run = Run(with_names(config, prompt_fn=prompt_function), reward_function, model, needs_gradient, own)
+        own_prompts = PromptFunction(prompt_function) if prompt_function else None
+        self.prompts = own_prompts or load_prompts(config.prompt_fn, "prompt_fn")
+        named = with_names(config, prompt_fn=prompt_function)
+        self.run = run = build_run(named, reward_function, model, needs_gradient, own_prompts)
+        self.config = c = run.config
         for field, function in (("reward_fn", reward_function), ("prompt_fn", prompt_function)):
             if function:
-                self.run.say(f"{field} = {config[field]!r} is not used: {self.run.config[field]} takes its place")
-        self.config = c = self.run.config
+                run.say(f"{field} = {config[field]!r} is not used: {c[field]} takes its place")
 
-        self.run.residency.enter("denoise")  # the adapter is made where its layers are, and stays there
-        self.weights = TrainedWeights(self.run.model, c, self.run.accelerator)
-        apply_policy(self.run.model, self.run.memory)
+        with run.residency("denoise"):  # the adapter is made where its layers are, and stays there
+            self.weights = TrainedWeights(run.model, c, run.accelerator)
+        apply_policy(run.model, run.choice.memory)
         if c.compile:
-            compile_blocks(self.run.model.denoiser)
+            compile_blocks(run.model.denoiser)
         self.global_step = 0
         self.stop_requests: list[str] = []
         self.reason_to_stop = ""  # what the newest evaluation said, where `stop_when` ends the run
-        if self.run.checkpoint:
+        if run.checkpoint:
             self._restore()
-        chosen = "auto" in (config.memory_policy, config.per_gpu_capacity)
-        if chosen and self.run.accelerator.device.type == "cuda" and not is_fsdp(self.run.accelerator):
+        is_open = "auto" in (c.memory_policy, c.per_gpu_capacity)
+        if is_open and run.accelerator.device.type == "cuda" and not is_fsdp(run.accelerator):
             self._try_policy()
 
     @property
@@ -110,15 +112,14 @@ class TrainingLoop:
         """The next step, `global_step` + 1, which it counts; returns its metrics row."""
         raise NotImplementedError
 
-    def row(self, rewards: torch.Tensor, terms, started: tuple[float, float], **others) -> dict:
+    def row(self, rewards: torch.Tensor, terms: dict, started: tuple[float, float], **others) -> dict:
         """The metrics row of the step that was counted last.
 
         Args:
-            rewards: of all its samples, [n]; terms: of each single reward, [n] each.
+            rewards: of all its samples, [n]. terms: those of each single reward, [n] each, by its name.
             started: `now()` at its beginning.
             others: what else is told of it.
         """
-        names = zip(self.run.reward.terms, terms, strict=True)
         seconds, cpu_seconds = (round(b - a, 3) for a, b in zip(started, now(), strict=True))
         return {
             "kind": "train",
@@ -126,7 +127,7 @@ class TrainingLoop:
             "epoch": (self.global_step - 1) // self.config.train.steps_per_epoch,
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
-            "rewards": {name: term.mean().item() for name, term in names},
+            "rewards": {name: scores.mean().item() for name, scores in terms.items()},
             **others,
             "skipped_steps": self.weights.skipped,
             "seconds": seconds,
@@ -164,7 +165,7 @@ class TrainingLoop:
             return
         state = {
             "global_step": self.global_step,
-            "config": json.dumps(self.config.to_dict()),
+            "config": json.dumps(self.run.written_config.to_dict()),
             **self.weights.state(),
             **self.extra_state(),
         }
@@ -206,40 +207,47 @@ class TrainingLoop:
         )
         raise SystemExit(STOPPED)
 
-    def _micro_batches(self) -> list[torch.Tensor]:
+    def micro_batches(self) -> list[torch.Tensor]:
         """The indices in the global batch of each micro-batch of this process."""
-        size, accelerator = self.config.per_gpu_capacity, self.run.accelerator
+        size, accelerator = self.run.choice.capacity, self.run.accelerator
         at_once = size * accelerator.num_processes
         firsts = range(accelerator.process_index * size, self.config.train.total_batch_size, at_once)
         return [torch.arange(first, first + size) for first in firsts]
 
     def _try_policy(self) -> None:
-        """`try_memory`; as long as it does not fit, the next more frugal policy."""
+        """Makes trial steps until the memory policy is one that fits, each time with the next more frugal one."""
         run = self.run
-        while True:
-            no_room, moments = "", []
-            try:
-                moments += [torch.empty_like(p) for p in self.weights.parameters for _ in range(2)]  # the optimizer's
-                run.residency.enter("measure")  # what an evaluation needs besides
-                self.try_memory()
-            except torch.OutOfMemoryError as error:
-                no_room = str(error).partition(". ")[0]
-            moments.clear()
-            self.weights.zero_grad()
-            run.rollout.adjoint_norms.take()
-            torch.cuda.empty_cache()  # what a policy left must not look like what the next one needs
-            if not run.any_process(bool(no_room)):
-                return
-            run.use_next_policy(no_room or "another process ran out of memory")
-            self.config = run.config
-            apply_policy(run.model, run.memory)
+        while reason := self._out_of_memory():
+            choice = next_choice(run.config, run.accelerator.num_processes, run.choice, reason)
+            run.say(
+                f"memory_policy {run.choice.policy!r} with {run.choice.capacity} samples does not fit ({reason}); "
+                f"trying {choice.policy!r}"
+            )
+            run.use(choice)
+            apply_policy(run.model, choice.memory)
+
+    def _out_of_memory(self) -> str:
+        """What `try_memory` ran out of memory with, on this process or another; "" where it fits."""
+        run, error_text, moments = self.run, "", []
+        try:
+            moments += [torch.empty_like(p) for p in self.weights.parameters for _ in range(2)]  # the optimizer's
+            with run.residency("measure"):  # what an evaluation needs besides
+                pass
+            self.try_memory()
+        except torch.OutOfMemoryError as error:
+            error_text = str(error).partition(". ")[0]
+        moments.clear()
+        self.weights.zero_grad()
+        run.rollout.adjoint_norms.take()
+        torch.cuda.empty_cache()  # what a policy left must not look like what the next one needs
+        return (error_text or "another process ran out of memory") if run.any_process(bool(error_text)) else ""
 
     def _restore(self) -> None:
-        checkpoint, c = self.run.checkpoint, self.config
+        checkpoint = self.run.checkpoint
         state = read_state(checkpoint)
         self.weights.load(state, checkpoint)
         self.load_extra_state(state)
         self.global_step = state["global_step"]
         self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {self.global_step}")
-        for line in changes(json.loads(state["config"]), json.loads(json.dumps(c.to_dict()))):
+        for line in changes(json.loads(state["config"]), json.loads(json.dumps(self.run.written_config.to_dict()))):
             self.run.say(f"  with another {line}")

@@ -10,17 +10,17 @@ from tqdm.auto import tqdm
 
 from alignprop.engine.background import Background
 from alignprop.engine.processes import on_main
-from alignprop.evaluation.evaluate import Evaluation, statistics, write_report
+from alignprop.evaluation.evaluate import Evaluation, Sample, statistics, write_report
 from alignprop.evaluation.pictures import plot_bars, plot_soup, save_comparison, save_image
 from alignprop.lora.adapters import adapted_networks, set_adapter
 from alignprop.lora.files import read_lora
-from alignprop.lora.scaling import anneal_lora, scale_lora
+from alignprop.lora.scaling import scale_lora
 from alignprop.lora.soups import mix
+from alignprop.memory.checkpointing import apply_policy
 from alignprop.memory.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
 from alignprop.memory.planner import candidates, gpu_bytes, skeletons, table
-from alignprop.memory.residency import apply_policy
 from alignprop.method.reward_guidance import RewardGuidance, Timed
-from alignprop.run import Run
+from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import check_base
 from alignprop.settings.errors import ConfigError
@@ -40,7 +40,7 @@ def evaluate(config, reward_function=None, model=None) -> Path:
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
-    run = Run(config, reward_function, model)
+    run = build_run(config, reward_function, model)
     _load_checkpoint(run)
     name = f"{_slug(config.eval_prompt_fn)}_{run.checkpoint.name if run.checkpoint else 'base'}"
     folder = _new_folder(run, name)
@@ -63,7 +63,7 @@ def evaluate_soup(config, reward_function=None, model=None) -> Path:
     second_path = second = None
     if config.resume_from_2 != BASE_MODEL:
         second_path = find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2")
-    run = Run(config, reward_function, model)
+    run = build_run(config, reward_function, model)
     c = run.config
     first = read_lora(run.checkpoint, run.model)
     if second_path:
@@ -98,20 +98,24 @@ def guide(config, reward_function=None, model=None) -> Path:
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
-    run = Run(config, reward_function, model, needs_gradient=True)
-    c, plain = run.config, run.evaluator.sample
-    guided = RewardGuidance(run.rollout, run.reward, enter=run.residency.enter, **c.guide.to_dict())
+    run = build_run(config, reward_function, model, needs_gradient=True)
+    c = run.config
+    guided = RewardGuidance(run.rollout, run.reward, phases=run.residency, **c.guide.to_dict())
     name = run.checkpoint.name if run.checkpoint else "base"
     folder = _new_folder(run, f"guide_{_slug(c.eval_prompt_fn)}_{name}")
     background, results, pictures = Background(), {}, {}
+
+    def plain(streams, cond, prompts, metadata):
+        return run.rollout(streams, cond, None)
+
     for tuned in (False, True) if run.checkpoint else (False,):
         if tuned:
             _load_checkpoint(run)
-        apply_policy(run.model, run.memory)
+        apply_policy(run.model, run.choice.memory)
         for name, sample in (("plain", plain), ("guided", guided)):
             name = f"fine-tuned {name}" if tuned else name
-            run.evaluator.sample = clock = Timed(sample, run.accelerator.device)
-            evaluation = _evaluate_into(folder / _slug(name), run, background, f"{name}: ")
+            clock = Timed(sample, run.accelerator.device)
+            evaluation = _evaluate_into(folder / _slug(name), run, background, f"{name}: ", clock)
             measured = {column: statistics(scores) for column, scores in evaluation.columns.items()}
             results[name] = {**measured, **evaluation.measures, "seconds_per_picture": clock.seconds_per_picture}
             pictures[name] = evaluation.images
@@ -124,7 +128,7 @@ def guide(config, reward_function=None, model=None) -> Path:
     return folder
 
 
-def plan(config, gpu_memory: float | None = None) -> list[Forecast]:
+def compare_policies(config, gpu_memory: float | None = None) -> list[Forecast]:
     """Prints what training will cost with each memory policy, and the fastest that fits. Needs no GPU and no weights.
 
     Args:
@@ -135,18 +139,18 @@ def plan(config, gpu_memory: float | None = None) -> list[Forecast]:
     """
     c = resolve(config, 1)
     size = gpu_memory * GIB if gpu_memory else gpu_bytes()
-    parts, found, done = skeletons(c), {}, {}
+    build, forecasts, done = skeletons(c), {}, {}
     print(f"{c.pretrained.model}, {c.reward_fn}, {c.mixed_precision}, {c.train.num_inference_steps} steps", flush=True)
     names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
     for name, memory, capacity in tqdm(candidates(c, 1, names), "planning", leave=False):
-        if name not in found or (size and not found[name].fits(size)):
-            found[name] = forecast(parts, c, name, memory, capacity, done)
-    print(table(list(found.values()), c.train.total_batch_size, size))
+        if name not in forecasts or (size and not forecasts[name].fits(size)):
+            forecasts[name] = forecast(build, c, name, memory, capacity, done)
+    print(table(list(forecasts.values()), c.train.total_batch_size, size))
     print(
         f"Not counted: the CUDA context, about {CONTEXT / GIB:g} GiB; workspaces, up to {MARGIN:.0%} more; rewards of "
-        "your own, and those that only an evaluation measures."
+        "your own."
     )
-    fitting = [f for f in found.values() if size and f.fits(size)]
+    fitting = [f for f in forecasts.values() if size and f.fits(size)]
     if fitting:
         best = fitting[0]
         print(
@@ -155,7 +159,7 @@ def plan(config, gpu_memory: float | None = None) -> list[Forecast]:
         )
     elif size:
         print(f"None fits {size / GIB:g} GiB.")
-    return list(found.values())
+    return list(forecasts.values())
 
 
 def _new_folder(run: Run, name: str) -> Path:
@@ -193,19 +197,19 @@ def _load_checkpoint(run: Run) -> None:
         load_denoiser(model.denoiser, run.checkpoint / "denoiser")
     elif run.checkpoint:
         set_adapter(model, read_lora(run.checkpoint, model))
-        for network in adapted_networks(model):
+        for network in adapted_networks(model):  # the rollout scales the denoiser's by its own schedule
             scale_lora(network, c.lora_scale)
-        if c.lora_schedule == "linear":
-            anneal_lora(run.rollout.f, model.denoiser, run.rollout.sampler.timesteps, c.lora_scale)
 
 
-def _evaluate_into(folder: Path, run: Run, background: Background, prefix: str = "") -> Evaluation:
+def _evaluate_into(
+    folder: Path, run: Run, background: Background, prefix: str = "", sample: Sample | None = None
+) -> Evaluation:
     """The pictures, the report and then a line for the person, written while the device does what comes next."""
 
     def save(j, image):
         background.submit(save_image, image, folder / "images" / f"{j:06d}.png")
 
-    evaluation = run.evaluator(on_image=save)
+    evaluation = run.evaluator(on_image=save, sample=sample)
     if run.is_main:
         background.submit(write_report, evaluation, folder)
         background.submit(_say_rewards, run, evaluation, folder, prefix)

@@ -23,11 +23,14 @@ from alignprop.engine.sharding import is_sharded
 from alignprop.evaluation.judges import Judges, diversity
 from alignprop.evaluation.pictures import save_grid
 from alignprop.lora.adapters import adapted_networks
+from alignprop.lora.factors import has_lora
 from alignprop.method.base_distance import base_conditioning, chain_distance
 from alignprop.method.rollout import Rollout
-from alignprop.models.base import select
+from alignprop.models.base import Conditioning, Phases, encode, select
 from alignprop.prompts import PromptSet
 from alignprop.settings.memory_policies import chunks
+
+Sample = Callable[[list[torch.Generator], Conditioning, list[str], list[dict]], torch.Tensor]
 
 NUM_COMPARED = 8  # pictures whose base distance is measured: the first, whatever the batch size
 
@@ -103,22 +106,18 @@ class Evaluator:
         decode_chunk: pictures that are decoded and scored at once; 0: the batch.
         keep: how many of the pictures are returned.
         base_distance: measure it, where the model has an adapter.
-        enter: called with the name of each phase before it begins (memory.Residency).
-
-    Attributes:
-        sample: (generators, cond, prompts, metadata) -> final latents; may be replaced (method/reward_guidance.py).
+        phases: brings the modules of a phase to the device (memory/residency.py).
     """
 
     def __init__(
         self, rollout: Rollout, judges: Judges, prompts: PromptSet, accelerator: Accelerator, *, num_images: int,
         num_prompts: int | None, batch_size: int, decode_chunk: int, seed: int, keep: int, base_distance: bool,
-        enter: Callable[[str], None],
+        phases: Phases,
     ):  # fmt: skip
         self.rollout, self.judges, self.prompts, self.base_distance = rollout, judges, prompts, base_distance
         self.accelerator = accelerator
         self.num_images, self.batch_size, self.seed, self.keep = num_images, batch_size, seed, keep
-        self.decode_chunk, self.enter = decode_chunk, enter
-        self.sample = lambda streams, cond, prompts, metadata: rollout(streams, cond, None)
+        self.decode_chunk, self.phases = decode_chunk, phases
         # Shuffled, so that few pictures of a sorted prompt file still show all kinds of prompts.
         order = torch.randperm(len(prompts), generator=generator(seed, "evaluation order")).tolist()[:num_prompts]
         self.order = [order[j % len(order)] for j in range(num_images)]
@@ -128,17 +127,20 @@ class Evaluator:
         self,
         on_image: Callable[[int, torch.Tensor], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        sample: Sample | None = None,
     ) -> Evaluation | None:
         """The same result on every process.
 
         Args:
+            sample: (generators, cond, prompts, metadata) -> final latents; None: the rollout.
             on_image: called with (j, picture [3, H, W]) for each picture, on the process that made it.
             should_stop: asked before each batch, by all processes together; True ends it, and the result is None.
         """
         size, n, accelerator = self.batch_size, self.num_images, self.accelerator
         at_once = size * accelerator.num_processes
         seed_global(self.seed, "evaluation", accelerator.process_index)
-        found, compares = [], self.base_distance and bool(adapted_networks(self.rollout.model))
+        sample = sample or (lambda generators, cond, prompts, metadata: self.rollout(generators, cond, None))
+        pictures, compares = [], self.base_distance and bool(adapted_networks(self.rollout.model))
         for first in tqdm(range(0, n, at_once), "evaluating", leave=False, disable=not accelerator.is_main_process):
             if should_stop():
                 return None
@@ -148,19 +150,19 @@ class Evaluator:
             # draws the first again, for nothing.
             if not batch and not is_sharded(self.rollout.denoiser):
                 continue
-            for picture in self._batch(batch or range(1), compares and first < NUM_COMPARED)[: len(batch)]:
+            for picture in self._batch(batch or range(1), sample, compares and first < NUM_COMPARED)[: len(batch)]:
                 if on_image:
                     on_image(picture.j, picture.image)
-                found.append(picture if picture.j < self.keep else picture._replace(image=None))
-        return self._evaluation(sorted(gather_object(found), key=lambda picture: picture.j))
+                pictures.append(picture if picture.j < self.keep else picture._replace(image=None))
+        return self._evaluation(sorted(gather_object(pictures), key=lambda picture: picture.j))
 
-    def _evaluation(self, found: list[_Picture]) -> Evaluation:
-        columns = {name: torch.tensor([p.scores[name] for p in found]).double() for name in found[0].scores}
-        kept = torch.stack([p.image for p in found if p.image is not None])
-        places, source = [self.order[p.j] for p in found], self.prompts
+    def _evaluation(self, pictures: list[_Picture]) -> Evaluation:
+        columns = {name: torch.tensor([p.scores[name] for p in pictures]).double() for name in pictures[0].scores}
+        kept = torch.stack([p.image for p in pictures if p.image is not None])
+        places, source = [self.order[p.j] for p in pictures], self.prompts
         prompts, metadata = ([rows[i] for i in places] for rows in (source.prompts, source.metadata))
-        embeddings = [p.embedding for p in found if p.embedding is not None]
-        distances = [p.distance for p in found if p.distance is not None]
+        embeddings = [p.embedding for p in pictures if p.embedding is not None]
+        distances = [p.distance for p in pictures if p.distance is not None]
         measures = {
             "diversity": diversity(torch.stack(embeddings), prompts) if embeddings else None,
             "base_distance": sum(distances) / len(distances) if distances else None,
@@ -168,45 +170,37 @@ class Evaluator:
         measures = {name: value for name, value in measures.items() if value is not None}
         return Evaluation(prompts, kept, self.judges.reward.combine(columns), columns, measures, metadata)
 
-    def _batch(self, batch: range, compare: bool) -> list[_Picture]:
+    def _batch(self, batch: range, sample: Sample, compare: bool) -> list[_Picture]:
         prompts = [self.prompts.prompts[self.order[j]] for j in batch]
         metadata = [self.prompts.metadata[self.order[j]] for j in batch]
         model = self.rollout.model
-        if not model.knows(prompts):
-            self.enter("encode")
-        cond = model.encode_prompts(prompts)
-        base_cond = base_conditioning(model, prompts, cond) if compare else None
-        self.enter("denoise")
-        latents = self.sample(generators(batch, self.seed, "evaluation"), cond, prompts, metadata)
-        distances = self._distances(batch, latents, cond, base_cond) if compare else [None] * len(batch)
-        self.enter("decode")
-        parts = chunks(len(batch), self.decode_chunk)
-        images = [model.decode(latents[part]) for part in parts]
-        scores, embeddings = {}, [None] * len(batch)
-        for phase, (reward, tower) in self.judges.phases.items():
-            if reward or tower:
-                self.enter(phase)
-            if reward:
-                scores |= self._score(reward, images, prompts, metadata)
-            if tower:
-                embeddings = torch.cat([tower.embed_images(part) for part in images]).cpu()
+        cond = encode(model, prompts, self.phases)
+        base_cond = self._base_conditioning(prompts, cond) if compare else None
+        with self.phases("denoise"):
+            latents = sample(generators(batch, self.seed, "evaluation"), cond, prompts, metadata)
+            distances = self._distances(batch, latents, cond, base_cond) if compare else [None] * len(batch)
+        with self.phases("decode"):
+            images = [model.decode(latents[rows]) for rows in chunks(len(batch), self.decode_chunk)]
+        scores, embeddings = self.judges.judge(images, prompts, metadata, self.phases)
         rows = [{name: column[row].item() for name, column in scores.items()} for row in range(len(batch))]
+        embeddings = [None] * len(batch) if embeddings is None else embeddings
         return [*map(_Picture, batch, rows, torch.cat(images).cpu(), embeddings, distances)]
+
+    def _base_conditioning(self, prompts: list[str], cond: Conditioning) -> Conditioning:
+        if not any(map(has_lora, self.rollout.model.lora_encoders.values())):
+            return cond
+        with self.phases("encode"):
+            return base_conditioning(self.rollout.model, prompts, cond)
 
     def _distances(self, batch: range, latents, cond, base_cond) -> list[float | None]:
         """Base distances of the pictures that are compared; where FSDP2 has spread the weights, of one at least."""
         rows = slice(max(sum(j < NUM_COMPARED for j in batch), is_sharded(self.rollout.denoiser)))
         noise = generators(batch[rows], self.seed, "base distance")
-        found = torch.empty(0)
+        distances = torch.empty(0)
         if noise:
             cond, base_cond = select(cond, rows), select(base_cond, rows)
-            found = chain_distance(self.rollout, latents[rows], cond, noise, base_cond)
-        return [d if j < NUM_COMPARED else None for j, d in zip_longest(batch, found.tolist())]
-
-    def _score(self, reward, images: list[torch.Tensor], prompts, metadata) -> dict[str, torch.Tensor]:
-        parts = chunks(len(prompts), self.decode_chunk)
-        found = [reward.score_terms(i, prompts[p], metadata[p]) for i, p in zip(images, parts, strict=True)]
-        return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
+            distances = chain_distance(self.rollout, latents[rows], cond, noise, base_cond)
+        return [d if j < NUM_COMPARED else None for j, d in zip_longest(batch, distances.tolist())]
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> dict:

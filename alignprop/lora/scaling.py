@@ -1,5 +1,6 @@
 """How much the adapter of a denoiser or a text encoder counts: as it was trained, not at all, or anything else."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -27,19 +28,18 @@ def without_lora(*networks):
             layer.scaling[ADAPTER] = scaling
 
 
-def anneal_lora(f, denoiser, timesteps: torch.Tensor, scale: float) -> None:
-    """The adapter's weight change grows along the chain, linearly from 0 at its first step to `scale` at its last.
+def linear_schedule(timesteps: torch.Tensor, scale: float) -> Callable[[torch.Tensor], float]:
+    """How much an adapter counts at a timestep: linearly from 0 at the chain's first step to `scale` at its last.
 
     Early steps lay a picture out, which the base model is left to do. Annealed importance guidance (Jena et al. 2024,
     arXiv 2409.06493) blends the outputs of the two models so; blending weights costs no further network call.
 
     Args:
-        f: the guided denoiser of the chain, whose calls are scaled from now on.
         timesteps: of the chain, [N].
     """
     scales = torch.linspace(scale, 0, len(timesteps), dtype=torch.float64).flip(0)  # a chain of one step has the last
     scale_at = dict(zip(timesteps.tolist(), scales.tolist(), strict=True))
-    f.before_call = lambda timestep: scale_lora(denoiser, scale_at[timestep.item()])
+    return lambda timestep: scale_at[timestep.item()]
 
 
 def _adapted_layers(network) -> list:

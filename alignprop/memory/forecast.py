@@ -1,31 +1,34 @@
-"""What a training step will cost, before it is run: the project's own code on tensors without data.
+"""What a training step will cost, before it is run: the run's own code on tensors without data.
 
 A step is linear in its sampler steps, so two short ones say what any other costs. FLOPs per sample of N steps, K of
 them active, are N rollout calls, the decode with its backward pass, and K calls of the sweep, the lowest of which
-needs no ∂f/∂x; memory does not depend on K but for the stored latents, or for the graphs that are kept.
+needs no ∂f/∂x. To these come what `kl_coeff` calls and, where text encoders are trained, what they do. Memory does not
+depend on K but for the stored latents, or for the graphs that are kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import DistributedType
 from ml_collections import ConfigDict
 
 from alignprop.engine.seeding import generator, generators
+from alignprop.evaluation.judges import Judges
 from alignprop.memory.accounting import Account
-from alignprop.memory.residency import Residency, apply_policy
-from alignprop.method import estimators
+from alignprop.memory.checkpointing import apply_policy
+from alignprop.memory.residency import Residency, phases_of
 from alignprop.method.estimators import build_estimator
+from alignprop.method.gradient import RewardGradient
 from alignprop.method.plans import GradientPlan
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import Sampler
-from alignprop.models.base import Model
-from alignprop.settings.memory_policies import MemoryPolicy, chunks
-from alignprop.settings.resolve import estimator_options
+from alignprop.models.base import Conditioning, Model
+from alignprop.settings.memory_policies import MemoryPolicy
+from alignprop.settings.resolve import estimator_options, gradient_options, rollout_options
 from alignprop.weights import TrainedWeights
-from rewards import WeightedReward
 
 GIB = 2**30
 # What the account does not see: workspaces of kernels, and what the allocator cannot hand out again.
@@ -33,7 +36,8 @@ MARGIN = 0.08
 # A CUDA context with its libraries, which shares the GPU with the allocator.
 CONTEXT = GIB // 2
 
-Parts = Callable[[], tuple[Model, WeightedReward]]
+Build = Callable[[], tuple[Model, Judges]]
+"""Makes the model and its judges on the meta device, anew for each call: a policy changes its model."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Forecast:
         policy: its name.
         capacity: samples in a micro-batch of one process.
         peaks: bytes on the device at most, by phase: "encode", "denoise" (the rollout), "decode" (the VAE and the
-            reward, with their backward pass), "sweep", "update".
+            reward, with their backward pass), "sweep", "compare" (with the base model, for `kl_coeff`), "update",
+            "measure" (the rewards that only an evaluation measures).
         flops: floating point operations per sample, on average over what the estimator draws.
     """
 
@@ -67,17 +72,31 @@ class Forecast:
         return self.peak * (1 + MARGIN) + CONTEXT <= gpu_bytes
 
 
+class _Short(NamedTuple):
+    """The cost of a micro-batch with few sampler steps.
+
+    Attributes:
+        peaks, flops: by phase.
+        latents, picture, waiting: bytes of a sample's latents, of its picture, and of all that waits for its turn.
+    """
+
+    peaks: dict[str, int]
+    flops: dict[str, int]
+    latents: int
+    picture: int
+    waiting: int
+
+
 def forecast(
-    parts: Parts, config: ConfigDict, policy: str, memory: MemoryPolicy, capacity: int, done: dict | None = None
+    build: Build, config: ConfigDict, policy: str, memory: MemoryPolicy, capacity: int, done: dict | None = None
 ) -> Forecast:
     """The cost of the run that `config` describes.
 
     Args:
-        parts: makes the model and the reward on the meta device, anew for each call: a policy changes its model.
         config: resolved; its `memory` and `per_gpu_capacity` are not used.
         policy: the name to give it.
-        done: short steps that were simulated for an earlier forecast of the same parts, and of a configuration that
-            differs in its estimator only; this one adds its own.
+        done: short steps that were simulated for an earlier forecast of the same networks, and of a configuration
+            that differs in its estimator only; this one adds its own.
     """
     train, done = config.train, {} if done is None else done
     estimator = build_estimator(config.estimator, **estimator_options(config))
@@ -88,109 +107,137 @@ def forecast(
     # Chunks follow each other and cost the same, so one is enough, unless their graphs are kept.
     largest = max(memory.sweep_chunk or capacity, memory.decode_chunk or capacity)
     samples = capacity if memory.keep_steps else min(largest, capacity)
+    prompts = capacity if config.train_text_encoder else 1  # else they are remembered
 
-    def simulate(keep_steps: int, *counts: int) -> list[SimpleNamespace]:
-        keys = [(replace(memory, keep_steps=keep_steps), samples, k, plan.copies) for k in counts]
+    def simulate(keep_steps: int, *counts: int) -> list[_Short]:
+        keys = [(replace(memory, keep_steps=keep_steps), samples, prompts, k, plan.copies) for k in counts]
         for key in keys:
-            done[key] = done.get(key) or _simulate(parts, config, *key)
+            done[key] = done.get(key) or _simulate(build, config, *key)
         return [done[key] for key in keys]
 
     kept = simulate(3, 1, 2, 3) if memory.keep_steps else simulate(0, 1, 2)
     recomputed = simulate(0, 1, 2) if 0 < memory.keep_steps < most_active else kept
-    flops = _flops(kept, recomputed, plan, memory.keep_steps)
+    flops = _flops(kept, recomputed, plan, memory.keep_steps) / samples
+    if config.train_text_encoder:
+        flops += kept[0].flops["encode"] / capacity
     peaks = _peaks(kept, memory, capacity, samples, most_active)
     if recomputed is not kept:
         peaks["sweep"] = max(peaks["sweep"], recomputed[-1].peaks["sweep"])
-    return Forecast(policy, capacity, peaks, flops / samples)
+    return Forecast(policy, capacity, peaks, flops)
 
 
-def _flops(kept, recomputed, plan: GradientPlan, keep: int) -> float:
-    """Of the simulated samples, on average over what the plan draws."""
-    lowest, call = (r.flops["sweep"] for r in recomputed[:2])
-    kept_lowest, kept_call = (r.flops["sweep"] for r in kept[:2])
+def _flops(kept: list[_Short], recomputed: list[_Short], plan: GradientPlan, keep: int) -> float:
+    """Of the simulated samples, on average over what the plan draws; without the text encoders."""
+    lowest, call = (short.flops["sweep"] for short in recomputed[:2])
+    kept_lowest, kept_call = (short.flops["sweep"] for short in kept[:2])
     call, kept_call = call - lowest, kept_call - kept_lowest
     below = plan.active.int().cumsum(dim=0) - plan.active.int()  # active steps that still need λ
     into_latents = plan.active & (plan.coupling != 0) & (below > 0)
-    found = []
+    sweeps = []
     for k, n in zip(plan.active.sum(dim=0).tolist(), into_latents.sum(dim=0).tolist(), strict=True):
         from_rollout = min(k, keep)
         kept_n = min(n, from_rollout)
-        found.append((from_rollout - kept_n) * kept_lowest + kept_n * kept_call)
-        found.append((k - from_rollout - (n - kept_n)) * lowest + (n - kept_n) * call)
+        sweeps.append((from_rollout - kept_n) * kept_lowest + kept_n * kept_call)
+        sweeps.append((k - from_rollout - (n - kept_n)) * lowest + (n - kept_n) * call)
     rollout_calls = (plan.exit_step.clamp(max=len(plan.active) - 1) + 1).double().mean().item() + plan.copies
     one_call = kept[0].flops["denoise"] / (1 + plan.copies)
-    return rollout_calls * one_call + kept[0].flops["decode"] + sum(found) / plan.active.shape[1]
+    others = kept[0].flops["decode"] + kept[0].flops.get("compare", 0)
+    return rollout_calls * one_call + others + sum(sweeps) / plan.active.shape[1]
 
 
-def _peaks(steps, memory: MemoryPolicy, capacity: int, samples: int, most_active: int) -> dict[str, int]:
-    peaks = dict(steps[-1].peaks)
-    peaks.pop("", None)
+def _peaks(shorts: list[_Short], memory: MemoryPolicy, capacity: int, samples: int, most_active: int) -> dict[str, int]:
+    last = shorts[-1]
+    peaks = {phase: peak for phase, peak in last.peaks.items() if phase}
     # Of the samples that are not in this chunk, and of the steps that were not simulated.
-    waiting = steps[-1].per_sample * (capacity - samples)
-    waiting += steps[-1].latents * (capacity * most_active - samples * len(steps))
+    waiting = last.waiting * (capacity - samples)
+    waiting += last.latents * (capacity * most_active - samples * len(shorts))
     for phase in ("denoise", "decode", "sweep"):
         peaks[phase] += max(waiting, 0)
         if memory.keep_steps:
-            slope = steps[2].peaks[phase] - steps[1].peaks[phase] - steps[2].latents * samples
-            peaks[phase] += slope * (min(memory.keep_steps, most_active) - len(steps))
+            slope = shorts[2].peaks[phase] - shorts[1].peaks[phase] - last.latents * samples
+            peaks[phase] += slope * (min(memory.keep_steps, most_active) - len(shorts))
+    if "compare" in peaks:
+        peaks["compare"] += last.waiting * (capacity - samples)
+    if "measure" in peaks:
+        peaks["measure"] += last.picture * (capacity - samples)
     return peaks
 
 
 def _simulate(
-    parts: Parts, config: ConfigDict, memory: MemoryPolicy, samples: int, steps: int, copies: int
-) -> SimpleNamespace:
-    """`AlignPropTrainer.step` for one micro-batch with so many sampler steps: all active, or the last with copies."""
-    model, reward = parts()
+    build: Build, config: ConfigDict, memory: MemoryPolicy, samples: int, prompts: int, steps: int, copies: int
+) -> _Short:
+    """A micro-batch with so many sampler steps, an update, and the measures of an evaluation, counted."""
+    model, judges = build()
     device = model.device = torch.device("meta")
-    phases = {"encode": model.text_encoders, "denoise": [model.denoiser], "decode": [model.decoder, reward]}
-    residency, account = Residency(device, phases, memory.residency, copy=True), Account("meta")
+    residency = Residency(device, phases_of(model, judges), memory.residency, copy=True)
+    account = Account("meta")
+
+    @contextmanager
+    def phases(phase: str) -> Iterator[None]:
+        with account.phase(phase), residency(phase):
+            yield
+
     with account:
-        account.track(*(m for phase in phases.keys() - residency.leaving for m in phases[phase]))
-        residency.enter("denoise")
-        weights = TrainedWeights(model, config, _OneProcess())
-        apply_policy(model, memory)
-        for parameter in weights.parameters:
-            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-        _update(weights)  # from the second step on there are the optimizer's moments
-        sampler = _chain(steps)
-        rollout = Rollout(model, sampler, config.guidance_scale, guidance_grad=config.guidance_grad, memory=memory)
-        with account.phase("encode"):
-            residency.enter("encode")
-            encode(model.text_encoders, samples)
-            cond = model.blank_conditioning(samples)
-            if not config.use_lora:  # autocast does not exist on meta; in float32 it is an upper limit
-                cond = {name: tensor.float() for name, tensor in cond.items()}
-            if config.train_text_encoder:
-                cond = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in cond.items()}
-        with account.phase("denoise"):
-            residency.enter("denoise")
-            plan = estimators.full(sampler, samples)
-            if copies:
-                plan = estimators.draft_lv(sampler, samples, copies=copies)
-            latents = rollout(generators(range(samples), "forecast"), cond, plan)
-        with account.phase("decode"):
-            residency.enter("decode")
-            adjoint = torch.empty_like(latents)
-            for rows in chunks(len(latents), memory.decode_chunk):
-                chunk = latents.detach()[rows].requires_grad_()
-                scores = reward.score_terms(model.decode(chunk), [""] * len(chunk), [{}] * len(chunk))
-                reward.combine(scores).sum().backward()
-                adjoint[rows] = chunk.grad
-                del scores, chunk
-        with account.phase("sweep"):
-            residency.enter("denoise")
-            latents.backward(adjoint)
-        if config.train_text_encoder:
-            with account.phase("encode"):
-                residency.enter("encode")
-                encode(model.text_encoders, 2, backward=True)  # a prompt, and the empty one beside it
+        account.track(*(m for phase in residency.phases.keys() - residency.leaving for m in residency.phases[phase]))
+        with residency("denoise"):
+            weights = TrainedWeights(model, config, _OneProcess())
+            apply_policy(model, memory)
+            for parameter in weights.parameters:
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            _update(weights)  # from the second step on there are the optimizer's moments
+        reader = _WithoutTokens(model, prompts, in_float32=not config.use_lora)
+        rollout = Rollout(model, _chain(steps), memory=memory, **rollout_options(config))
+        gradient = RewardGradient(
+            reader, rollout, judges.reward, phases, torch.Tensor.backward, **gradient_options(config)
+        )
+        key, indices, plan = ("forecast",), torch.arange(samples), GradientPlan.short(steps, samples, copies)
+        gradient(key, indices, [""] * samples, [{}] * samples, plan)
         with account.phase("update"):
             _update(weights)
-    latent_bytes = latents[0].numel() * latents.element_size()
-    cond_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in cond.values())
-    return SimpleNamespace(
-        peaks=account.peaks, flops=account.flops, latents=latent_bytes, per_sample=cond_bytes + 3 * latent_bytes
-    )
+        with torch.no_grad():
+            latents = model.init_latents(generators(range(1), *key))
+            with phases("decode"):
+                picture = model.decode(latents)
+            if any(judges.phases["measure"]):
+                pictures = picture.expand(samples, -1, -1, -1)
+                judges.judge([pictures], [""] * samples, [{}] * samples, phases, only="measure")
+    latent_bytes, picture_bytes = (t[0].numel() * t.element_size() for t in (latents, picture))
+    cond_bytes = sum(t[0].numel() * t.element_size() for t in model.blank_conditioning(1).values())
+    return _Short(account.peaks, account.flops, latent_bytes, picture_bytes, cond_bytes + 3 * latent_bytes)
+
+
+class _WithoutTokens:
+    """A model that reads prompts of full length: what that costs does not depend on their words.
+
+    Args:
+        model: has all the rest.
+        prompts: how many there are.
+        in_float32: the conditioning is; autocast does not exist on the meta device, where float32 is an upper limit.
+    """
+
+    def __init__(self, model: Model, prompts: int, in_float32: bool):
+        self._model, self._prompts, self._in_float32 = model, prompts, in_float32
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def knows(self, prompts) -> bool:
+        return False
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        for _ in range(self._prompts + self._empty_prompts):  # one by one, as models do
+            encode(self._model.text_encoders, 1)
+        cond = self._model.blank_conditioning(len(prompts))
+        return {name: tensor.float() for name, tensor in cond.items()} if self._in_float32 else cond
+
+    def backward_prompts(self, prompts, gradients) -> None:
+        for _ in range(self._prompts):
+            encode(self._model.text_encoders, 1 + self._empty_prompts, backward=True)
+
+    @property
+    def _empty_prompts(self) -> int:
+        """1 where there is an unconditional branch, which reads an empty prompt."""
+        return len(self._model.branches(self._model.blank_conditioning(1), guidance_scale=2.0)) - 1
 
 
 def _chain(steps: int) -> Sampler:

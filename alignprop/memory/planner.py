@@ -1,12 +1,17 @@
 """Which memory policy to train with: forecasts of each, from a model that is loaded or from its configuration alone."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from ml_collections import ConfigDict
 
+from alignprop.evaluation.judges import Judges, build_judges
 from alignprop.memory.accounting import on_meta
-from alignprop.memory.forecast import CONTEXT, GIB, Forecast, Parts, forecast
+from alignprop.memory.forecast import CONTEXT, GIB, Build, Forecast, forecast
 from alignprop.models.base import Model
 from alignprop.models.configs import find_config, find_tower_config
 from alignprop.models.loading import SINGLE_FILE
@@ -14,12 +19,27 @@ from alignprop.models.skeleton import skeleton
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
 from alignprop.settings.resolve import components_left_out
-from rewards import REWARDS, WeightedReward
+from rewards import WeightedReward
 from rewards.skeleton import skeleton_reward, without_custom
+from rewards.towers import ClipTower
 
 
-def skeletons(config: ConfigDict) -> Parts:
-    """The configured model and reward, from their configuration files alone.
+class Choice(NamedTuple):
+    """A memory policy and the samples of a micro-batch.
+
+    Attributes:
+        policy: the policy's name.
+        memory: its values, with those that the configuration's `memory` sets.
+        capacity: samples in a micro-batch of one process.
+    """
+
+    policy: str
+    memory: MemoryPolicy
+    capacity: int
+
+
+def skeletons(config: ConfigDict) -> Build:
+    """Makes the configured model and its judges, from their configuration files alone.
 
     Raises:
         ConfigError, rewards.RewardError: they are not to be found.
@@ -29,24 +49,37 @@ def skeletons(config: ConfigDict) -> Parts:
         raise ConfigError(f"pretrained.model = {source.model!r} is a single file: to plan, pretrained.config is needed")
     facts = find_config(source.config) if is_file else find_config(source.model, source.revision)
     half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    options = {name: config[name].to_dict() for name in REWARDS if name in config}
 
-    def tower_config(name: str, field: str, family: str) -> dict:
-        return {k: v for k, v in find_tower_config(name, field, family)["model"].items() if k != "_class_name"}
-
-    def parts() -> tuple[Model, WeightedReward]:
+    def build() -> tuple[Model, Judges]:
         model = skeleton(
             facts, half, components_left_out(config), resolution=config.resolution, true_cfg_scale=config.true_cfg_scale
         )
         if not config.use_lora:
             model.denoiser.float()
-        return model, skeleton_reward(config.reward_fn, options, tower_config)
+        return model, build_judges(config, None, build=_skeleton_reward, build_tower=_skeleton_tower)
 
-    return parts
+    return build
 
 
-def candidates(config: ConfigDict, num_processes: int, names=tuple(POLICIES)) -> list[tuple[str, MemoryPolicy, int]]:
-    """(policy, its values, capacity) of the named policies, from the fastest to the most frugal.
+def _skeleton_reward(spec: str, options: Mapping[str, Mapping]) -> WeightedReward:
+    return skeleton_reward(spec, options, _tower_config)
+
+
+def _skeleton_tower(config: ConfigDict) -> ClipTower:
+    """The image half of `clip.model`: that of an aesthetic reward on it."""
+    options = config.aesthetic.to_dict() | {"clip": config.clip.model, "dtype": config.clip.dtype}
+    reward = skeleton_reward(
+        "aesthetic", {"aesthetic": options}, lambda name, field, family: _tower_config(name, "clip.model", family)
+    )
+    return reward.terms["aesthetic"].tower
+
+
+def _tower_config(name: str, field: str, family: str) -> dict:
+    return {k: v for k, v in find_tower_config(name, field, family)["model"].items() if k != "_class_name"}
+
+
+def candidates(config: ConfigDict, num_processes: int, names=tuple(POLICIES)) -> list[Choice]:
+    """The choices with the named policies, from the fastest to the most frugal.
 
     Where `per_gpu_capacity` is "auto", with several capacities each; what `memory` sets is in all of them.
     """
@@ -54,7 +87,7 @@ def candidates(config: ConfigDict, num_processes: int, names=tuple(POLICIES)) ->
     capacities = [config.per_gpu_capacity]
     if config.per_gpu_capacity == "auto":
         capacities = [n for n in (16, 8, 4, 2, 1) if share % n == 0]
-    found = []
+    choices = []
     for name in names:
         values = {k: v for k, v in config.memory.to_dict().items() if v is not None}
         memory = MemoryPolicy(**{**vars(POLICIES[name]), **values})
@@ -63,47 +96,66 @@ def candidates(config: ConfigDict, num_processes: int, names=tuple(POLICIES)) ->
             continue
         # A GPU that is called with few samples at a time loses more than kept graphs save.
         few = 4 if name == "roomy" and len(capacities) > 1 else 1
-        found += [(name, memory, n) for n in capacities if n >= few]
-    return found
+        choices += [Choice(name, memory, n) for n in capacities if n >= few]
+    return choices
 
 
-def choose_policy(config: ConfigDict, model: Model, reward, accelerator: Accelerator, say) -> tuple[str, int]:
-    """The memory policy and the capacity that a run should begin with, where its configuration says "auto".
+def choose_policy(config: ConfigDict, model: Model, judges: Judges, accelerator: Accelerator, say) -> Choice:
+    """What a run should begin with, where its configuration says "auto".
 
     On a GPU the fastest that fits, by forecast; without one there is no limit to plan for.
 
     Args:
         config: resolved.
-        model, reward: with their weights, on the host.
+        model, judges: with their weights, on the host.
         say: told of the choice.
     """
-    c, processes = config, accelerator.num_processes
+    c, on_gpu = config, accelerator.device.type == "cuda"
     names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
-    size = gpu_bytes() if accelerator.device.type == "cuda" else None
     if accelerator.distributed_type == DistributedType.FSDP and c.memory_policy == "auto":
         names = ("balanced",)  # what spread weights need is not planned
-    elif size is None and c.memory_policy == "auto":
-        names = ("fast",)
-    elif c.task != "train" and c.memory_policy == "auto":
+    elif c.memory_policy == "auto" and (not on_gpu or c.task != "train"):
         names = ("fast",)  # sampling alone needs little
-    options = candidates(c, processes, names)
-    if size is None or len(options) == 1 or c.task != "train":
-        name, _, capacity = next((option for option in options if option[2] <= 4), options[0])
-        return name, capacity
+    choices = candidates(c, accelerator.num_processes, names)
+    if not on_gpu or len(choices) == 1 or c.task != "train":
+        return next((choice for choice in choices if choice.capacity <= 4), choices[0])
+    size, forecasts = gpu_bytes(), []
     say(f"planning for {size / GIB:.1f} GiB")
-    counted = without_custom(reward)
-    parts, found, done = (lambda: (on_meta(model), on_meta(counted))), [], {}
+    counted = replace(judges, reward=without_custom(judges.reward), extra=judges.extra and without_custom(judges.extra))
+    done: dict = {}
     try:
-        for name, memory, capacity in options:
-            found.append(forecast(parts, c, name, memory, capacity, done))
-            if found[-1].fits(size):
+        for choice in choices:
+            forecasts.append(forecast(lambda: (on_meta(model), on_meta(counted)), c, *choice, done))
+            if forecasts[-1].fits(size):
                 break
     except Exception as error:  # a model may do what only real tensors can; that must not cost anyone the run
-        name, _, capacity = next((option for option in options if option[0] == "balanced"), options[-1])
-        say(f"the model could not be planned ({type(error).__name__}: {error}); beginning with {name!r}")
-        return name, capacity
-    say(table(found, c.train.total_batch_size, size))
-    return found[-1].policy, found[-1].capacity
+        choice = next((choice for choice in choices if choice.policy == "balanced"), choices[-1])
+        say(f"the model could not be planned ({type(error).__name__}: {error}); beginning with {choice.policy!r}")
+        return choice
+    say(table(forecasts, c.train.total_batch_size, size))
+    return choice
+
+
+def next_choice(config: ConfigDict, num_processes: int, choice: Choice, reason: str) -> Choice:
+    """The next more frugal memory policy, or the next smaller capacity, of those left to choose from.
+
+    Args:
+        choice: what did not fit.
+        reason: what it failed with.
+
+    Raises:
+        ConfigError: with the reason, where nothing is left.
+    """
+    names = tuple(POLICIES) if config.memory_policy == "auto" else (choice.policy,)
+    choices = candidates(config, num_processes, names)
+    tried = [(other.policy, other.capacity) for other in choices].index((choice.policy, choice.capacity))
+    # Lean layers stay so.
+    rest = [other for other in choices[tried + 1 :] if other.memory.lean >= choice.memory.lean]
+    if not rest:
+        raise ConfigError(
+            f"memory_policy = {choice.policy!r}, per_gpu_capacity = {choice.capacity} does not fit: {reason}"
+        )
+    return rest[0]
 
 
 def table(forecasts: list[Forecast], total_batch_size: int, gpu: float | None) -> str:

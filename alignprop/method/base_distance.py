@@ -67,11 +67,10 @@ def chain_distance(
     shape = (len(steps), *latents.shape[1:])
     noises = torch.stack([torch.randn(shape, generator=g) for g in generators], dim=1)
     samples = torch.ones(len(latents), dtype=torch.long)
-    found = []
+    distances = []
     for i, noise in zip(steps, noises, strict=True):
-        if rollout.f.before_call:  # an adapter may count more or less from step to step
-            rollout.f.before_call(rollout.sampler.timesteps[i])
-        found.append(base_distance(rollout, latents, cond, i * samples, noise, base_cond))
+        rollout.f.scale_lora(rollout.sampler.timesteps[i])  # before it is set to nothing and back
+        distances.append(base_distance(rollout, latents, cond, i * samples, noise, base_cond))
     if is_sharded(rollout.denoiser):
         release(rollout.denoiser)
-    return torch.stack(found).mean(dim=0)
+    return torch.stack(distances).mean(dim=0)

@@ -6,17 +6,23 @@ with u and c the unconditional and the conditional output. Both come from one ca
 whose backward passes run one after the other, which holds half the activations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from alignprop.lora.scaling import scale_lora
 from alignprop.models.base import Conditioning, Model
 from alignprop.settings.memory_policies import chunks
 
-# The outputs of a network call, one per branch, with their graph, and each one's factor in f.
-Call = tuple[list[torch.Tensor], list[float]]
+
+class Call(NamedTuple):
+    """The outputs of a network call with their graph, one for each branch in it, and the factor of each branch in f."""
+
+    outputs: list[torch.Tensor]
+    factors: list[float]
 
 
 @dataclass
@@ -24,7 +30,7 @@ class Graph:
     """A network call that waits for its backward pass.
 
     Attributes:
-        latents, cond: what it was called with.
+        latents, cond: what the network was called with.
         calls: what f was made of, as far as it carries gradient.
     """
 
@@ -33,71 +39,76 @@ class Graph:
     calls: list[Call]
 
 
+class Products(NamedTuple):
+    """The products of a vector v with the derivatives of f.
+
+    Attributes:
+        tensors: vᵀ ∂f/∂θ for each tensor that was asked for; None where f does not depend on it.
+        latents: vᵀ ∂f/∂x; None where the latents require no gradient.
+    """
+
+    tensors: list[torch.Tensor | None]
+    latents: torch.Tensor | None
+
+
 class GuidedDenoiser:
     """f, its graph, and its products with a vector.
 
     Args:
         model: the model whose denoiser is called.
-        guidance_scale: what the user asks for; the model says what g it is, 1 being no guidance.
+        guidance_scale: what the user asks for; the model says which g that is. 1 is no guidance.
         autocast: returns the context manager in which the network is called.
         batching: "joint" or "split" (settings/memory_policies.py).
         grad: "both" branches carry gradient, or only the conditional one, "cond": an approximation that takes the
             unconditional output for a constant.
-
-    Attributes:
-        before_call: called with the timestep before each network call, where it is set.
+        lora_scale_at: how much the denoiser's LoRA counts at a timestep, asked before each network call; None: it
+            counts as it is.
     """
 
-    before_call: Callable[[torch.Tensor], None] | None = None
-
     def __init__(
-        self, model: Model, guidance_scale: float, autocast=nullcontext, batching: str = "joint", grad: str = "both"
-    ):
+        self, model: Model, guidance_scale: float, autocast=nullcontext, batching: str = "joint", grad: str = "both",
+        lora_scale_at: Callable[[torch.Tensor], float] | None = None,
+    ):  # fmt: skip
         self.model, self.autocast, self.batching, self.grad = model, autocast, batching, grad
         self.guidance_scale, self.scale = guidance_scale, model.mixing_scale(guidance_scale)
+        self.lora_scale_at = lora_scale_at
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """f, in the shape and precision of `latents`: half precision would lose small steps of a long chain."""
         calls = self._calls(latents, timestep, *self._branches(cond))
-        return self._combine([output for outputs, _ in calls for output in outputs])
+        return self._combine([output for call in calls for output in call.outputs])
 
     def with_graph(self, latents, timestep, cond: Conditioning, needs_input: bool) -> tuple[torch.Tensor, Graph]:
         """f without a graph, and the graph beside it; it reaches `latents` where `needs_input`, and `cond`."""
         latents = latents.detach().requires_grad_(needs_input)
         with torch.enable_grad():
             calls = list(self._calls(latents, timestep, *self._differentiable(cond)))
-        outputs = [output.detach() for outputs, _ in calls for output in outputs]
+        outputs = [output.detach() for call in calls for output in call.outputs]
         branches, _ = self._branches(cond)
         constant = branches[: len(branches) - len(outputs)]
         outputs = [*(self._call(latents, timestep, [branch])[0] for branch in constant), *outputs]
         return self._combine(outputs), Graph(latents, cond, calls)
 
-    def products(self, at: torch.Tensor | Graph, timestep, cond, vector, tensors) -> list[torch.Tensor | None]:
-        """vectorᵀ ∂f/∂θ for each of `tensors`, and at last vectorᵀ ∂f/∂x, None where it was not asked for.
+    def products_at(self, latents, timestep, cond: Conditioning, vector, tensors) -> Products:
+        """The products of `vector` with the derivatives of f at `latents`: a new call of the network.
 
         Args:
-            at: latents, requiring a gradient where ∂f/∂x is asked for, or the graph of a call that was made before.
-            cond: what a new call is made with.
-            tensors: trained ones, or some of those in `cond`; none where FSDP2 has spread them: it adds to their
+            latents: [B, ...]; they require a gradient where ∂f/∂x is asked for.
+            cond: what the network is called with.
+            vector: v, [B, ...].
+            tensors: trained ones, or tensors of `cond`; none where FSDP2 has spread the trained ones: it adds to their
                 `.grad` by itself.
         """
-        kept = at.calls if isinstance(at, Graph) else None
-        latents = at.latents if isinstance(at, Graph) else at
-        if kept is None:
-            kept = self._calls(latents, timestep, *self._differentiable(cond))
-        inputs = [*tensors, latents] if latents.requires_grad else tensors
-        totals: list[torch.Tensor | None] = [None] * (len(tensors) + 1)
-        with torch.enable_grad():
-            for outputs, factors in kept:
-                vectors = [factor * vector for factor in factors]
-                if not tensors:
-                    # `torch.autograd.grad` would bypass the hooks with which FSDP2 averages and spreads gradients.
-                    torch.autograd.backward(outputs, vectors)
-                    continue
-                for j, product in enumerate(torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)):
-                    if product is not None:
-                        totals[j] = product if totals[j] is None else totals[j] + product
-        return totals if tensors else [latents.grad]
+        return _products(self._calls(latents, timestep, *self._differentiable(cond)), latents, vector, tensors)
+
+    def products_of(self, graph: Graph, vector, tensors) -> Products:
+        """The same from a call that was made before, whose graph is used up."""
+        return _products(graph.calls, graph.latents, vector, tensors)
+
+    def scale_lora(self, timestep: torch.Tensor) -> None:
+        """Lets the denoiser's LoRA count as much as it does at `timestep`."""
+        if self.lora_scale_at:
+            scale_lora(self.model.denoiser, self.lora_scale_at(timestep))
 
     def _branches(self, cond: Conditioning) -> tuple[list[Conditioning], list[float]]:
         branches = self.model.branches(cond, self.guidance_scale)
@@ -109,12 +120,11 @@ class GuidedDenoiser:
 
     def _calls(self, latents, timestep, branches, factors) -> Iterator[Call]:
         """One by one: when the second call is made, nothing here holds the first."""
-        for some in chunks(len(branches), 0 if self.batching == "joint" else 1):
-            yield self._call(latents, timestep, branches[some]), factors[some]
+        for rows in chunks(len(branches), 0 if self.batching == "joint" else 1):
+            yield Call(self._call(latents, timestep, branches[rows]), factors[rows])
 
     def _call(self, latents, timestep, branches) -> list[torch.Tensor]:
-        if self.before_call:
-            self.before_call(timestep)
+        self.scale_lora(timestep)
         joined = {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
         with self.autocast():
             outputs = self.model.predict(torch.cat([latents] * len(branches)), timestep, joined)
@@ -125,3 +135,19 @@ class GuidedDenoiser:
             return outputs[0]
         unconditional, conditional = outputs
         return unconditional + self.scale * (conditional - unconditional)
+
+
+def _products(calls: Iterable[Call], latents, vector, tensors) -> Products:
+    inputs = [*tensors, latents] if latents.requires_grad else tensors
+    totals: list[torch.Tensor | None] = [None] * (len(tensors) + 1)
+    with torch.enable_grad():
+        for outputs, factors in calls:
+            vectors = [factor * vector for factor in factors]
+            if not tensors:
+                # `torch.autograd.grad` would bypass the hooks with which FSDP2 averages and spreads gradients.
+                torch.autograd.backward(outputs, vectors)
+                continue
+            for j, product in enumerate(torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)):
+                if product is not None:
+                    totals[j] = product if totals[j] is None else totals[j] + product
+    return Products(totals[:-1], totals[-1]) if tensors else Products([], latents.grad)

@@ -1,6 +1,6 @@
 """What an estimator decides before the rollout: which part of the sampling chain the sweep differentiates, and how."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,8 +37,29 @@ class GradientPlan:
 
     def with_copies(self) -> "GradientPlan":
         """The plan of the samples and their copies, next to one another, as samples of their own."""
-        samples = torch.arange(len(self.exit_step)).repeat_interleave(1 + self.copies)
-        return GradientPlan(*(getattr(self.select(samples), name) for name in self.__match_args__[:-1]))
+        return replace(self.select(self.repeated), copies=0)
+
+    def repeat(self, rows: list) -> list:
+        """Each of B rows once for its sample and once for each copy of it, next to one another: B·(1 + copies)."""
+        return [rows[sample] for sample in self.repeated]
+
+    def average(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of values [B·(1 + copies), ...] over each sample and its copies, [B, ...]."""
+        return values.unflatten(0, (-1, 1 + self.copies)).mean(dim=1)
+
+    @property
+    def repeated(self) -> torch.Tensor:
+        """The sample that each of the samples and their copies is made of, int [B·(1 + copies)]."""
+        return torch.arange(len(self.exit_step)).repeat_interleave(1 + self.copies)
+
+    @classmethod
+    def short(cls, num_steps: int, num_samples: int, copies: int = 0) -> "GradientPlan":
+        """All of a few steps active; with copies, which ask for it, the last step alone, where all samples leave."""
+        active = torch.ones(num_steps, num_samples, dtype=torch.bool)
+        if not copies:
+            return cls.exact(active)
+        active[:-1] = False
+        return cls.exact(active, exit_step=torch.full((num_samples,), num_steps - 1), copies=copies)
 
     @property
     def leaves_early(self) -> bool:

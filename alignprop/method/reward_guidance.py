@@ -17,12 +17,13 @@ the length is a share of the sampler's own step, so that neither does the number
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import Sampler
-from alignprop.models.base import Conditioning, select
+from alignprop.models.base import Conditioning, Phases, select
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import chunks
 from rewards import RewardError, WeightedReward
@@ -36,7 +37,7 @@ class RewardGuidance:
         reward: a differentiable one.
         strength, schedule, window: see `strengths`.
         through: "denoiser" or "x0".
-        enter: called with the name of each phase before it begins (memory.Residency).
+        phases: brings the modules of a phase to the device (memory/residency.py).
 
     Raises:
         ConfigError: no step is in the window.
@@ -44,9 +45,9 @@ class RewardGuidance:
 
     def __init__(
         self, rollout: Rollout, reward: WeightedReward, *, strength: float, through: str, schedule: str,
-        window: Sequence[float], enter: Callable[[str], None] = lambda phase: None,
+        window: Sequence[float], phases: Phases = nullcontext,
     ):  # fmt: skip
-        self.rollout, self.reward, self.through, self.enter = rollout, reward, through, enter
+        self.rollout, self.reward, self.through, self.phases = rollout, reward, through, phases
         self.strengths = strengths(rollout.sampler, strength, schedule, window)
 
     @torch.no_grad()
@@ -60,8 +61,11 @@ class RewardGuidance:
         Raises:
             rewards.RewardError: the reward's gradient is not finite.
         """
-        parts = chunks(len(generators), self.rollout.memory.sweep_chunk)
-        return torch.cat([self._sample(generators[p], select(cond, p), prompts[p], metadata[p]) for p in parts])
+        latents = [
+            self._sample(generators[rows], select(cond, rows), prompts[rows], metadata[rows])
+            for rows in chunks(len(generators), self.rollout.memory.sweep_chunk)
+        ]
+        return torch.cat(latents)
 
     def _sample(self, generators, cond, prompts, metadata):
         latents = self.rollout.model.init_latents(generators)
@@ -69,7 +73,8 @@ class RewardGuidance:
             if strength:
                 model_output, direction = self.look_ahead(i, latents, cond, prompts, metadata)
             else:
-                model_output = self.rollout.f(latents, self._timestep(i, latents), cond)
+                with self.phases("denoise"):
+                    model_output = self.rollout.f(latents, self._timestep(i, latents), cond)
             following = self.rollout.next_latents(i, latents, model_output, generators)
             if strength:
                 length = _rms(following - latents)  # that of `direction` is 1
@@ -86,35 +91,35 @@ class RewardGuidance:
         """
         f, t = self.rollout.f, self._timestep(i, latents)
         p, q = (float(c[i]) for c in (self.rollout.sampler.p, self.rollout.sampler.q))
-        model_output, at = self._call(latents, t, cond)
+        through_denoiser, graph = self.through == "denoiser", None
+        with self.phases("denoise"):
+            if through_denoiser and self.rollout.memory.residency == "all":
+                model_output, graph = f.with_graph(latents, t, cond, needs_input=True)
+            else:  # a graph would hold the weights, which may leave the device
+                model_output = f(latents, t, cond)
         direction = self._into_clean(p * latents + q * model_output, prompts, metadata)
-        if self.through == "denoiser":
-            self.enter("denoise")
-            *_, into_latents = f.products(at, t, cond, q * direction, [])
-            direction = self._unit(p * direction + into_latents)
+        if through_denoiser:
+            with self.phases("sweep"):
+                if graph:
+                    products = f.products_of(graph, q * direction, [])
+                else:
+                    products = f.products_at(latents.detach().requires_grad_(), t, cond, q * direction, [])
+            direction = self._unit(p * direction + products.latents)
         return model_output, direction
-
-    def _call(self, latents, t, cond):
-        """f, and where `products` finds its gradient: a graph would hold the weights, which may leave the device."""
-        self.enter("denoise")
-        if self.through == "denoiser" and self.rollout.memory.residency == "all":
-            return self.rollout.f.with_graph(latents, t, cond, needs_input=True)
-        return self.rollout.f(latents, t, cond), latents.detach().requires_grad_()
 
     def _into_clean(self, predicted: torch.Tensor, prompts, metadata) -> torch.Tensor:
         """The direction of ∂R/∂x̂0."""
-        self.enter("decode")
-        found = []
-        for part in chunks(len(predicted), self.rollout.memory.decode_chunk):
-            with torch.enable_grad():
-                latents = predicted[part].detach().requires_grad_()
+        gradients = []
+        for rows in chunks(len(predicted), self.rollout.memory.decode_chunk):
+            with self.phases("decode"), torch.enable_grad():
+                latents = predicted[rows].detach().requires_grad_()
                 images = self.rollout.model.decode(latents)
-                seen = images.detach().requires_grad_()
-                total = self.reward(seen, prompts[part], metadata[part]).sum()
-            # Brought to unit size on the way, since a decoder of half precision would lose a small gradient.
-            into_images = self._unit(torch.autograd.grad(total, seen)[0])
-            found += torch.autograd.grad(images, latents, into_images)
-        return self._unit(torch.cat(found))
+                pictures = images.detach().requires_grad_()
+                total = self.reward(pictures, prompts[rows], metadata[rows]).sum()
+                # Brought to unit size on the way, since a decoder of half precision would lose a small gradient.
+                into_pictures = self._unit(torch.autograd.grad(total, pictures)[0])
+                gradients += torch.autograd.grad(images, latents, into_pictures)
+        return self._unit(torch.cat(gradients))
 
     def _unit(self, gradient: torch.Tensor) -> torch.Tensor:
         largest = gradient.flatten(1).abs().amax(dim=1)

@@ -11,6 +11,7 @@ Where there is memory to spare, calls of the rollout may keep their graph for th
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -39,11 +40,12 @@ class Rollout(torch.nn.Module):
             that loss scaling, batch size and reward units do not matter.
         guidance_grad: which branches of guidance carry gradient, "both" or "cond" (method/guidance.py).
         memory: its `sweep_chunk`, `guidance_batching` and `keep_steps` count here.
+        lora_scale_at: how much the denoiser's LoRA counts at each timestep (guidance.py).
     """
 
     def __init__(
         self, model: Model, sampler: Sampler, guidance_scale: float, autocast=nullcontext, adjoint_clip: float = 0.0,
-        guidance_grad: str = "both", memory: MemoryPolicy | None = None,
+        guidance_grad: str = "both", memory: MemoryPolicy | None = None, lora_scale_at=None,
     ):  # fmt: skip
         super().__init__()
         self.denoiser = model.denoiser
@@ -51,7 +53,9 @@ class Rollout(torch.nn.Module):
         self.sampler = sampler
         self.adjoint_clip = adjoint_clip
         self.memory = memory or MemoryPolicy()
-        self.f = GuidedDenoiser(model, guidance_scale, autocast, self.memory.guidance_batching, guidance_grad)
+        self.f = GuidedDenoiser(
+            model, guidance_scale, autocast, self.memory.guidance_batching, guidance_grad, lora_scale_at
+        )
         self.adjoint_norms = AdjointNorms(sampler.num_steps)
 
     def forward(self, generators: list[torch.Generator], cond: Conditioning, plan: GradientPlan | None) -> torch.Tensor:
@@ -101,8 +105,8 @@ class Rollout(torch.nn.Module):
                 model_output = self.f(latents, self.timestep(i, latents), cond)
             else:
                 model_output = torch.zeros_like(latents)
-                at = rows.to(latents.device)
-                model_output[at] = self.f(latents[at], self.timestep(i, latents), select(cond, at))
+                rows = rows.to(latents.device)
+                model_output[rows] = self.f(latents[rows], self.timestep(i, latents), select(cond, rows))
             next_latents = self.next_latents(i, latents, model_output, generators, plan)
             if on_step:
                 on_step(i, latents, model_output, next_latents)
@@ -135,21 +139,21 @@ class Rollout(torch.nn.Module):
         table = torch.tensor([(1.0, 0.0, 0.0), leaving, chain], dtype=torch.float64)
         return [per_sample(column, all_samples, like) for column in table[1 + (exits - i).sign()].T]
 
-    def add_copies(self, latents, trajectory, generators, cond, plan) -> torch.Tensor:
-        """x̂0 of the samples, each followed by those of its copies: x = α·x̂0 + σ·z at the level of the exit step.
+    def with_copies(self, latents, trajectory, generators, cond, plan) -> tuple[torch.Tensor, Trajectory]:
+        """x̂0 of the samples, each followed by those of its copies, and the trajectory of them all.
 
-        `trajectory` becomes that of them all.
+        A copy is x = α·x̂0 + σ·z at the level of the exit step.
         """
         i, sampler = int(plan.exit_step[0]), self.sampler
         noise = torch.stack([torch.randn((plan.copies, *latents.shape[1:]), generator=g) for g in generators])
         renoised = float(sampler.alpha[i]) * latents[:, None] + float(sampler.sigma[i]) * noise.to(latents)
-        at = torch.cat([trajectory.stored[i][:, None], renoised], dim=1).flatten(0, 1)
+        with_copies = torch.cat([trajectory.stored[i][:, None], renoised], dim=1).flatten(0, 1)
         samples = torch.arange(len(latents)).repeat_interleave(plan.copies)
         copies = renoised.flatten(0, 1)
         model_output = self.f(copies, self.timestep(i, copies), select(cond, samples.to(latents.device)))
         predicted = float(sampler.p[i]) * copies + float(sampler.q[i]) * model_output
-        trajectory.stored = {i: at}
-        return torch.cat([latents[:, None], predicted.view_as(renoised)], dim=1).flatten(0, 1)
+        finals = torch.cat([latents[:, None], predicted.view_as(renoised)], dim=1).flatten(0, 1)
+        return finals, replace(trajectory, stored={i: with_copies})
 
     def timestep(self, i, latents):
         return self.sampler.timesteps[i].to(latents.device)
@@ -158,8 +162,8 @@ class Rollout(torch.nn.Module):
         """f of all samples, and its graph for those that are active."""
         t, model_output = self.timestep(i, latents), torch.empty_like(latents)
         rows, others = (flags.nonzero().squeeze(1).to(latents.device) for flags in (active, ~active))
-        given = track(select(cond, rows), tracked)
-        model_output[rows], graph = self.f.with_graph(latents[rows], t, given, needs_input)
+        active_cond = track(select(cond, rows), tracked)
+        model_output[rows], graph = self.f.with_graph(latents[rows], t, active_cond, needs_input)
         if len(others):
             model_output[others] = self.f(latents[others], t, select(cond, others))
         return model_output, graph
@@ -176,26 +180,36 @@ class Rollout(torch.nn.Module):
 class _SampleWithSweep(torch.autograd.Function):
     """x[N] as a function of what is tracked of the conditioning and of the trainable parameters.
 
-    Its backward is the sweep.
+    Its backward is the sweep. The latents of the way are saved as autograd saves tensors, so that a second backward
+    pass needs `retain_graph=True` in the first, as everywhere.
     """
 
     @staticmethod
     def forward(ctx, rollout, generators, cond, plan, *tensors):
-        ctx.rollout, ctx.cond, ctx.plan = rollout, cond, plan
+        ctx.rollout, ctx.cond, ctx.plan, ctx.drawn_plan = rollout, cond, plan, plan
         ctx.calls = rollout.network_calls(plan)
-        latents, ctx.trajectory = rollout.sample(generators, cond, plan, ctx.calls)
-        ctx.parameters = tensors[len(ctx.trajectory.tracked) :]
-        ctx.copies = plan.copies
+        latents, trajectory = rollout.sample(generators, cond, plan, ctx.calls)
+        ctx.parameters = tensors[len(trajectory.tracked) :]
         if plan.copies:
-            latents = rollout.add_copies(latents, ctx.trajectory, generators, cond, plan)
-            samples = torch.arange(len(generators), device=latents.device).repeat_interleave(1 + plan.copies)
-            ctx.cond, ctx.plan = select(cond, samples), plan.with_copies()
+            latents, trajectory = rollout.with_copies(latents, trajectory, generators, cond, plan)
+            ctx.cond, ctx.plan = select(cond, plan.repeated.to(latents.device)), plan.with_copies()
+        ctx.steps = list(trajectory.stored)
+        ctx.save_for_backward(*trajectory.stored.values())
+        ctx.trajectory = replace(trajectory, stored={})
         return latents
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, adjoint):
-        rollout, trajectory, cond, plan = ctx.rollout, ctx.trajectory, ctx.cond, ctx.plan
-        into_cond, gradients = sweep(rollout, adjoint, trajectory, cond, plan, ctx.calls, ctx.parameters)
-        into_cond = [total.unflatten(0, (-1, 1 + ctx.copies)).sum(dim=1) for total in into_cond]
+        try:
+            stored = dict(zip(ctx.steps, ctx.saved_tensors, strict=True))
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a second backward pass through one rollout, whose latents the first one has freed; give "
+                "retain_graph=True to the first, or sample again"
+            ) from error
+        trajectory = replace(ctx.trajectory, stored=stored)
+        into_cond, gradients = sweep(ctx.rollout, adjoint, trajectory, ctx.cond, ctx.plan, ctx.calls, ctx.parameters)
+        copies = 1 + ctx.drawn_plan.copies
+        into_cond = [total.unflatten(0, (-1, copies)).sum(dim=1) for total in into_cond]
         return None, None, None, None, *into_cond, *gradients

@@ -16,7 +16,7 @@ import torch
 
 from alignprop.engine.sharding import DTensor
 from alignprop.method.adjoint import limit_norms, norms
-from alignprop.method.guidance import Graph
+from alignprop.method.guidance import Graph, Products
 from alignprop.method.plans import GradientPlan
 from alignprop.models.base import Conditioning, select
 
@@ -44,7 +44,7 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
     Args:
         rollout: whose network is called, at the chain's coefficients.
         adjoint: λ = ∂R/∂(final latents), [B, ...].
-        trajectory: of the forward pass; its kept graphs are used up.
+        trajectory: of the forward pass; its kept graphs are used up, and their calls are made anew another time.
         cond, plan: as in `Rollout.forward`.
         calls: `rollout.network_calls(plan)`.
         parameters: the trainable tensors.
@@ -64,22 +64,29 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
         a, b, _ = rollout.coefficients(i, plan, adjoint)
         active = plan.active[i].nonzero().squeeze(1).to(adjoint.device)
         carried = a * adjoint
-        latents = trajectory.stored.pop(i)
         if calls[0, i]:
             # Where only other processes need this call, a sample takes part in it with nothing to add.
             rows = active if len(active) else active.new_zeros(1)
             weight, coupling = (per_sample(t[i], rows, adjoint) for t in (plan.weight, plan.coupling))
             vector = weight * (b * adjoint)[rows] * bool(len(active))
-            at = trajectory.kept.pop(i, None) or latents[rows].requires_grad_(bool(calls[1, i]))
-            given = at.cond if isinstance(at, Graph) else track(select(cond, rows), trajectory.tracked)
-            tensors = [*(given[name] for name in trajectory.tracked), *whole]
-            *products, into_latents = rollout.f.products(at, rollout.timestep(i, latents), given, vector, tensors)
-            _add(into_cond, products[: len(tracked)], rows)
-            _add(gradients, products[len(tracked) :])
+            products = _call(rollout, trajectory, i, rows, cond, vector, whole, needs_input=bool(calls[1, i]))
+            _add(into_cond, products.tensors[: len(tracked)], rows)
+            _add(gradients, products.tensors[len(tracked) :])
             if len(active) and calls[1, i]:
-                carried[rows] += coupling / weight * into_latents
+                carried[rows] += coupling / weight * products.latents
         adjoint = limit_norms(carried, limit) if rollout.adjoint_clip else carried
     return into_cond, gradients or [None] * len(parameters)
+
+
+def _call(rollout, trajectory: Trajectory, i: int, rows, cond, vector, parameters, needs_input: bool) -> Products:
+    """The products of `vector` with the derivatives of step i's network call, kept from the rollout or made anew."""
+    if i in trajectory.kept:
+        graph = trajectory.kept.pop(i)
+        return rollout.f.products_of(graph, vector, [*(graph.cond[name] for name in trajectory.tracked), *parameters])
+    latents = trajectory.stored[i][rows].requires_grad_(needs_input)
+    tracked_cond = track(select(cond, rows), trajectory.tracked)
+    tensors = [*(tracked_cond[name] for name in trajectory.tracked), *parameters]
+    return rollout.f.products_at(latents, rollout.timestep(i, latents), tracked_cond, vector, tensors)
 
 
 def _add(totals: list[torch.Tensor], products: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:

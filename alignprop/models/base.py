@@ -3,6 +3,8 @@
 Latent shapes, VAE scale and shift, extra embeddings and packing never leave the family's own file.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,18 @@ def split_name(name: str) -> tuple[str, str]:
 def select(cond: Conditioning, samples) -> Conditioning:
     """The conditioning of some samples: a slice, or int [b]."""
     return {name: tensor[samples] for name, tensor in cond.items()}
+
+
+Phases = Callable[[str], AbstractContextManager]
+"""`with phases("decode"): …` has the modules of that phase where they compute (memory/residency.py)."""
+
+
+def encode(model: "Model", prompts: list[str], phases: Phases) -> Conditioning:
+    """The conditioning of B prompts; the text encoders are brought to the device only where they are needed."""
+    if model.knows(prompts):
+        return model.encode_prompts(prompts)
+    with phases("encode"):
+        return model.encode_prompts(prompts)
 
 
 class Model(Protocol):

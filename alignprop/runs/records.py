@@ -47,8 +47,11 @@ class Records:
         self._lock: int | None = None
         self._background = Background()
 
-    def open(self, step: int) -> None:
+    def open(self, step: int, config: ConfigDict) -> None:
         """Makes the folder that of a run at optimizer step `step`, whatever it was interrupted in.
+
+        Args:
+            config: to be written down.
 
         Raises:
             ConfigError: another process is training in it, or has since this one started; metrics.jsonl is damaged.
@@ -69,7 +72,7 @@ class Records:
                 grid.unlink()
         # A run that starts over drops also the evaluation of step 0.
         self.metrics.truncate_after(step or -1)
-        save_config(self.config, self.folder / "config.json")
+        save_config(config, self.folder / "config.json")
 
     def wait(self) -> None:
         """Returns when everything that was reported is in the folder."""

@@ -18,7 +18,7 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     Derived here, after the overrides: `lora_alpha`, `train.num_inference_steps`, `trunc_backprop_timestep`,
     `truncated_backprop_minmax` and the fields of `memory` where they are None, `train.gradient_accumulation_steps`
     (micro-batches of one process per optimizer step) and `train.steps_per_epoch` (optimizer steps). What is "auto"
-    stays so, and what follows from it is left out, until `settle`.
+    stays so, and what follows from it is left out: the run decides that (memory/planner.py).
 
     Args:
         num_processes: the number of processes that really run.
@@ -48,39 +48,58 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     if c.memory_policy != "auto":
         _fill_memory(c, POLICIES[c.memory_policy])
     _check_memory(c)
-    if c.task == "train" and c.per_gpu_capacity != "auto":
-        at_once = c.per_gpu_capacity * num_processes
+    if c.task == "train":
+        capacity = 1 if c.per_gpu_capacity == "auto" else c.per_gpu_capacity
+        at_once = capacity * num_processes
         _check_multiple(
             "train.total_batch_size", train.total_batch_size, at_once,
-            f"per_gpu_capacity × processes = {c.per_gpu_capacity} × {num_processes} = {at_once}",
+            f"per_gpu_capacity × processes = {capacity} × {num_processes} = {at_once}",
         )  # fmt: skip
         _check_multiple(
             "train.total_samples_per_epoch", train.total_samples_per_epoch, train.total_batch_size,
             f"train.total_batch_size = {train.total_batch_size}",
         )  # fmt: skip
-        train.gradient_accumulation_steps = train.total_batch_size // at_once
+        if c.per_gpu_capacity != "auto":
+            train.gradient_accumulation_steps = train.total_batch_size // at_once
         # A step of DDPO is a whole epoch: it samples, and then makes several updates with these samples.
         updates = train.total_samples_per_epoch // train.total_batch_size
         train.steps_per_epoch = updates if c.algorithm == "align_prop" else 1
     return c.lock()
 
 
-def settle(config: ConfigDict, num_processes: int, policy: str, capacity: int) -> ConfigDict:
-    """`config`, resolved, with these values where `memory_policy` or `per_gpu_capacity` is "auto"."""
-    content = config.to_dict()
-    if content["per_gpu_capacity"] == "auto":
-        content["per_gpu_capacity"] = capacity
-    c = ConfigDict(content)
-    if c.memory_policy == "auto":
-        _fill_memory(c, POLICIES[policy])
-        _check_memory(c)
-    return resolve(c, num_processes)
+def as_run(config: ConfigDict, num_processes: int, memory: MemoryPolicy, capacity: int) -> ConfigDict:
+    """What `config`, resolved, came to in a run, to be written down: with the memory policy and capacity chosen."""
+    content = config.to_dict() | {"memory": vars(memory), "per_gpu_capacity": capacity}
+    if config.task == "train":
+        micro_batches = config.train.total_batch_size // (capacity * num_processes)
+        content["train"]["gradient_accumulation_steps"] = micro_batches
+    return ConfigDict(content).lock()
 
 
 def estimator_options(config: ConfigDict) -> dict:
     """What `estimators.build_estimator` takes, by its names; None where the method's own value is to be used."""
     first, minmax = config.trunc_backprop_timestep, config.truncated_backprop_minmax
     return {"first": first, "minmax": minmax, **config.plan.to_dict()}
+
+
+def rollout_options(config: ConfigDict) -> dict:
+    """What a `Rollout` takes of the configuration (method/rollout.py), by its names."""
+    c = config
+    return {"guidance_scale": c.guidance_scale, "guidance_grad": c.guidance_grad, "adjoint_clip": c.adjoint_clip}
+
+
+def gradient_options(config: ConfigDict) -> dict:
+    """What a `RewardGradient` takes of the configuration (method/gradient.py), by its names."""
+    c = config
+    return {
+        "batch_size": c.train.total_batch_size,
+        "loss": c.loss,
+        "loss_target": c.loss_target,
+        "loss_scale": c.train.loss_coeff * c.grad_scale,
+        "reward_noise": c.reward_noise,
+        "kl_coeff": c.kl_coeff,
+        "trains_text_encoder": c.train_text_encoder,
+    }
 
 
 def components_left_out(config: ConfigDict) -> list[str]:

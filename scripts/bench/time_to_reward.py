@@ -104,10 +104,10 @@ class Referee:
     def __init__(self, config):
         import torch
 
-        from alignprop.run import Run
+        from alignprop.run import build_run
 
         torch.set_num_threads(1)  # two on a busy machine wait for each other
-        self.run = Run(config)
+        self.run = build_run(config)
 
     def __call__(self, adapter: Path | None) -> dict[str, float]:
         """Means of "reward", of its terms, and of "obedience", with the LoRA in a folder or, without one, with none."""

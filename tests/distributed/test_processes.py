@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from alignprop.lora.adapters import trained_parameters
 from alignprop.lora.files import LORA_FILE
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import Run
+from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.resolve import flatten
 from alignprop.tasks import evaluate
@@ -176,7 +176,7 @@ def test_two_processes_evaluate_like_one(toy_config):
 
 
 def test_each_picture_is_made_by_one_process(toy_config, monkeypatch):
-    run = Run(toy_config(num_eval_images=7, max_vis_images=7))
+    run = build_run(toy_config(num_eval_images=7, max_vis_images=7))
     for processes in (1, 2, 3, 8):
         gathered, made = [], []
         monkeypatch.setattr(

@@ -16,7 +16,7 @@ from alignprop.lora.factors import add_lora, get_lora, set_lora, trainable_param
 from alignprop.lora.files import read_lora, save_lora
 from alignprop.method.base_distance import chain_distance
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import Run
+from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.tasks import evaluate, evaluate_soup
 from rewards import RewardError
@@ -38,7 +38,7 @@ def pictures(folder):
 
 def test_the_same_pictures_and_scores_whatever_the_batch_size(toy_config):
     sizes = (dict(per_gpu_capacity=size, num_eval_images=5) for size in (1, 3))
-    one, three = (Run(toy_config("tiny_evaluate", **size)).evaluator() for size in sizes)
+    one, three = (build_run(toy_config("tiny_evaluate", **size)).evaluator() for size in sizes)
     assert one.prompts == three.prompts
     # Matrix products of another batch size round differently; the noise is the same.
     assert (one.images - three.images).abs().max() < 1e-5
@@ -46,14 +46,14 @@ def test_the_same_pictures_and_scores_whatever_the_batch_size(toy_config):
 
 
 def test_prompts_repeat_with_other_noise(toy_config):
-    found = Run(toy_config(num_eval_images=8, max_vis_images=8)).evaluator()
+    found = build_run(toy_config(num_eval_images=8, max_vis_images=8)).evaluator()
     assert found.prompts[:4] == found.prompts[4:] and len(set(found.prompts)) == 4
     assert (found.images[0] - found.images[4]).abs().max() > 0.01
 
 
 def test_some_prompts_are_chosen_and_repeat(toy_config):
     def order(**options):
-        return Run(toy_config(num_eval_images=6, **options)).evaluator.order
+        return build_run(toy_config(num_eval_images=6, **options)).evaluator.order
 
     whole = order(num_eval_prompts=None)
     assert sorted(whole[:4]) == [0, 1, 2, 3] and whole[4:] == whole[:2]
@@ -66,7 +66,7 @@ def test_measures_do_not_depend_on_the_batch_size(toy_config, pipeline_folder, t
     found = []
     for size in (1, 3, 10):
         options = dict(per_gpu_capacity=size, num_eval_images=10, num_eval_prompts=4, memory__decode_chunk=2)
-        run = Run(toy_config("tiny_evaluate", **options))
+        run = build_run(toy_config("tiny_evaluate", **options))
         set_lora(run.model.denoiser, lora)
         found.append(run.evaluator().measures)
     assert found[0].keys() == {"diversity", "base_distance"} and min(found[0].values()) > 1e-3
@@ -75,7 +75,7 @@ def test_measures_do_not_depend_on_the_batch_size(toy_config, pipeline_folder, t
 
 def test_the_measures_are_those_of_the_pictures(toy_config, pipeline_folder, tmp_path):
     lora = read_lora(save_random_lora(pipeline_folder, tmp_path / "lora", 1))
-    run = Run(toy_config("tiny_evaluate", num_eval_images=10, num_eval_prompts=4, max_vis_images=10))
+    run = build_run(toy_config("tiny_evaluate", num_eval_images=10, num_eval_prompts=4, max_vis_images=10))
     set_lora(run.model.denoiser, lora)
     found = run.evaluator()
     expected = diversity(run.judges.tower.embed_images(found.images), found.prompts)
@@ -106,16 +106,16 @@ def test_a_text_encoder_that_has_moved_is_at_a_distance_and_scales_too(toy_confi
 
 
 def test_what_is_not_there_is_not_measured(toy_config):
-    assert Run(toy_config(num_eval_images=4)).evaluator().measures == {}  # no prompt twice, no adapter
-    run = Run(toy_config(num_eval_images=8, eval_diversity=False, eval_base_distance=False))
+    assert build_run(toy_config(num_eval_images=4)).evaluator().measures == {}  # no prompt twice, no adapter
+    run = build_run(toy_config(num_eval_images=8, eval_diversity=False, eval_base_distance=False))
     add_lora(run.model.denoiser, 2, 2.0, ("to_q",), seed=0)
     assert run.evaluator().measures == {}
-    assert Run(toy_config(num_eval_images=8)).evaluator().measures.keys() == {"diversity"}
+    assert build_run(toy_config(num_eval_images=8)).evaluator().measures.keys() == {"diversity"}
 
 
 def test_nothing_in_an_evaluation_draws_from_the_global_generators(toy_config):
     """They are seeded for a user's reward, and stay so."""
-    run = Run(toy_config(eta=1.0))
+    run = build_run(toy_config(eta=1.0))
     seed_global(run.config.seed, "evaluation", 0)
     before = torch.random.get_rng_state()
     run.evaluator()
@@ -123,7 +123,7 @@ def test_nothing_in_an_evaluation_draws_from_the_global_generators(toy_config):
 
 
 def test_report_files_agree_with_the_scores(toy_config, tmp_path):
-    found = Run(toy_config()).evaluator()
+    found = build_run(toy_config()).evaluator()
     summary = write_report(found, tmp_path)
     rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     assert [float(r["tests.helpers.toy_rewards:contrast"]) for r in rows] == found.terms[
@@ -137,7 +137,7 @@ def test_report_files_agree_with_the_scores(toy_config, tmp_path):
 
 def test_a_weighted_sum_and_its_terms(toy_config):
     config = toy_config(reward_fn="tests.helpers.toy_rewards:redness:2,tests.helpers.toy_rewards:contrast:0.5")
-    found = Run(config).evaluator()
+    found = build_run(config).evaluator()
     redness, contrast = (
         found.terms["tests.helpers.toy_rewards:redness"],
         found.terms["tests.helpers.toy_rewards:contrast"],
@@ -147,21 +147,21 @@ def test_a_weighted_sum_and_its_terms(toy_config):
 
 
 def test_a_single_reward_is_not_shown_twice(toy_config):
-    assert list(Run(toy_config()).evaluator().columns) == [
+    assert list(build_run(toy_config()).evaluator().columns) == [
         "tests.helpers.toy_rewards:redness",
         "tests.helpers.toy_rewards:contrast",
     ]
 
 
 def test_a_reward_that_is_trained_is_not_computed_again_as_an_extra(toy_config):
-    run = Run(toy_config(eval_reward_fn="tests.helpers.toy_rewards:redness,tests.helpers.toy_rewards:contrast"))
+    run = build_run(toy_config(eval_reward_fn="tests.helpers.toy_rewards:redness,tests.helpers.toy_rewards:contrast"))
     assert list(run.judges.extra.terms) == ["tests.helpers.toy_rewards:contrast"]
-    assert Run(toy_config(eval_reward_fn="tests.helpers.toy_rewards:redness")).judges.extra is None
+    assert build_run(toy_config(eval_reward_fn="tests.helpers.toy_rewards:redness")).judges.extra is None
 
 
 def test_a_reward_that_is_not_a_number_is_refused_in_evaluation(toy_config):
     with pytest.raises(RewardError, match=r"not_a_number.*non-finite"):
-        Run(toy_config(eval_reward_fn="tests.helpers.toy_rewards:not_a_number")).evaluator()
+        build_run(toy_config(eval_reward_fn="tests.helpers.toy_rewards:not_a_number")).evaluator()
 
 
 def test_statistics():

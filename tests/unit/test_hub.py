@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from alignprop.lora.files import LORA_FILE
 from alignprop.publish.hub import check_hub, push
-from alignprop.run import Run
+from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import is_repo_name
@@ -147,7 +147,7 @@ def test_what_would_prevent_an_upload_is_told_before_training(toy_config, tmp_pa
 
 
 def test_evaluating_asks_nobody(toy_config, hub):
-    Run(toy_config("tiny_evaluate", hub__repo="you/toy"))
+    build_run(toy_config("tiny_evaluate", hub__repo="you/toy"))
     assert hub.requests == []
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from alignprop.engine.seeding import generator
 from alignprop.evaluation.judges import build_judges, diversity, measured
 from alignprop.prompts import load_prompts
-from alignprop.run import Run
+from alignprop.run import build_run
 from alignprop.settings.resolve import resolve
 from rewards import RewardError
 from tests.helpers.toy_rewards import redness
@@ -65,7 +65,7 @@ def test_a_clip_that_is_there_is_not_loaded_again(toy_config, monkeypatch, rewar
 def test_otherwise_it_is_loaded_and_leaves_the_device_after_its_phase(toy_config, rewards):
     judges = judges_of(toy_config, **{name.replace(".", "__"): value for name, value in rewards.items()})
     assert judges.phases["measure"] == (None, judges.tower) and judges.phases["decode"][1] is None
-    run = Run(toy_config(num_eval_images=8, eval_reward_fn=""))
+    run = build_run(toy_config(num_eval_images=8, eval_reward_fn=""))
     assert run.residency.phases["measure"] == [run.judges.tower] and "measure" in run.residency.leaving
 
 

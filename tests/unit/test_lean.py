@@ -18,8 +18,8 @@ from alignprop.engine.speed import compile_blocks
 from alignprop.lora.factors import add_lora, get_lora, set_lora, trainable_parameters
 from alignprop.memory import lean
 from alignprop.memory.accounting import BLOCK, Account, on_meta
+from alignprop.memory.checkpointing import checkpoint_layers
 from alignprop.memory.lean import make_lean
-from alignprop.memory.residency import checkpoint_layers
 from alignprop.models.sd import StableDiffusion
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -8,7 +8,7 @@ import torch
 from alignprop.engine.seeding import generator, generators
 from alignprop.lora.adapters import trained_parameters
 from alignprop.memory.accounting import Account
-from alignprop.memory.residency import apply_policy
+from alignprop.memory.checkpointing import apply_policy
 from alignprop.method import estimators
 from alignprop.method.guidance import GuidedDenoiser
 from alignprop.models.sd import StableDiffusion

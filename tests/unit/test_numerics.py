@@ -14,7 +14,7 @@ from alignprop.engine.seeding import generator
 from alignprop.lora.factors import add_lora, get_lora, set_lora
 from alignprop.lora.files import LORA_FILE, read_lora, save_lora
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import Run
+from alignprop.run import build_run
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import TINY
 from tests.helpers.training import half_precision
@@ -113,7 +113,7 @@ def frozen(model, reward):
 
 def test_training_leaves_every_frozen_weight_as_it_was(tiny_config):
     config = tiny_config(num_inference_steps=3, num_epochs=1, train__learning_rate=1e-2)
-    untouched = Run(config)
+    untouched = build_run(config)
     before = digests(frozen(untouched.model, untouched.reward))
     trainer = AlignPropTrainer(config)
     modules = frozen(trainer.run.model, trainer.run.reward)
@@ -138,7 +138,7 @@ def test_the_reward_stays_in_evaluation_mode(tiny_config):
 
 
 def pictures(model, config):
-    evaluation = Run(config, model=model).evaluator()
+    evaluation = build_run(config, model=model).evaluator()
     return evaluation.images.numpy().tobytes()
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from alignprop.engine.seeding import generators
-from alignprop.memory.residency import Residency, checkpoint_layers
+from alignprop.memory.checkpointing import checkpoint_layers
+from alignprop.memory.residency import Residency
 from alignprop.models.sd import StableDiffusion
 
 PHASES = ("encode", "denoise", "decode", "measure")

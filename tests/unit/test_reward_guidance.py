@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from alignprop.engine.seeding import generators
-from alignprop.memory.residency import apply_policy
+from alignprop.memory.checkpointing import apply_policy
 from alignprop.method.reward_guidance import RewardGuidance, Timed, strengths
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import Sampler, ddim_sampler
 from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import Run
+from alignprop.run import build_run
 from alignprop.settings.effects import warnings_for
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
@@ -261,7 +261,7 @@ def test_memory_policies_are_applied_and_change_rounding_alone(toy_config, polic
 
 
 def test_the_plain_pictures_are_those_of_an_evaluation(toy_config):
-    expected = Run(toy_config("tiny_evaluate")).evaluator().rewards.mean().item()
+    expected = build_run(toy_config("tiny_evaluate")).evaluator().rewards.mean().item()
     assert means(guide(toy_config("tiny_guide")))[0]["plain"] == pytest.approx(expected)
 
 

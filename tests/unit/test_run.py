@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import Run
+from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
@@ -77,25 +77,25 @@ def test_trackers_get_the_run(toy_config):
 
 def test_latest_of_a_run_without_checkpoint_evaluates_nothing(toy_config):
     with pytest.raises(ConfigError, match=r"resume_from = 'latest', but run_name = 'typo' has no checkpoint"):
-        Run(toy_config("tiny_evaluate", run_name="typo", resume_from="latest"))
+        build_run(toy_config("tiny_evaluate", run_name="typo", resume_from="latest"))
 
 
 def test_a_misspelt_extra_reward_is_told_before_anything_is_loaded(toy_config, monkeypatch):
     monkeypatch.setattr(Run, "_load_model", lambda self: pytest.fail("loaded"))
     with pytest.raises(RewardError, match="'asthetic'"):
-        Run(toy_config(eval_reward_fn="asthetic"))
+        build_run(toy_config(eval_reward_fn="asthetic"))
 
 
 def test_a_folder_in_the_home_folder(toy_config, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert Run(toy_config(log_dir="~/runs", run_name="r")).folder == tmp_path / "runs" / "r"
+    assert build_run(toy_config(log_dir="~/runs", run_name="r")).folder == tmp_path / "runs" / "r"
 
 
 def test_a_run_folder_that_cannot_be_written_to(toy_config, monkeypatch):
     first = train(toy_config(run_name="r", num_epochs=1))
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ConfigError, match=r"logs/r' is not a folder that can be written to"):
-        Run(toy_config("tiny_evaluate", resume_from=str(first.run.folder)))
+        build_run(toy_config("tiny_evaluate", resume_from=str(first.run.folder)))
 
 
 def test_what_was_chosen_is_written_down(toy_config):

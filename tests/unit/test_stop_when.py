@@ -2,7 +2,7 @@ import pytest
 
 from alignprop.evaluation.evaluate import Evaluator
 from alignprop.evaluation.stop_when import Condition, parse_stop_when, reason_to_stop, values
-from alignprop.run import Run
+from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
@@ -132,4 +132,4 @@ def test_mistakes_are_told_before_anything_is_loaded(toy_config, monkeypatch, ov
 
 
 def test_an_evaluation_alone_has_no_guards(toy_config):
-    Run(toy_config("tiny_evaluate", stop_when="clop<0.2", best_by="clop"))
+    build_run(toy_config("tiny_evaluate", stop_when="clop<0.2", best_by="clop"))
