@@ -140,7 +140,8 @@ class DDPOTrainer(TrainingLoop):
         )
         return self.row(
             rewards, dict(zip(run.reward.terms, terms, strict=True)), started, loss=losses, grad_norm=grad_norms,
-            ratio_mean=ratios, clip_fraction=clipped, approx_kl=divergences, samples=self.global_step * total, updates=self.global_step * len(updates),
+            ratio_mean=ratios, clip_fraction=clipped, approx_kl=divergences,
+            samples=self.global_step * total, updates=self.global_step * len(updates),
         )  # fmt: skip
 
     @torch.no_grad()

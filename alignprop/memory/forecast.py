@@ -196,7 +196,7 @@ def _simulate(
             _update(weights)
         with torch.no_grad():
             latents = model.init_latents(generators(range(1), *key))
-            with phases("decode"):
+            with account.phase(""), residency("decode"):  # for its size alone
                 picture = model.decode(latents)
             if any(judges.phases["measure"]):
                 pictures = picture.expand(samples, -1, -1, -1)

@@ -40,7 +40,7 @@ def toy(guidance_scale=3.0):
     )
     zeros = torch.zeros(3)
     sampler = Sampler(TIMES, zeros, zeros, zeros, alpha=ALPHA, sigma=SIGMA)
-    f = SimpleNamespace(guidance_scale=guidance_scale, autocast=nullcontext, before_call=None)
+    f = SimpleNamespace(guidance_scale=guidance_scale, autocast=nullcontext, scale_lora=lambda timestep: None)
     return SimpleNamespace(model=model, denoiser=layer, sampler=sampler, f=f)
 
 
@@ -94,7 +94,7 @@ def test_an_adapter_that_changes_along_the_chain_counts_at_each_step_as_it_does_
     rollout, (latents, cond, _, _) = toy(), inputs()
     whole = chain_distance(rollout, latents, cond, generators(range(4), "z"))
     seen = []
-    rollout.f.before_call = lambda t: seen.append(t.item()) or scale_lora(rollout.denoiser, 0.5)
+    rollout.f.scale_lora = lambda t: seen.append(t.item()) or scale_lora(rollout.denoiser, 0.5)
     halved = chain_distance(rollout, latents, cond, generators(range(4), "z"))
     torch.testing.assert_close(halved, whole / 4)
     assert seen == TIMES.tolist()

@@ -55,13 +55,15 @@ def test_products_are_those_of_autograd(model, inputs, batching, grad, kept):
     expected = torch.autograd.grad(value, [*parameters, leaf], vector)
 
     f = GuidedDenoiser(model, SCALE, batching=batching, grad=grad)
-    at = latents.clone().requires_grad_()
     if kept:
         with torch.no_grad():
-            output, at = f.with_graph(latents, T, cond, needs_input=True)
+            output, graph = f.with_graph(latents, T, cond, needs_input=True)
         assert not output.requires_grad
         torch.testing.assert_close(output, value.detach())
-    for ours, theirs in zip(f.products(at, T, cond, vector, parameters), expected, strict=True):
+        products = f.products_of(graph, vector, parameters)
+    else:
+        products = f.products_at(latents.clone().requires_grad_(), T, cond, vector, parameters)
+    for ours, theirs in zip([*products.tensors, products.latents], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
@@ -69,9 +71,12 @@ def test_products_are_those_of_autograd(model, inputs, batching, grad, kept):
 def test_no_gradient_of_the_latents_where_none_is_asked_for(model, inputs, kept):
     latents, cond = inputs
     parameters, f = list(trainable_parameters(model.denoiser).values()), GuidedDenoiser(model, SCALE)
-    at = f.with_graph(latents, T, cond, needs_input=False)[1] if kept else latents
-    *products, into_latents = f.products(at, T, cond, torch.ones_like(latents), parameters)
-    assert into_latents is None and all(product is not None for product in products)
+    ones = torch.ones_like(latents)
+    if kept:
+        products = f.products_of(f.with_graph(latents, T, cond, needs_input=False)[1], ones, parameters)
+    else:
+        products = f.products_at(latents, T, cond, ones, parameters)
+    assert products.latents is None and all(product is not None for product in products.tensors)
 
 
 @pytest.mark.parametrize(("batching", "grad", "sizes"), [
@@ -81,7 +86,7 @@ def test_what_the_sweep_calls(model, inputs, batching, grad, sizes):
     latents, cond = inputs
     f, found, predict = GuidedDenoiser(model, SCALE, batching=batching, grad=grad), [], model.predict
     model.predict = lambda x, t, branch: found.append(len(x)) or predict(x, t, branch)
-    f.products(latents, T, cond, torch.ones_like(latents), list(trainable_parameters(model.denoiser).values()))
+    f.products_at(latents, T, cond, torch.ones_like(latents), list(trainable_parameters(model.denoiser).values()))
     assert found == sizes
 
 
@@ -104,7 +109,7 @@ def test_the_second_call_of_split_guidance_is_made_when_the_first_is_gone(model,
         f = GuidedDenoiser(model, SCALE, batching=batching)
         parameters = list(trainable_parameters(model.denoiser).values())
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-            f.products(latents, T, cond, torch.ones_like(latents), parameters)
+            f.products_at(latents, T, cond, torch.ones_like(latents), parameters)
         return counts["most"]
 
     assert 0 < most_saved("split") <= most_saved("joint")

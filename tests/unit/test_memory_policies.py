@@ -1,6 +1,7 @@
 """Every combination of memory settings gives the gradient of plain autograd, and the same pictures."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from alignprop.engine.seeding import generator, generators
 from alignprop.lora.adapters import trained_parameters
 from alignprop.memory.accounting import Account
 from alignprop.memory.checkpointing import apply_policy
+from alignprop.memory.planner import Choice
 from alignprop.method import estimators
 from alignprop.method.guidance import GuidedDenoiser
 from alignprop.models.sd import StableDiffusion
@@ -41,9 +43,9 @@ def make_trainer(toy_config, pipeline_folder):
 
 
 def gradient(trainer):
-    (indices,) = trainer._micro_batches()
+    (indices,) = trainer.micro_batches()
     plan = trainer.estimator(trainer.run.rollout.sampler, BATCH, generator("plan"))
-    rewards = trainer.add_gradients((0, 0), indices, plan)[1]
+    rewards = trainer.add_gradients((0, 0), indices, plan).rewards
     found = torch.cat([p.grad.flatten() for p in trainer.weights.parameters])
     trainer.weights.zero_grad()
     return found, rewards
@@ -82,9 +84,7 @@ def test_every_combination_gives_the_gradient_of_autograd(make_trainer, layers):
     trainer = make_trainer(**{f"memory__{name}": flag for name, flag in zip(names, layers, strict=True)})
     for *values, more in itertools.product(*CHUNKS.values(), KEPT_OR_PHASE):
         settings = {"residency": "all", **dict(zip(CHUNKS, values, strict=True)), **more}
-        trainer.run._open.memory.update(settings)
-        trainer.run.use_policy("fast", BATCH)
-        trainer.config = trainer.run.config
+        trainer.run.use(Choice("fast", replace(trainer.run.choice.memory, **settings), BATCH))
         found, rewards = gradient(trainer)
         assert relative_difference(found, expected) <= 1e-12, settings
         assert relative_difference(rewards, expected_rewards) <= 1e-12, settings
@@ -134,7 +134,7 @@ def test_the_policies_need_less_and_less(make_trainer):
 def test_applying_a_policy_twice_changes_nothing(make_trainer):
     trainer = make_trainer(memory_policy="smallest")
     once, _ = gradient(trainer)
-    apply_policy(trainer.run.model, trainer.run.memory)
+    apply_policy(trainer.run.model, trainer.run.choice.memory)
     assert torch.equal(gradient(trainer)[0], once)
 
 

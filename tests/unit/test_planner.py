@@ -8,11 +8,12 @@ import torch
 from accelerate.utils import DistributedType
 
 from alignprop.engine.seeding import generator
+from alignprop.evaluation.judges import Judges, build_judges
 from alignprop.memory import planner
 from alignprop.memory.accounting import Account, on_meta
-from alignprop.memory.forecast import encode
 from alignprop.memory.planner import GIB, Forecast, candidates, choose_policy, forecast, skeletons, table
 from alignprop.models.sd import StableDiffusion
+from alignprop.prompts import load_prompts
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
 from alignprop.settings.resolve import resolve
@@ -55,50 +56,83 @@ def compare(config, folder, memory):
         config.memory_policy = "fast"
         config.memory.update(vars(memory))
     c = resolve(config, 1)
-    reward = build_reward(c.reward_fn, {"aesthetic": c.aesthetic.to_dict()})
-    model = StableDiffusion.load(folder)
-    found = forecast(lambda: (on_meta(model), on_meta(reward)), c, "x", memory, c.per_gpu_capacity)
+    model, judges = StableDiffusion.load(folder), build_judges(c, load_prompts(c.eval_prompt_fn, "eval_prompt_fn"))
+    ours = forecast(lambda: (on_meta(model), on_meta(judges)), c, "x", memory, c.per_gpu_capacity)
     trainer = AlignPropTrainer(config)
-    return (found.peak, found.flops * c.per_gpu_capacity), real_cost(trainer)
+    return (ours.peak, ours.flops * c.per_gpu_capacity), real_cost(trainer)
+
+
+@pytest.fixture
+def bundled(toy_config, options, tmp_path):
+    """The bundled model with its aesthetic reward, on prompts that are all different."""
+    from config.align_prop import TINY
+
+    prompts = tmp_path / "many.txt"
+    prompts.write_text("".join(f"{count} circles\n" for count in range(500)))
+    folder = str(TINY / "pipeline")
+
+    def make(**overrides):
+        fields = {"pretrained__model": folder, "reward_fn": "aesthetic", "prompt_fn": str(prompts)}
+        return toy_config(**fields | options | overrides), folder
+
+    return make
 
 
 @pytest.mark.parametrize("name", STAYING)
-def test_a_forecast_is_what_a_real_step_needs(toy_config, options, name):
-    """The bundled model with its aesthetic reward; bytes within 5 %, FLOPs within 1 %."""
-    from config.align_prop import TINY
-
-    config = toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn="aesthetic", **options)
-    (ours, our_flops), (real, real_flops) = compare(config, str(TINY / "pipeline"), STAYING[name])
+def test_a_forecast_is_what_a_real_step_needs(bundled, name):
+    """Bytes within 5 %, FLOPs within 1 %."""
+    (ours, our_flops), (real, real_flops) = compare(*bundled(), STAYING[name])
     assert ours == pytest.approx(real, rel=0.05)
     assert our_flops == pytest.approx(real_flops, rel=0.01)
 
 
-def test_a_forecast_knows_of_a_text_encoder_that_is_trained(toy_config, options, monkeypatch):
-    """The network's calls need ∂f/∂c too; of the encoder's own passes, which are short, the bytes alone are counted."""
-    from config.align_prop import TINY
+# Every field that adds calls of a network to a step, or takes some away.
+CALLS = {
+    "kl_coeff": {"kl_coeff": 2.0},
+    "train_text_encoder": {"train_text_encoder": True},
+    "both": {"kl_coeff": 2.0, "train_text_encoder": True},
+    "guidance_scale": {"guidance_scale": 1.0},
+    "guidance_grad": {"guidance_grad": "cond"},
+    "reward_fn": {"reward_fn": "aesthetic,clip:2"},
+    "reward_noise": {"reward_noise": 0.1},
+}
 
-    calls = []
-    monkeypatch.setattr(
-        "alignprop.memory.forecast.encode", lambda *call, **how: calls.append(how) or encode(*call, **how)
-    )
-    options |= dict(train_text_encoder=True, reward_fn="aesthetic", pretrained__model=str(TINY / "pipeline"))
-    memory = MemoryPolicy(sweep_chunk=2)
-    (ours, our_flops), (real, real_flops) = compare(toy_config(**options), options["pretrained__model"], memory)
+
+@pytest.mark.parametrize("field", CALLS)
+def test_a_forecast_counts_what_a_field_adds(bundled, field):
+    """Its operations are those of a real step, and are not those of a step without the field."""
+    plain, folder = bundled()
+    config, _ = bundled(**CALLS[field])
+    (ours, our_flops), (real, real_flops) = compare(config, folder, MemoryPolicy(sweep_chunk=2))
+    assert our_flops == pytest.approx(real_flops, rel=0.002)
     assert ours == pytest.approx(real, rel=0.05)
-    assert our_flops == pytest.approx(real_flops, rel=0.004)
-    assert {} in calls and {"backward": True} in calls
+    if field != "reward_noise":  # which is no call, but has a tensor of its own
+        c = resolve(plain, 1)
+        without = forecast(skeletons(c), c, "x", MemoryPolicy(sweep_chunk=2), CAPACITY)
+        assert abs(our_flops / CAPACITY / without.flops - 1) > 0.004
 
 
 @pytest.mark.parametrize(("estimator", "exact_bytes"), [("draft_lv", True), ("drtune", False), ("refl", False)])
-def test_a_forecast_knows_of_copies_and_early_exits(toy_config, options, estimator, exact_bytes):
+def test_a_forecast_knows_of_copies_and_early_exits(bundled, estimator, exact_bytes):
     """Samples that leave the chain make a step's calls smaller, never larger, than those that memory is planned for."""
-    from config.align_prop import TINY
-
-    options |= dict(estimator=estimator, plan__copies=3) if estimator == "draft_lv" else dict(estimator=estimator)
-    config = toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn="aesthetic", **options)
-    (ours, our_flops), (real, real_flops) = compare(config, str(TINY / "pipeline"), MemoryPolicy())
+    more = {"plan__copies": 3} if estimator == "draft_lv" else {}
+    (ours, our_flops), (real, real_flops) = compare(*bundled(estimator=estimator, **more), MemoryPolicy())
     assert our_flops == pytest.approx(real_flops, rel=0.01)
     assert ours == pytest.approx(real, rel=0.05) if exact_bytes else ours >= 0.95 * real
+
+
+def test_a_forecast_has_the_judges_that_only_an_evaluation_asks(bundled):
+    """A second tower is loaded for it: in the phase of its own, all of its bytes."""
+    peaks = {}
+    for judges in ("", "clip"):
+        c = resolve(bundled(eval_reward_fn=judges, eval_diversity=False)[0], 1)
+        peaks[judges] = forecast(skeletons(c), c, "x", POLICIES["fast"], CAPACITY).peaks
+    _, both = skeletons(c)()
+    tower = sum(t.numel() * t.element_size() for t in both.extra.state_dict().values())
+    assert "measure" not in peaks[""] and tower > 2**20
+    update = peaks["clip"]["update"]  # the weights that stay, and nothing besides but gradients
+    assert update + 0.8 * tower < peaks["clip"]["measure"] < update + 3 * tower
+    assert {**peaks["clip"], "measure": 0} == {**peaks[""], "measure": 0}
 
 
 def test_a_forecast_for_a_hundred_million_parameters(toy_config, options, tmp_path):
@@ -130,7 +164,7 @@ def accelerator():
     )  # nothing is done with the device but to look at its name
 
 
-REWARD = build_reward("tests.helpers.toy_rewards:redness")
+REWARD = Judges(build_reward("tests.helpers.toy_rewards:redness"))
 SIZES = {"roomy": 90.0, "fast": 20.0, "lean": 12.0, "balanced": 8.0, "small": 5.0, "smallest": 3.0}
 
 
@@ -141,7 +175,7 @@ def test_the_fastest_that_fits_is_chosen(toy_config, accelerator, monkeypatch, g
     monkeypatch.setattr(planner, "forecast", of_size(lambda policy, capacity: SIZES[policy]))
     monkeypatch.setattr(planner, "gpu_bytes", lambda: gpu * GIB)
     said = []
-    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, said.append) == (chosen, 2)
+    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, said.append)[::2] == (chosen, 2)
     assert chosen in said[-1].splitlines()[-1]
 
 
@@ -149,7 +183,7 @@ def test_the_largest_capacity_that_fits_and_divides_the_batch(toy_config, accele
     monkeypatch.setattr(planner, "gpu_bytes", lambda: 10 * GIB)
     monkeypatch.setattr(planner, "forecast", of_size(lambda policy, capacity: 2 * capacity))
     config = resolve(toy_config(per_gpu_capacity="auto", memory_policy="fast", train__total_batch_size=8), 1)
-    assert choose_policy(config, None, REWARD, accelerator, lambda text: None) == ("fast", 4)
+    assert choose_policy(config, None, REWARD, accelerator, lambda text: None)[::2] == ("fast", 4)
     assert [n for _, _, n in candidates(config, 2, ("fast",))] == [4, 2, 1]
     assert [n for _, _, n in candidates(config, 2, ("roomy",))] == [4]
 
@@ -157,9 +191,9 @@ def test_the_largest_capacity_that_fits_and_divides_the_batch(toy_config, accele
 def test_without_a_gpu_there_is_nothing_to_plan(toy_config, accelerator, monkeypatch):
     monkeypatch.setattr(planner, "forecast", lambda *arguments: pytest.fail("planned"))
     accelerator.device = torch.device("cpu")
-    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, None) == ("fast", 2)
+    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, None)[::2] == ("fast", 2)
     accelerator.distributed_type = DistributedType.FSDP
-    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, None) == ("balanced", 2)
+    assert choose_policy(resolve(toy_config(), 1), None, REWARD, accelerator, None)[::2] == ("balanced", 2)
 
 
 def test_a_users_own_reward_is_not_called_without_data(toy_config, accelerator, monkeypatch, pipeline_folder):
@@ -171,21 +205,21 @@ def test_a_users_own_reward_is_not_called_without_data(toy_config, accelerator, 
 
     monkeypatch.setattr(planner, "gpu_bytes", lambda: 10 * GIB)
     config = resolve(toy_config(), 1)
-    assert choose_policy(config, model, as_reward(reward), accelerator, said.append) == ("roomy", 2)
+    assert choose_policy(config, model, Judges(as_reward(reward)), accelerator, said.append)[::2] == ("roomy", 2)
     assert "fits" in said[-1]
 
 
 def test_a_model_that_cannot_be_planned_still_runs(toy_config, accelerator, monkeypatch):
     monkeypatch.setattr(planner, "gpu_bytes", lambda: 10 * GIB)
     said = []
-    assert choose_policy(resolve(toy_config(), 1), object(), REWARD, accelerator, said.append) == ("balanced", 2)
+    assert choose_policy(resolve(toy_config(), 1), object(), REWARD, accelerator, said.append)[::2] == ("balanced", 2)
     assert "could not be planned (AttributeError" in said[-1]
 
 
 def test_evaluating_needs_no_trained_adapter(toy_config, accelerator):
     accelerator.device = torch.device("cpu")
     config = resolve(toy_config("tiny_evaluate", memory_policy="small", use_lora=False), 1)
-    assert choose_policy(config, None, REWARD, accelerator, None) == ("small", 2)
+    assert choose_policy(config, None, REWARD, accelerator, None)[::2] == ("small", 2)
 
 
 def test_what_a_person_sets_is_in_every_candidate(toy_config):
@@ -225,10 +259,14 @@ def test_skeletons_have_the_shapes_of_the_real_parts(toy_config, reward):
     from config.align_prop import TINY
 
     config = resolve(toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn=reward), 1)
-    model, scorer = skeletons(config)()
+    model, judges = skeletons(config)()
     real = StableDiffusion.load(str(TINY / "pipeline"))
     options = {name: config[name].to_dict() for name in ("aesthetic", "clip")}
-    pairs = [(model.denoiser, real.denoiser), (model.decoder, real.decoder), (scorer, build_reward(reward, options))]
+    pairs = [
+        (model.denoiser, real.denoiser),
+        (model.decoder, real.decoder),
+        (judges.reward, build_reward(reward, options)),
+    ]
     for ours, theirs in pairs:
         shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (ours, theirs)]
         assert shapes[0] == shapes[1]
@@ -237,8 +275,8 @@ def test_skeletons_have_the_shapes_of_the_real_parts(toy_config, reward):
 
 def test_a_forecast_from_files_is_that_of_the_loaded_parts(toy_config, pipeline_folder):
     config = resolve(toy_config(pretrained__model=str(pipeline_folder)), 1)
-    model, reward = StableDiffusion.load(str(pipeline_folder)), build_reward(config.reward_fn)
-    loaded = forecast(lambda: (on_meta(model), on_meta(reward)), config, "x", POLICIES["small"], 2)
+    model, judges = StableDiffusion.load(str(pipeline_folder)), build_judges(config, None)
+    loaded = forecast(lambda: (on_meta(model), on_meta(judges)), config, "x", POLICIES["small"], 2)
     assert forecast(skeletons(config), config, "x", POLICIES["small"], 2) == loaded
 
 
@@ -254,8 +292,7 @@ def test_a_single_file_is_planned_from_its_configuration(toy_config, pipeline_fo
 def test_kept_steps_cost_fewer_operations_the_more_there_are(toy_config, pipeline_folder):
     config = resolve(toy_config(num_inference_steps=6, estimator="truncated", trunc_backprop_timestep=2), 1)
     model = StableDiffusion.load(str(pipeline_folder))
-    reward = build_reward("tests.helpers.toy_rewards:redness")
-    parts, found = (lambda: (on_meta(model), on_meta(reward))), {}
+    parts, found = (lambda: (on_meta(model), on_meta(REWARD))), {}
     done: dict = {}
     for keep in (0, 1, 2, 4, 99):
         found[keep] = forecast(parts, config, "x", MemoryPolicy(keep_steps=keep), 2, done)

@@ -27,14 +27,16 @@ class Stage:
 def test_those_that_are_seldom_used_come_and_go():
     stage = Stage("all")
     for phase, there in (("encode", ["encode"]), ("denoise", []), ("measure", ["measure"]), ("decode", [])):
-        stage.residency.enter(phase)
+        with stage.residency(phase):
+            pass
         assert stage.on_device() == there
 
 
 def test_by_phase_only_the_modules_in_use_are_there():
     stage = Stage("phase")
     for phase in ("decode", "denoise", "encode", "denoise", "measure"):
-        stage.residency.enter(phase)
+        with stage.residency(phase):
+            pass
         assert stage.on_device() == [phase]
     stage.residency.leave()
     assert stage.on_device() == []
@@ -44,32 +46,56 @@ def test_what_comes_back_are_the_values_that_the_host_kept():
     stage = Stage("phase")
     before = {phase: module.weight.clone() for phase, module in stage.modules.items()}
     for phase in ("denoise", "decode"):
-        stage.residency.enter(phase)
+        with stage.residency(phase):
+            pass
         assert torch.equal(stage.modules[phase].weight, before[phase])
     stage.residency.leave()
     assert all(torch.equal(module.weight, before[phase]) for phase, module in stage.modules.items())
     stage.modules["denoise"].load_state_dict({"weight": torch.ones(2, 2), "bias": torch.ones(2)})
-    stage.residency.enter("denoise")
+    with stage.residency("denoise"):
+        pass
     assert stage.on_device() == ["denoise"] and stage.modules["denoise"].weight.eq(1).all()
 
 
 def test_trained_tensors_stay():
     stage = Stage("phase")
     denoiser = stage.modules["denoise"].requires_grad_(True)
-    stage.residency.enter("denoise")
+    with stage.residency("denoise"):
+        pass
     assert stage.on_device() == []
     denoiser.weight.requires_grad_(False)
-    stage.residency.enter("decode")
-    stage.residency.enter("denoise")
+    with stage.residency("decode"):
+        pass
+    with stage.residency("denoise"):
+        pass
     assert stage.on_device() == ["denoise"]
 
 
 def test_entering_a_phase_again_moves_nothing():
     stage = Stage("phase")
-    stage.residency.enter("denoise")
+    with stage.residency("denoise"):
+        pass
     there = stage.modules["denoise"].weight.data_ptr()
-    stage.residency.enter("denoise")
+    with stage.residency("denoise"):
+        pass
     assert stage.modules["denoise"].weight.data_ptr() == there and stage.on_device() == ["denoise"]
+
+
+def test_after_a_phase_within_another_the_outer_one_is_back():
+    stage = Stage("phase")
+    with stage.residency("denoise"):
+        with stage.residency("decode"):
+            assert stage.on_device() == ["decode"]
+        assert stage.on_device() == ["denoise"]
+
+
+def test_phases_with_the_same_modules_follow_each_other_without_a_move():
+    module = nn.Linear(2, 2).requires_grad_(False)
+    residency = Residency(torch.device("cpu"), {"denoise": [module], "sweep": [module]}, "phase", copy=True)
+    with residency("denoise"):
+        there = module.weight.data_ptr()
+    with residency("sweep"):
+        assert module.weight.data_ptr() == there and residency.phase == "sweep"
 
 
 def test_a_module_of_two_phases_is_in_both():
@@ -77,7 +103,8 @@ def test_a_module_of_two_phases_is_in_both():
     on_host = one.weight.data_ptr()
     residency = Residency(torch.device("cpu"), {"denoise": [one], "decode": [two, one]}, "phase", copy=True)
     for phase in ("denoise", "decode"):
-        residency.enter(phase)
+        with residency(phase):
+            pass
         assert one.weight.data_ptr() != on_host
     residency.leave()
     assert one.weight.data_ptr() == on_host
@@ -86,8 +113,8 @@ def test_a_module_of_two_phases_is_in_both():
 def test_on_the_host_itself_nothing_is_copied():
     module = nn.Linear(2, 2).requires_grad_(False)
     on_host = module.weight.data_ptr()
-    Residency(torch.device("cpu"), {"denoise": [module]}, "phase").enter("denoise")
-    assert module.weight.data_ptr() == on_host
+    with Residency(torch.device("cpu"), {"denoise": [module]}, "phase")("denoise"):
+        assert module.weight.data_ptr() == on_host
 
 
 def test_a_checkpointed_decoder_saves_less_and_gives_the_same_gradient(pipeline_folder):

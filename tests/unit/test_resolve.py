@@ -14,12 +14,12 @@ from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import FIELDS
 from alignprop.settings.memory_policies import NAMES, POLICIES
 from alignprop.settings.resolve import (
+    as_run,
     changes,
     flatten,
     memory_policy,
     resolve,
     save_config,
-    settle,
 )
 from config import align_prop, ddpo, models
 from config.align_prop import PRESETS, base, get_config
@@ -205,17 +205,13 @@ def test_a_memory_policy_fills_what_is_not_set():
     assert memory_policy(c) == replace(POLICIES["small"], sweep_chunk=2)
 
 
-def test_auto_stays_open_until_it_is_settled():
+def test_auto_stays_open_and_what_it_came_to_is_written_down():
     c = resolve(preset(per_gpu_capacity="auto", memory__keep_steps=3), 2)
-    assert c.memory.lean is None and "steps_per_epoch" not in c.train
-    c = settle(c, 2, "fast", 8)
-    assert memory_policy(c) == replace(POLICIES["fast"], keep_steps=3)
-    assert c.per_gpu_capacity == 8 and c.train.gradient_accumulation_steps == 8
-
-
-def test_settling_leaves_what_was_chosen():
-    c = settle(resolve(preset(memory_policy="small"), 1), 1, "fast", 8)
-    assert memory_policy(c) == POLICIES["small"] and c.per_gpu_capacity == 4
+    assert c.memory.lean is None and c.per_gpu_capacity == "auto" and "gradient_accumulation_steps" not in c.train
+    assert c.train.steps_per_epoch == 2
+    written = as_run(c, 2, POLICIES["fast"], 8)
+    assert memory_policy(written) == POLICIES["fast"] and c.memory.lean is None
+    assert written.per_gpu_capacity == 8 and written.train.gradient_accumulation_steps == 8
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

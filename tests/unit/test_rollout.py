@@ -356,3 +356,44 @@ def test_half_precision_calls_leave_the_chain_in_float32(pipelines):
     assert half.dtype == gradients.dtype == torch.float32
     assert 0 < relative_difference(half, exact) < 0.05
     assert torch.cosine_similarity(gradients, expected, dim=0) > 0.95
+
+
+# ---- a second backward pass
+
+
+def rolled_out(model, memory=None, estimator="full"):
+    rollout = Rollout(model, ddim_sampler(model.scheduler, STEPS), 3.0, memory=memory)
+    plan = PLANS["full"] if estimator == "full" else estimators.draft_lv(CHAIN, BATCH)
+    cond = model.encode_prompts(["a cat", "two dogs", "a red circle"])
+    return rollout(generators(range(BATCH), "x"), cond, plan)
+
+
+def backward_gradients(model, backward):
+    parameters = list(trainable_parameters(model.denoiser).values())
+    for parameter in parameters:
+        parameter.grad = None
+    backward()
+    return torch.cat([parameter.grad.flatten() for parameter in parameters])
+
+
+def test_a_second_backward_pass_raises_as_autograds_does(pipeline_folder):
+    model = make_model(pipeline_folder, torch.float32)
+    latents = rolled_out(model)
+    reward(latents).backward()
+    with pytest.raises(RuntimeError, match=r"second backward pass through one rollout.*retain_graph=True"):
+        reward(latents).backward()
+
+
+@pytest.mark.parametrize(("estimator", "memory"), [
+    ("full", MemoryPolicy()), ("full", MemoryPolicy(keep_steps=2)), ("full", MemoryPolicy(sweep_chunk=2)),
+    ("draft_lv", MemoryPolicy()),
+])  # fmt: skip
+def test_with_a_retained_graph_the_second_is_the_first_once_more(pipeline_folder, estimator, memory):
+    model = make_model(pipeline_folder, torch.float64)
+    latents = rolled_out(model, memory, estimator)
+    first = backward_gradients(model, lambda: reward(latents).backward(retain_graph=True))
+    assert first.norm() > 0
+    second = backward_gradients(model, lambda: reward(latents).backward())
+    torch.testing.assert_close(second, first, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="a second backward pass"):
+        reward(latents).backward()

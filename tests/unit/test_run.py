@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 
+from alignprop.memory.planner import Choice
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import Run, build_run
+from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
+from alignprop.settings.memory_policies import POLICIES
 from alignprop.trainer import AlignPropTrainer
 from rewards import RewardError
 from tests.helpers.training import train, weights
@@ -81,7 +83,7 @@ def test_latest_of_a_run_without_checkpoint_evaluates_nothing(toy_config):
 
 
 def test_a_misspelt_extra_reward_is_told_before_anything_is_loaded(toy_config, monkeypatch):
-    monkeypatch.setattr(Run, "_load_model", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr("alignprop.run._load_model", lambda config: pytest.fail("loaded"))
     with pytest.raises(RewardError, match="'asthetic'"):
         build_run(toy_config(eval_reward_fn="asthetic"))
 
@@ -113,8 +115,8 @@ def no_room_until(monkeypatch, policy):
     add, tried = AlignPropTrainer.add_gradients, []
 
     def add_gradients(trainer, *arguments):
-        tried.append(trainer.run.policy)
-        if trainer.run.policy != policy:
+        tried.append(trainer.run.choice.policy)
+        if trainer.run.choice.policy != policy:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. More words.")
         return add(trainer, *arguments)
 
@@ -128,7 +130,7 @@ def test_the_next_policy_is_taken_until_one_fits(toy_config, monkeypatch, capsys
     trainer = AlignPropTrainer(toy_config(run_name="tried", num_epochs=1))
     trainer._try_policy()
     assert tried == ["fast", "lean", "balanced", "small"]
-    assert trainer.run.residency.leaving >= {"denoise", "decode"} and trainer.config.memory.sweep_chunk == 1
+    assert trainer.run.residency.leaving >= {"denoise", "decode"} and trainer.run.choice.memory.sweep_chunk == 1
     assert "'balanced' with 2 samples does not fit (CUDA out of memory); trying 'small'" in capsys.readouterr().out
     trainer.train()
     assert torch.equal(weights(trainer), weights(plain))
@@ -137,7 +139,7 @@ def test_the_next_policy_is_taken_until_one_fits(toy_config, monkeypatch, capsys
 def test_a_smaller_capacity_is_tried_before_a_more_frugal_policy(toy_config, monkeypatch):
     tried = no_room_until(monkeypatch, "none")
     trainer = AlignPropTrainer(toy_config(per_gpu_capacity="auto", memory_policy="lean"))
-    trainer.run.use_policy("lean", 4)
+    trainer.run.use(Choice("lean", POLICIES["lean"], 4))
     with pytest.raises(ConfigError, match=r"per_gpu_capacity = 1 does not fit"):
         trainer._try_policy()
     assert len(tried) == 3
@@ -146,7 +148,7 @@ def test_a_smaller_capacity_is_tried_before_a_more_frugal_policy(toy_config, mon
 def test_lean_layers_are_not_taken_for_plain_ones(toy_config, monkeypatch):
     tried = no_room_until(monkeypatch, "lean")
     trainer = AlignPropTrainer(toy_config())
-    trainer.run.use_policy("roomy", 2)
+    trainer.run.use(Choice("roomy", POLICIES["roomy"], 2))
     trainer._try_policy()
     assert tried == ["roomy", "lean"]
 

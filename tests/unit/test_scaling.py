@@ -3,7 +3,7 @@ import torch
 
 from alignprop.engine.seeding import generator
 from alignprop.lora.factors import LoraWeights, get_lora, set_lora, trainable_parameters
-from alignprop.lora.scaling import anneal_lora, scale_lora, without_lora
+from alignprop.lora.scaling import linear_schedule, scale_lora, without_lora
 from alignprop.memory.lean import make_lean
 from alignprop.method.guidance import GuidedDenoiser
 from alignprop.models.sd import StableDiffusion
@@ -52,9 +52,8 @@ def test_an_annealed_adapter_grows_from_the_base_to_its_scale(model):
     for t, scale in ((600, 0.4), (300, 0.8)):
         scale_lora(model.denoiser, scale)
         expected.append(GuidedDenoiser(model, 5.0)(latents, torch.tensor(t), cond))
-    f = GuidedDenoiser(model, 5.0)
-    anneal_lora(f, model.denoiser, torch.tensor(times), 0.8)
+    f = GuidedDenoiser(model, 5.0, lora_scale_at=linear_schedule(torch.tensor(times), 0.8))
     for t, output in [*zip(times, expected, strict=True), (900, expected[0])]:  # the next chain starts over
         assert torch.equal(f(latents, torch.tensor(t), cond), output)
-    anneal_lora(f, model.denoiser, torch.tensor([300.0]), 0.8)
+    f = GuidedDenoiser(model, 5.0, lora_scale_at=linear_schedule(torch.tensor([300.0]), 0.8))
     assert torch.equal(f(latents, torch.tensor(300.0), cond), expected[2])

@@ -3,20 +3,20 @@
 import pytest
 
 from alignprop.settings.memory_policies import POLICIES
-from alignprop.tasks import plan
+from alignprop.tasks import compare_policies
 from tests.cli.test_main import run_main
 
 
 def test_a_plan_names_every_policy_and_the_first_that_fits(toy_config, capsys):
-    found = plan(toy_config(), gpu_memory=8.0)
+    forecasts = compare_policies(toy_config(), gpu_memory=8.0)
     lines = capsys.readouterr().out.splitlines()
-    assert [f.policy for f in found] == list(POLICIES)
+    assert [f.policy for f in forecasts] == list(POLICIES)
     assert [line.split()[0] for line in lines[2 : 2 + len(POLICIES)]] == list(POLICIES)
     assert lines[-1] == ("The fastest that fits 8 GiB: --config.memory_policy=roomy --config.per_gpu_capacity=2")
 
 
 def test_a_plan_for_too_small_a_gpu_says_so(toy_config, capsys):
-    plan(toy_config(memory_policy="fast"), gpu_memory=0.1)
+    compare_policies(toy_config(memory_policy="fast"), gpu_memory=0.1)
     assert capsys.readouterr().out.splitlines()[-1] == "None fits 0.1 GiB."
 
 

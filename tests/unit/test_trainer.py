@@ -7,6 +7,7 @@ import torch
 
 from alignprop.engine.seeding import generator, generators
 from alignprop.lora.files import LORA_FILE
+from alignprop.method.gradient import RewardGradient
 from alignprop.method.guidance import GuidedDenoiser
 from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import draw_prompts
@@ -171,7 +172,7 @@ def test_the_pull_towards_the_base_is_its_gradient(toy_config, pipeline_folder, 
         for parameter in trainer.weights.parameters:
             parameter.data.normal_(0, 0.3, generator=generator("w", parameter.numel()))
         plan = trainer.estimator(trainer.run.rollout.sampler, 4, generator("plan"))
-        told = trainer.add_gradients((0, 5), torch.tensor([2, 3]), plan.select(torch.tensor([2, 3])))
+        values = trainer.add_gradients((0, 5), torch.tensor([2, 3]), plan.select(torch.tensor([2, 3])))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.weights.parameters]))
     model, sampler = trainer.run.model, trainer.run.rollout.sampler
     prompts = draw_prompts(trainer.prompts, 0, 5, [2, 3])[0]
@@ -190,8 +191,9 @@ def test_the_pull_towards_the_base_is_its_gradient(toy_config, pipeline_folder, 
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.weights.parameters)])
     added = (gradients[1] - gradients[0]).float()
     assert (added - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 1e-3
-    torch.testing.assert_close(told[-1], torch.stack(distances).detach(), rtol=1e-4, atol=0)
-    assert len(told) == 4 and (told[0] + told[1] - 50 * told[-1]).abs().max() < 1e-4  # loss = -reward + kl
+    torch.testing.assert_close(values.base_distances, torch.stack(distances).detach(), rtol=1e-4, atol=0)
+    rest = values.losses + values.rewards - 50 * values.base_distances  # loss = -reward + kl
+    assert values.terms.keys() == {"tests.helpers.toy_rewards:redness"} and rest.abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("estimator", ["randomized", "draft_lv"])
@@ -205,8 +207,9 @@ def test_every_network_is_called_in_its_own_phase(toy_config, monkeypatch, estim
     monkeypatch.setattr(model, "backward_prompts", noting(seen, "backward", trainer.run, model.backward_prompts))
     trainer.step()
     trainer.run.evaluator()
-    phases = {"encode": "encode", "backward": "encode", "predict": "denoise", "pictures": "decode"}
-    assert {name: {phase for n, phase in seen if n == name} for name in phases} == {n: {p} for n, p in phases.items()}
+    networks = {"denoise", "sweep", "compare"}
+    phases = {"encode": {"encode"}, "backward": {"encode"}, "predict": networks, "pictures": {"decode"}}
+    assert {name: {phase for n, phase in seen if n == name} for name in phases} == phases
 
 
 def noting(seen, name, run, function):
@@ -225,7 +228,7 @@ def test_a_row_has_the_base_distance_where_it_is_held_down(toy_config):
 
 
 def test_without_a_pull_nothing_is_called_for_it(toy_config, monkeypatch):
-    monkeypatch.setattr("alignprop.trainer.base_distance", lambda *args: pytest.fail("called"))
+    monkeypatch.setattr("alignprop.method.gradient.base_distance", lambda *args: pytest.fail("called"))
     assert AlignPropTrainer(toy_config()).step()["grad_norm"] > 0
 
 
@@ -237,13 +240,13 @@ def test_noise_on_the_pictures_is_seen_by_the_reward_and_passes_its_gradient(toy
 
 def test_each_picture_of_each_step_has_noise_of_its_own(toy_config, monkeypatch):
     trainer, drawn = AlignPropTrainer(toy_config(reward_noise=0.5, estimator="draft_lv")), []
-    loss_gradient = trainer.loss_gradient
+    with_noise = RewardGradient._with_noise
 
-    def record(latents, prompts, metadata, noise):
-        drawn.extend(g.initial_seed() for g in noise)
-        return loss_gradient(latents, prompts, metadata, noise)
+    def record(gradient, images, noises):
+        drawn.extend(g.initial_seed() for g in noises)
+        return with_noise(gradient, images, noises)
 
-    monkeypatch.setattr(trainer, "loss_gradient", record)
+    monkeypatch.setattr(RewardGradient, "_with_noise", record)
     trainer.step()
     trainer.step()
     assert len(drawn) == len(set(drawn)) == 2 * 4 * 3  # steps, samples, each with two copies
