@@ -23,7 +23,7 @@ from alignprop.memory.residency import Residency, phases_of
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import build_sampler
 from alignprop.models.base import Model
-from alignprop.models.loading import load_model
+from alignprop.models.loading import PRECISIONS, load_model
 from alignprop.prompts import PromptSet, draw_prompts, load_prompts
 from alignprop.publish.hub import check_hub
 from alignprop.runs.checkpoint import find_checkpoint
@@ -31,7 +31,7 @@ from alignprop.runs.manifest import base_model, check_base
 from alignprop.runs.records import Records, choose_folder
 from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
 from alignprop.settings.errors import ConfigError, one_of
-from alignprop.settings.resolve import as_run, components_left_out, resolve, rollout_options
+from alignprop.settings.resolve import as_run, model_options, resolve, rollout_options
 from rewards import WeightedReward, require_differentiable
 
 
@@ -69,7 +69,7 @@ def build_run(
     judges = build_judges(c, eval_prompts, reward_function)
     if needs_gradient:
         require_differentiable(judges.reward)
-    model = model or _load_model(c)
+    model = model or load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
     model.device = accelerator.device
     base = base_model(c.pretrained.model, model.denoiser)
     if checkpoint:
@@ -249,13 +249,3 @@ def _find_checkpoint(c: ConfigDict) -> Path | None:
     if not checkpoint and c.task != "train":
         raise ConfigError(f"resume_from = {c.resume_from!r}, but run_name = {c.run_name!r} has no checkpoint")
     return checkpoint
-
-
-def _load_model(c: ConfigDict) -> Model:
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[c.mixed_precision]
-    source = c.pretrained
-    return load_model(
-        source.model, revision=source.revision, config=source.config, vae=source.vae,
-        without=components_left_out(c), dtype=dtype, full=not c.use_lora, resolution=c.resolution,
-        true_cfg_scale=c.true_cfg_scale, train_text_encoder=c.task == "train" and c.train_text_encoder,
-    )  # fmt: skip

@@ -6,38 +6,22 @@ needs no ∂f/∂x. To these come what `kl_coeff` calls and, where text encoders
 depend on K but for the stored latents, or for the graphs that are kept.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-import torch
-from accelerate.utils import DistributedType
 from ml_collections import ConfigDict
 
-from alignprop.engine.seeding import generator, generators
-from alignprop.evaluation.judges import Judges
-from alignprop.memory.accounting import Account
-from alignprop.memory.checkpointing import apply_policy
-from alignprop.memory.residency import Residency, phases_of
+from alignprop.engine.seeding import generator
+from alignprop.memory.simulation import Build, ShortStep, any_chain, simulate
 from alignprop.method.estimators import build_estimator
-from alignprop.method.gradient import RewardGradient
 from alignprop.method.plans import GradientPlan
-from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import Sampler
-from alignprop.models.base import Conditioning, Model
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.resolve import estimator_options, gradient_options, rollout_options
-from alignprop.weights import TrainedWeights
+from alignprop.settings.resolve import estimator_options
 
 GIB = 2**30
 # What the account does not see: workspaces of kernels, and what the allocator cannot hand out again.
 MARGIN = 0.08
 # A CUDA context with its libraries, which shares the GPU with the allocator.
 CONTEXT = GIB // 2
-
-Build = Callable[[], tuple[Model, Judges]]
-"""Makes the model and its judges on the meta device, anew for each call: a policy changes its model."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +56,6 @@ class Forecast:
         return self.peak * (1 + MARGIN) + CONTEXT <= gpu_bytes
 
 
-class _Short(NamedTuple):
-    """The cost of a micro-batch with few sampler steps.
-
-    Attributes:
-        peaks, flops: by phase.
-        latents, picture, waiting: bytes of a sample's latents, of its picture, and of all that waits for its turn.
-    """
-
-    peaks: dict[str, int]
-    flops: dict[str, int]
-    latents: int
-    picture: int
-    waiting: int
-
-
 def forecast(
     build: Build, config: ConfigDict, policy: str, memory: MemoryPolicy, capacity: int, done: dict | None = None
 ) -> Forecast:
@@ -100,7 +69,7 @@ def forecast(
     """
     train, done = config.train, {} if done is None else done
     estimator = build_estimator(config.estimator, **estimator_options(config))
-    plan = estimator(_chain(train.num_inference_steps), train.total_batch_size, generator(config.seed, 0, "plan"))
+    plan = estimator(any_chain(train.num_inference_steps), train.total_batch_size, generator(config.seed, 0, "plan"))
     if plan.copies:  # their last step is called again with them
         memory = replace(memory, keep_steps=0)
     most_active = int(plan.active.any(dim=1).sum())
@@ -109,14 +78,14 @@ def forecast(
     samples = capacity if memory.keep_steps else min(largest, capacity)
     prompts = capacity if config.train_text_encoder else 1  # else they are remembered
 
-    def simulate(keep_steps: int, *counts: int) -> list[_Short]:
+    def short_steps(keep_steps: int, *counts: int) -> list[ShortStep]:
         keys = [(replace(memory, keep_steps=keep_steps), samples, prompts, k, plan.copies) for k in counts]
         for key in keys:
-            done[key] = done.get(key) or _simulate(build, config, *key)
+            done[key] = done.get(key) or simulate(build, config, *key)
         return [done[key] for key in keys]
 
-    kept = simulate(3, 1, 2, 3) if memory.keep_steps else simulate(0, 1, 2)
-    recomputed = simulate(0, 1, 2) if 0 < memory.keep_steps < most_active else kept
+    kept = short_steps(3, 1, 2, 3) if memory.keep_steps else short_steps(0, 1, 2)
+    recomputed = short_steps(0, 1, 2) if 0 < memory.keep_steps < most_active else kept
     flops = _flops(kept, recomputed, plan, memory.keep_steps) / samples
     if config.train_text_encoder:
         flops += kept[0].flops["encode"] / capacity
@@ -126,7 +95,7 @@ def forecast(
     return Forecast(policy, capacity, peaks, flops)
 
 
-def _flops(kept: list[_Short], recomputed: list[_Short], plan: GradientPlan, keep: int) -> float:
+def _flops(kept: list[ShortStep], recomputed: list[ShortStep], plan: GradientPlan, keep: int) -> float:
     """Of the simulated samples, on average over what the plan draws; without the text encoders."""
     lowest, call = (short.flops["sweep"] for short in recomputed[:2])
     kept_lowest, kept_call = (short.flops["sweep"] for short in kept[:2])
@@ -145,7 +114,9 @@ def _flops(kept: list[_Short], recomputed: list[_Short], plan: GradientPlan, kee
     return rollout_calls * one_call + others + sum(sweeps) / plan.active.shape[1]
 
 
-def _peaks(shorts: list[_Short], memory: MemoryPolicy, capacity: int, samples: int, most_active: int) -> dict[str, int]:
+def _peaks(
+    shorts: list[ShortStep], memory: MemoryPolicy, capacity: int, samples: int, most_active: int
+) -> dict[str, int]:
     last = shorts[-1]
     peaks = {phase: peak for phase, peak in last.peaks.items() if phase}
     # Of the samples that are not in this chunk, and of the steps that were not simulated.
@@ -161,114 +132,3 @@ def _peaks(shorts: list[_Short], memory: MemoryPolicy, capacity: int, samples: i
     if "measure" in peaks:
         peaks["measure"] += last.picture * (capacity - samples)
     return peaks
-
-
-def _simulate(
-    build: Build, config: ConfigDict, memory: MemoryPolicy, samples: int, prompts: int, steps: int, copies: int
-) -> _Short:
-    """A micro-batch with so many sampler steps, an update, and the measures of an evaluation, counted."""
-    model, judges = build()
-    device = model.device = torch.device("meta")
-    residency = Residency(device, phases_of(model, judges), memory.residency, copy=True)
-    account = Account("meta")
-
-    @contextmanager
-    def phases(phase: str) -> Iterator[None]:
-        with account.phase(phase), residency(phase):
-            yield
-
-    with account:
-        account.track(*(m for phase in residency.phases.keys() - residency.leaving for m in residency.phases[phase]))
-        with residency("denoise"):
-            weights = TrainedWeights(model, config, _OneProcess())
-            apply_policy(model, memory)
-            for parameter in weights.parameters:
-                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-            _update(weights)  # from the second step on there are the optimizer's moments
-        reader = _WithoutTokens(model, prompts, in_float32=not config.use_lora)
-        rollout = Rollout(model, _chain(steps), memory=memory, **rollout_options(config))
-        gradient = RewardGradient(
-            reader, rollout, judges.reward, phases, torch.Tensor.backward, **gradient_options(config)
-        )
-        key, indices, plan = ("forecast",), torch.arange(samples), GradientPlan.short(steps, samples, copies)
-        gradient(key, indices, [""] * samples, [{}] * samples, plan)
-        with account.phase("update"):
-            _update(weights)
-        with torch.no_grad():
-            latents = model.init_latents(generators(range(1), *key))
-            with account.phase(""), residency("decode"):  # for its size alone
-                picture = model.decode(latents)
-            if any(judges.phases["measure"]):
-                pictures = picture.expand(samples, -1, -1, -1)
-                judges.judge([pictures], [""] * samples, [{}] * samples, phases, only="measure")
-    latent_bytes, picture_bytes = (t[0].numel() * t.element_size() for t in (latents, picture))
-    cond_bytes = sum(t[0].numel() * t.element_size() for t in model.blank_conditioning(1).values())
-    return _Short(account.peaks, account.flops, latent_bytes, picture_bytes, cond_bytes + 3 * latent_bytes)
-
-
-class _WithoutTokens:
-    """A model that reads prompts of full length: what that costs does not depend on their words.
-
-    Args:
-        model: has all the rest.
-        prompts: how many there are.
-        in_float32: the conditioning is; autocast does not exist on the meta device, where float32 is an upper limit.
-    """
-
-    def __init__(self, model: Model, prompts: int, in_float32: bool):
-        self._model, self._prompts, self._in_float32 = model, prompts, in_float32
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def knows(self, prompts) -> bool:
-        return False
-
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        for _ in range(self._prompts + self._empty_prompts):  # one by one, as models do
-            encode(self._model.text_encoders, 1)
-        cond = self._model.blank_conditioning(len(prompts))
-        return {name: tensor.float() for name, tensor in cond.items()} if self._in_float32 else cond
-
-    def backward_prompts(self, prompts, gradients) -> None:
-        for _ in range(self._prompts):
-            encode(self._model.text_encoders, 1 + self._empty_prompts, backward=True)
-
-    @property
-    def _empty_prompts(self) -> int:
-        """1 where there is an unconditional branch, which reads an empty prompt."""
-        return len(self._model.branches(self._model.blank_conditioning(1), guidance_scale=2.0)) - 1
-
-
-def _chain(steps: int) -> Sampler:
-    """Of no model in particular: what a step costs does not depend on its coefficients."""
-    zeros, ones, falling = torch.zeros(steps), torch.ones(steps), torch.linspace(1, 0, steps + 1)
-    return Sampler(torch.arange(steps), ones, ones, zeros, p=ones, q=ones, alpha=1 - falling, sigma=falling)
-
-
-def _update(weights: TrainedWeights) -> None:
-    weights.sum_over_processes()
-    weights.optimizer.step()
-    weights.zero_grad()
-
-
-def encode(text_encoders: list[torch.nn.Module], samples: int, backward: bool = False) -> None:
-    """Calls text encoders, where they are, as prompts of full length would; and back, through those with an adapter."""
-    for encoder in text_encoders:
-        length = getattr(encoder.config, "max_position_embeddings", 512)
-        with torch.set_grad_enabled(backward):
-            output = encoder(torch.zeros(samples, length, dtype=torch.long, device=encoder.device))[0]
-        if output.requires_grad:
-            output.sum().backward()
-
-
-class _OneProcess:
-    """As much of an `Accelerator` as the trained weights need."""
-
-    distributed_type, num_processes, scaler = DistributedType.NO, 1, None
-
-    def prepare(self, optimizer):
-        return optimizer
-
-    def reduce(self, tensor, reduction):
-        return tensor

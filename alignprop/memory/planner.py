@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from alignprop.evaluation.judges import Judges, build_judges
 from alignprop.memory.accounting import on_meta
-from alignprop.memory.forecast import CONTEXT, GIB, Build, Forecast, forecast
+from alignprop.memory.forecast import CONTEXT, GIB, Forecast, forecast
+from alignprop.memory.simulation import Build
 from alignprop.models.base import Model
 from alignprop.models.configs import find_config, find_tower_config
-from alignprop.models.loading import SINGLE_FILE
+from alignprop.models.loading import PRECISIONS, SINGLE_FILE
 from alignprop.models.skeleton import skeleton
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
@@ -48,11 +49,14 @@ def skeletons(config: ConfigDict) -> Build:
     if is_file and not source.config:
         raise ConfigError(f"pretrained.model = {source.model!r} is a single file: to plan, pretrained.config is needed")
     facts = find_config(source.config) if is_file else find_config(source.model, source.revision)
-    half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
 
     def build() -> tuple[Model, Judges]:
         model = skeleton(
-            facts, half, components_left_out(config), resolution=config.resolution, true_cfg_scale=config.true_cfg_scale
+            facts,
+            PRECISIONS[config.mixed_precision],
+            components_left_out(config),
+            resolution=config.resolution,
+            true_cfg_scale=config.true_cfg_scale,
         )
         if not config.use_lora:
             model.denoiser.float()

@@ -12,6 +12,11 @@ from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.base import ENCODERS
 from alignprop.settings.errors import ConfigError
 
+PRECISIONS = {
+    "no": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}  # by mixed_precision: of frozen weights
 SINGLE_FILE = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
 

@@ -82,6 +82,21 @@ def estimator_options(config: ConfigDict) -> dict:
     return {"first": first, "minmax": minmax, **config.plan.to_dict()}
 
 
+def model_options(config: ConfigDict) -> dict:
+    """What `load_model` takes of the configuration (models/loading.py), by its names, but for the precision."""
+    c, source = config, config.pretrained
+    return {
+        "revision": source.revision,
+        "config": source.config,
+        "vae": source.vae,
+        "without": components_left_out(c),
+        "full": not c.use_lora,
+        "resolution": c.resolution,
+        "true_cfg_scale": c.true_cfg_scale,
+        "train_text_encoder": c.task == "train" and c.train_text_encoder,
+    }
+
+
 def rollout_options(config: ConfigDict) -> dict:
     """What a `Rollout` takes of the configuration (method/rollout.py), by its names."""
     c = config

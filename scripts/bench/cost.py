@@ -45,8 +45,9 @@ from tqdm import tqdm  # noqa: E402
 from alignprop.engine.seeding import generators  # noqa: E402
 from alignprop.lora.factors import add_lora, trainable_parameters  # noqa: E402
 from alignprop.memory.accounting import Account  # noqa: E402
-from alignprop.memory.forecast import GIB, encode, forecast  # noqa: E402
+from alignprop.memory.forecast import GIB, forecast  # noqa: E402
 from alignprop.memory.planner import skeletons  # noqa: E402
+from alignprop.memory.simulation import encode  # noqa: E402
 from alignprop.models.base import Model  # noqa: E402
 from alignprop.models.configs import find_tower_config  # noqa: E402
 from alignprop.models.skeleton import build_module  # noqa: E402
@@ -180,18 +181,23 @@ def rows(model: str, name: str, batch: int, done: dict, ways=(THEIRS, *POLICIES)
     """
     configs = {active: resolve(configuration(name, batch, active), 1) for active in ACTIVE}
     config = configs[ACTIVE[0]]
-    parts = skeletons(config)
+    build = skeletons(config)
     with Account("meta") as text:
-        encode(parts()[0].text_encoders, batch)
+        encode(build()[0].text_encoders, batch)
+
+    def short_step_of_theirs(*steps):
+        model, judges = build()
+        return their_step(model, judges.reward, text_half(config), config, batch, *steps)
+
     for way in ways:
         if way == THEIRS:
-            theirs = Theirs(lambda *steps: their_step(*parts(), text_half(config), config, batch, *steps))
+            theirs = Theirs(short_step_of_theirs)
         for active, c in configs.items():
             if way == THEIRS:
                 peaks, flops = (f(c.train.num_inference_steps, active) for f in (theirs.peaks, theirs.flops))
             else:
-                found = forecast(parts, c, way, POLICIES[way], batch, done)
-                peaks, flops = found.peaks, found.flops * batch + sum(text.flops.values())
+                ours = forecast(build, c, way, POLICIES[way], batch, done)
+                peaks, flops = ours.peaks, ours.flops * batch + sum(text.flops.values())
             phase = max(peaks, key=peaks.get)
             yield Row(model, batch, way, active, peaks[phase], phase, flops)
 

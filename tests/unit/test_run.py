@@ -83,7 +83,7 @@ def test_latest_of_a_run_without_checkpoint_evaluates_nothing(toy_config):
 
 
 def test_a_misspelt_extra_reward_is_told_before_anything_is_loaded(toy_config, monkeypatch):
-    monkeypatch.setattr("alignprop.run._load_model", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr("alignprop.run.load_model", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(RewardError, match="'asthetic'"):
         build_run(toy_config(eval_reward_fn="asthetic"))
 

@@ -1,0 +1,152 @@
+"""A step with few sampler steps on tensors without data: the run's own code, its bytes and operations counted."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import DistributedType
+from ml_collections import ConfigDict
+
+from alignprop.engine.seeding import generators
+from alignprop.evaluation.judges import Judges
+from alignprop.memory.accounting import Account
+from alignprop.memory.checkpointing import apply_policy
+from alignprop.memory.residency import Residency, phases_of
+from alignprop.method.gradient import RewardGradient
+from alignprop.method.plans import GradientPlan
+from alignprop.method.rollout import Rollout
+from alignprop.method.samplers import Sampler
+from alignprop.models.base import Conditioning, Model
+from alignprop.settings.memory_policies import MemoryPolicy
+from alignprop.settings.resolve import gradient_options, rollout_options
+from alignprop.weights import TrainedWeights
+
+Build = Callable[[], tuple[Model, Judges]]
+"""Makes the model and its judges on the meta device, anew for each call: a policy changes its model."""
+
+
+class ShortStep(NamedTuple):
+    """The cost of a micro-batch with few sampler steps.
+
+    Attributes:
+        peaks, flops: by phase.
+        latents, picture, waiting: bytes of a sample's latents, of its picture, and of all that waits for its turn.
+    """
+
+    peaks: dict[str, int]
+    flops: dict[str, int]
+    latents: int
+    picture: int
+    waiting: int
+
+
+def simulate(
+    build: Build, config: ConfigDict, memory: MemoryPolicy, samples: int, prompts: int, steps: int, copies: int
+) -> ShortStep:
+    """A micro-batch with so many sampler steps, an update, and the measures of an evaluation, counted."""
+    model, judges = build()
+    device = model.device = torch.device("meta")
+    residency = Residency(device, phases_of(model, judges), memory.residency, copy=True)
+    account = Account("meta")
+
+    @contextmanager
+    def phases(phase: str) -> Iterator[None]:
+        with account.phase(phase), residency(phase):
+            yield
+
+    with account:
+        account.track(*(m for phase in residency.phases.keys() - residency.leaving for m in residency.phases[phase]))
+        with residency("denoise"):
+            weights = TrainedWeights(model, config, _OneProcess())
+            apply_policy(model, memory)
+            for parameter in weights.parameters:
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            _update(weights)  # from the second step on there are the optimizer's moments
+        reader = _WithoutTokens(model, prompts, in_float32=not config.use_lora)
+        rollout = Rollout(model, any_chain(steps), memory=memory, **rollout_options(config))
+        gradient = RewardGradient(
+            reader, rollout, judges.reward, phases, torch.Tensor.backward, **gradient_options(config)
+        )
+        key, indices, plan = ("forecast",), torch.arange(samples), GradientPlan.short(steps, samples, copies)
+        gradient(key, indices, [""] * samples, [{}] * samples, plan)
+        with account.phase("update"):
+            _update(weights)
+        with torch.no_grad():
+            latents = model.init_latents(generators(range(1), *key))
+            with account.phase(""), residency("decode"):  # for its size alone
+                picture = model.decode(latents)
+            if any(judges.phases["measure"]):
+                pictures = picture.expand(samples, -1, -1, -1)
+                judges.judge([pictures], [""] * samples, [{}] * samples, phases, only="measure")
+    latent_bytes, picture_bytes = (t[0].numel() * t.element_size() for t in (latents, picture))
+    cond_bytes = sum(t[0].numel() * t.element_size() for t in model.blank_conditioning(1).values())
+    return ShortStep(account.peaks, account.flops, latent_bytes, picture_bytes, cond_bytes + 3 * latent_bytes)
+
+
+class _WithoutTokens:
+    """A model that reads prompts of full length: what that costs does not depend on their words.
+
+    Args:
+        model: has all the rest.
+        prompts: how many there are.
+        in_float32: the conditioning is; autocast does not exist on the meta device, where float32 is an upper limit.
+    """
+
+    def __init__(self, model: Model, prompts: int, in_float32: bool):
+        self._model, self._prompts, self._in_float32 = model, prompts, in_float32
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def knows(self, prompts) -> bool:
+        return False
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        for _ in range(self._prompts + self._empty_prompts):  # one by one, as models do
+            encode(self._model.text_encoders, 1)
+        cond = self._model.blank_conditioning(len(prompts))
+        return {name: tensor.float() for name, tensor in cond.items()} if self._in_float32 else cond
+
+    def backward_prompts(self, prompts, gradients) -> None:
+        for _ in range(self._prompts):
+            encode(self._model.text_encoders, 1 + self._empty_prompts, backward=True)
+
+    @property
+    def _empty_prompts(self) -> int:
+        """1 where there is an unconditional branch, which reads an empty prompt."""
+        return len(self._model.branches(self._model.blank_conditioning(1), guidance_scale=2.0)) - 1
+
+
+def any_chain(steps: int) -> Sampler:
+    """Of no model in particular: what a step costs does not depend on its coefficients."""
+    zeros, ones, falling = torch.zeros(steps), torch.ones(steps), torch.linspace(1, 0, steps + 1)
+    return Sampler(torch.arange(steps), ones, ones, zeros, p=ones, q=ones, alpha=1 - falling, sigma=falling)
+
+
+def _update(weights: TrainedWeights) -> None:
+    weights.sum_over_processes()
+    weights.optimizer.step()
+    weights.zero_grad()
+
+
+def encode(text_encoders: list[torch.nn.Module], samples: int, backward: bool = False) -> None:
+    """Calls text encoders, where they are, as prompts of full length would; and back, through those with an adapter."""
+    for encoder in text_encoders:
+        length = getattr(encoder.config, "max_position_embeddings", 512)
+        with torch.set_grad_enabled(backward):
+            output = encoder(torch.zeros(samples, length, dtype=torch.long, device=encoder.device))[0]
+        if output.requires_grad:
+            output.sum().backward()
+
+
+class _OneProcess:
+    """As much of an `Accelerator` as the trained weights need."""
+
+    distributed_type, num_processes, scaler = DistributedType.NO, 1, None
+
+    def prepare(self, optimizer):
+        return optimizer
+
+    def reduce(self, tensor, reduction):
+        return tensor
