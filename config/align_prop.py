@@ -34,7 +34,7 @@ def base() -> ConfigDict:
     c.mixed_precision = "fp16"  # "no", "fp16" (with loss scaling) or "bf16"; of frozen weights and network calls
     c.allow_tf32 = True  # TF32 matrix products on NVIDIA GPUs: faster float32, 10-bit mantissa
     c.channels_last = config_dict.placeholder(bool)  # convolutions in NHWC order; None: on a CPU, where it saves 2 to
-    # 4 % of the time; on your GPU scripts/bench/gpu.py measures it
+    # 4 % of the time; on your GPU scripts/bench/gpu.py --variants channels_last measures it
     c.compile = False  # torch.compile of the denoiser's repeated blocks: a minute or more at first, then faster steps
     c.hub = ConfigDict()
     c.hub.repo = ""  # "user/name" on the Hugging Face hub, which gets the best weights and a model card after training;

@@ -37,7 +37,7 @@ from alignprop.method.samplers import build_sampler  # noqa: E402
 from alignprop.models import FAMILIES  # noqa: E402
 from alignprop.models.loading import load_model  # noqa: E402
 from alignprop.runs.checkpoint import checkpoints_of  # noqa: E402
-from alignprop.tasks import evaluate, evaluate_soup, plan  # noqa: E402
+from alignprop.tasks import compare_policies, evaluate, evaluate_soup  # noqa: E402
 from alignprop.trainer import AlignPropTrainer  # noqa: E402
 from config import align_prop, models  # noqa: E402
 from tests.helpers.tiny_families import SIDE  # noqa: E402
@@ -220,7 +220,7 @@ def full_size(family: str) -> dict[str, str]:
         c = models.get_config(family) if family in models.PRESETS else align_prop.get_config("hps")
         c.memory_policy, c.per_gpu_capacity = policy, 1
         c.mixed_precision = "bf16"
-        (forecast,) = plan(c)
+        (forecast,) = compare_policies(c)
         found[f"GiB, {policy}"] = f"{forecast.peak / 2**30:.1f}"
     return found
 

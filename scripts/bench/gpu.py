@@ -1,8 +1,11 @@
-"""Time and memory of training at full size, on a GPU, beside what the planner forecasts: one command.
+"""Time and memory of training at full size, on a GPU, beside what the planner forecasts.
+
+scripts/check_gpu.py makes the rows of it that tell most, in a few minutes.
 
     python scripts/bench/gpu.py --json out.json         SD 1.5 at 512² and SDXL at 1024²; an hour or more
     python scripts/bench/gpu.py --models sd15 --policies fast,balanced --chunks 4 --active 50
-    python scripts/bench/gpu.py --limit_gib 4           SD 1.5, all 50 sampler steps active, held to 4 GiB
+    python scripts/bench/gpu.py --limit_gib 4           SD 1.5, all 50 sampler steps active, held to 4 GiB; of several
+                                                        cases, the fastest that should fit
     python scripts/bench/gpu.py --table out.json        the table of an earlier run, finished or not; needs no GPU
     python scripts/bench/gpu.py --models tiny --device cpu      tries the script itself, on the bundled model's sizes
 
@@ -170,14 +173,21 @@ def main() -> None:
     if options.table:
         print(report(json.loads(options.table.read_text())))
         return
+    chosen = cases(options.models, options.policies, options.chunks, options.active, options.steps, options.variants)
+    if options.forecast:
+        done: dict = {}
+        forecasts = [expected(case, done) for case in chosen]
+        options.forecast.write_text(json.dumps([{"peak": f.peak, "flops": f.flops} for f in forecasts]) + "\n")
+        return
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: there is no GPU here; without one, only --models tiny --device cpu runs")
     os.environ["ACCELERATE_USE_CPU"] = "false" if options.device == "cuda" else "true"
     measured, made_on = {"facts": facts(options.device), "rows": []}, options.device
     free(options.device)
-    chosen = cases(options.models, options.policies, options.chunks, options.active, options.steps, options.variants)
     if options.limit_gib:
-        chosen, made_on = [fastest(options.limit_gib, "sd15", options.steps)], "cpu"
+        made_on = "cpu"
+        if len(chosen) > 1:
+            chosen = [fastest(options.limit_gib, "sd15", options.steps)]
         hold_to(options.limit_gib)
     for case in tqdm(chosen, "cases", disable=None):
         measured["rows"].append(measure(case, options.device, options.repeats, made_on))
@@ -212,10 +222,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each case; default 3")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     parser.add_argument("--limit_gib", type=float, help="hold PyTorch to that much; measures one case, see above")
+    parser.add_argument("--forecast", type=Path, help="only write the forecast of each case to that file; needs no GPU")
     parser.add_argument("--json", type=Path, help="file for every measurement")
     parser.add_argument("--table", type=Path, help="such a file, to print the table of")
     options = parser.parse_args()
-    if options.device == "cpu" and (options.models != ["tiny"] or options.limit_gib) and not options.table:
+    needs_no_gpu = options.table or options.forecast
+    if options.device == "cpu" and (options.models != ["tiny"] or options.limit_gib) and not needs_no_gpu:
         parser.error("--device cpu is for --models tiny: full size, and a limit, need a GPU")
     return options
 

@@ -39,7 +39,7 @@ def half_precision(monkeypatch, dtype, scale):
         accelerator.autocast = lambda: torch.autocast("cpu", dtype)
         return accelerator
 
-    monkeypatch.setattr("alignprop.run.Accelerator", build)
+    monkeypatch.setattr("alignprop.engine.processes.Accelerator", build)
 
 
 def asks_to_stop(call, number=signal.SIGTERM):

@@ -49,7 +49,7 @@ def test_the_random_reward_has_the_shapes_of_the_planned_one():
     case = Case("tiny", "fast", 1, 1, 2)
     config = resolve(case.configuration(), 1)
     reward = RandomAesthetic(config, "cpu")
-    planned = skeletons(config)()[1].terms["aesthetic"]
+    planned = skeletons(config)()[1].reward.terms["aesthetic"]
     shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (reward, planned)]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 20
     scores = reward(torch.rand(2, 3, 64, 64, requires_grad=True), ["", ""])
@@ -62,7 +62,7 @@ def test_the_measured_step_trains(tmp_path):
     row = trainer.step()
     assert row["skipped_steps"] == 0 and row["active_steps"] == 1 and row["grad_norm"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.weights.parameters, strict=True))
-    assert trainer.run.policy == "balanced" and trainer.run.memory.decoder_checkpointing
+    assert trainer.run.choice.policy == "balanced" and trainer.run.choice.memory.decoder_checkpointing
 
 
 def test_a_family_that_encodes_no_prompts_is_measured_too(tmp_path, monkeypatch):

@@ -22,7 +22,6 @@ from alignprop.callbacks import PromptFunction, call_hook
 from alignprop.ddpo import DDPOTrainer
 from alignprop.lora.files import LORA_FILE
 from alignprop.prompts import draw_prompts
-from alignprop.run import Run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import FIELDS
@@ -380,7 +379,7 @@ class AlignPropConfig:
     ({"prompt_function": lambda: "a cat"}, "^prompt_function returned 'a cat'"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_told_before_anything_is_loaded(toy_config, monkeypatch, trainer, given, message):
-    monkeypatch.setattr(Run, "__init__", lambda *_, **__: pytest.fail("loading"))
+    monkeypatch.setattr("alignprop.loop.build_run", lambda *_, **__: pytest.fail("loading"))
     with pytest.raises(ConfigError, match=message):
         trainer(**{"config": toy_config(), **given})
 
