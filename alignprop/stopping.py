@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 
 from alignprop.settings.errors import ConfigError
+from rewards.errors import UserError
 
 STOPPED = 75
 """Exit status of a run that stopped when asked and saved: EX_TEMPFAIL, "run me again"."""
@@ -56,6 +57,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's error of that kind; torch is not imported to find out, since only torch raises it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
 @contextmanager
 def plain_endings():
     """Within it a person's mistake, Ctrl-C, a full disk and the death of another process end this one with one line
@@ -65,14 +72,10 @@ def plain_endings():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))  # there is nothing to save yet
     try:
         yield
-    except ConfigError as error:
+    except UserError as error:
         # A mistake in the configuration is every process's; told once a machine. What has a cause may be one's own.
-        is_told = os.environ.get("LOCAL_RANK", "0") == "0" or error.__cause__
-        sys.exit(f"error: {error}" if is_told else 1)
-    except ValueError as error:
-        if type(error).__name__ != "RewardError":  # of rewards, which is not to be imported for it
-            raise
-        sys.exit(f"error: {error}")
+        is_shared = isinstance(error, ConfigError) and not error.__cause__
+        sys.exit(1 if is_shared and os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -87,7 +90,7 @@ def plain_endings():
             "newest with --config.resume_from=latest"
         )
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported for it
+        if _is_out_of_memory(error):
             sys.exit(
                 f"error: process {rank}: {str(error).splitlines()[0].split('. ')[0]}; a more frugal memory_policy or a "
                 "smaller per_gpu_capacity needs less: the same command with --plan shows how much"

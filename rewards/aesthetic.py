@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from rewards.base import Reward, RewardError
+from rewards.base import Reward, TowerConfig
+from rewards.errors import RewardError
+from rewards.registry import Precision
+from rewards.skeleton import blank, clip_tower
 from rewards.towers import find_file, load_clip, load_weights
 
 LAION_WIDTHS = (1024, 128, 64, 16, 1)
@@ -37,6 +40,12 @@ class AestheticHead(nn.Module):
         return self.layers(embeddings).squeeze(-1)
 
     @classmethod
+    def without_data(cls, input_dim: int) -> "AestheticHead":
+        """One on torch's meta device, frozen."""
+        with torch.device("meta"):
+            return cls(input_dim).requires_grad_(False).eval()
+
+    @classmethod
     def from_weights(cls, weights: Mapping[str, torch.Tensor], source: str) -> "AestheticHead":
         """A head with the sizes that the weights have. Raises: RewardError if they are no such head."""
         expected = {f"layers.{i}.{kind}" for i in LINEAR_AT for kind in ("weight", "bias")}
@@ -57,11 +66,18 @@ class AestheticHead(nn.Module):
 class AestheticReward(Reward):
     """LAION's linear aesthetic head on CLIP ViT-L/14 image embeddings; prompts are ignored.
 
-    clip: CLIP model, hub name or folder; only its image tower is kept. clip_revision: of that repository.
-    head_repo, head_file, head_revision: where the head lies on the hub (or head_repo a folder); a head_file that
-    exists here (.pth or .safetensors) is taken as it is. dtype: of the tower; the head runs in float32.
+    Args:
+        clip: The hub name or folder of the CLIP under the head; only its image tower is kept.
+        clip_revision: The branch, tag or commit of the CLIP's repository. None: the newest.
+        head_repo: The hub repository of the head, or a folder.
+        head_file: The head's file in it, or a local .pth or .safetensors file.
+        head_revision: The branch, tag or commit of the head's repository. None: the newest.
+        dtype: The precision of the tower; the head runs in float32. A lower one disturbs the gradient.
+
     Raises: RewardError.
     """
+
+    plannable = True
 
     def __init__(
         self,
@@ -70,7 +86,7 @@ class AestheticReward(Reward):
         head_repo: str = "trl-lib/ddpo-aesthetic-predictor",
         head_file: str = "aesthetic-model.pth",
         head_revision: str | None = None,
-        dtype: str = "float32",
+        dtype: Precision = "float32",
     ):
         super().__init__()
         # The head first: it is the small one, and as easily misspelt.
@@ -82,6 +98,14 @@ class AestheticReward(Reward):
                 f"aesthetic.head_file={head_file!r} wants embeddings of {wanted} numbers, aesthetic.clip={clip!r} "
                 f"gives {given}; they belong to different models"
             )
+
+    @classmethod
+    def skeleton(cls, options: Mapping, tower_config: TowerConfig) -> Reward:
+        reward = blank(cls)
+        config = tower_config(options["clip"], "aesthetic.clip", "clip")
+        reward.tower = clip_tower(config, options["dtype"], with_text=False)
+        reward.head = AestheticHead.without_data(reward.tower.model.config.projection_dim)
+        return reward
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
         return self.head(self.tower.embed_images(images))

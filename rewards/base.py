@@ -1,16 +1,14 @@
 """What a reward is, and what is checked of its scores before a training run trusts them."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-
-class RewardError(ValueError):
-    """A mistake of the person who named, configured or wrote a reward; the message is one plain line."""
+from rewards.errors import RewardError
 
 
 class Reward(nn.Module):
@@ -20,6 +18,20 @@ class Reward(nn.Module):
     """
 
     differentiable: bool = True
+    plannable: bool = False  # it computes on tensors without data, whatever their values
+
+    @classmethod
+    def skeleton(cls, options: Mapping, tower_config: "TowerConfig") -> "Reward":
+        """A reward of the same shapes on torch's meta device, without files: what planning a run's memory needs.
+
+        A reward with towers makes them; any other is small beside the model, and a `BlankReward` stands for it.
+
+        options: of the constructor, all of them.
+        tower_config: (a model's name, the option that names it, "clip", "siglip" or "blip") -> the keywords of its
+        `transformers.CLIPConfig`, `SiglipConfig` or `BlipConfig`.
+        Raises: whatever `tower_config` raises.
+        """
+        return BlankReward()
 
     def forward(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None
@@ -42,6 +54,18 @@ class Reward(nn.Module):
 
     def train(self, mode: bool = True) -> "Reward":
         return super().train(False)
+
+
+TowerConfig = Callable[[str, str, str], dict]
+
+
+class BlankReward(Reward):
+    """In the place of a reward that may look at values, as a user's own, or that is small beside the others."""
+
+    plannable = True
+
+    def score(self, images: torch.Tensor, prompts, metadata) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3))
 
 
 def require_differentiable(reward: Any) -> None:

@@ -1,10 +1,12 @@
 """Image-text similarity (CLIP, arXiv 2103.00020)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from rewards.base import Reward
+from rewards.base import Reward, TowerConfig
+from rewards.registry import Precision
+from rewards.skeleton import blank, clip_tower
 from rewards.towers import load_clip
 
 
@@ -13,15 +15,27 @@ class ClipReward(Reward):
 
     Not multiplied by CLIP's logit scale (100): the weight of a sum ("clip:100") does that where it is wanted.
 
-    model: any CLIPModel, hub name or folder. revision: of the hub repository. dtype: of the towers.
+    Args:
+        model: The hub name or folder of any transformers CLIP.
+        revision: The branch, tag or commit of the hub's repository. None: the newest.
+        dtype: The precision of the towers. A lower one disturbs the gradient.
+
     Raises: RewardError.
     """
 
+    plannable = True
+
     def __init__(
-        self, model: str = "openai/clip-vit-large-patch14", revision: str | None = None, dtype: str = "float32"
+        self, model: str = "openai/clip-vit-large-patch14", revision: str | None = None, dtype: Precision = "float32"
     ):
         super().__init__()
         self.tower = load_clip(model, revision, dtype, with_text=True, field="clip.model")
+
+    @classmethod
+    def skeleton(cls, options: Mapping, tower_config: TowerConfig) -> Reward:
+        reward = blank(cls)
+        reward.tower = clip_tower(tower_config(options["model"], "clip.model", "clip"), options["dtype"])
+        return reward
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
         return self.tower.similarity(images, prompts)

@@ -2,19 +2,24 @@
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import Annotated
 
 import torch
 
-from rewards.base import Reward, RewardError
+from rewards.base import Reward
+from rewards.errors import RewardError
 
 
 class ColourReward(Reward):
     """Minus the mean absolute difference of a picture's pixels to one colour, in [-1, 0]; prompts are ignored.
 
-    target: red, green, blue, each from 0 to 1. Raises: RewardError.
+    Args:
+        target: Red, green and blue that pictures are to have, each from 0 to 1.
+
+    Raises: RewardError.
     """
 
-    def __init__(self, target: Sequence[float] = (0.1, 0.9, 0.5)):
+    def __init__(self, target: Annotated[tuple[float, float, float], (0, 1)] = (0.1, 0.9, 0.5)):
         super().__init__()
         self.register_buffer("target", torch.tensor(check_colour(target)).view(3, 1, 1), persistent=False)
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from rewards.base import Reward, RewardError, check_connected, check_rewards, check_shape, did_you_mean
+from rewards.base import Reward, check_connected, check_rewards, check_shape, did_you_mean
+from rewards.errors import RewardError
 from rewards.towers import first_line
 
 # From the weighted scores of the terms, [B] each, to one [B].

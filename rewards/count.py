@@ -3,12 +3,14 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
 
 from rewards import tiny_judge
-from rewards.base import Reward, RewardError
+from rewards.base import Reward
 from rewards.detectors import load_detector
+from rewards.errors import RewardError
 
 NUMBERS = {
     "no": 0, "zero": 0, "a": 1, "an": 1, "one": 1, "single": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6,
@@ -42,13 +44,20 @@ class CountReward(Reward):
 
     What to count comes from metadata {"object": "dog", "count": 2}, else from the prompt: see `parse_count`.
 
-    model: OWL-ViT or OWLv2, which detect whatever has a name, or YOLOS or DETR, which detect the classes they were
-    trained on; hub name or folder. revision: of the hub repository. threshold: score from which a box is an object;
-    None: 0.1 for OWL, 0.5 for the others. Raises: RewardError.
+    Args:
+        model: The hub name or folder of a detector: OWL-ViT or OWLv2, which detect whatever has a name, or YOLOS or
+            DETR, which detect the classes they were trained on.
+        revision: The branch, tag or commit of the hub's repository. None: the newest.
+        threshold: The score from which a box is an object. None: 0.1 for OWL, 0.5 for the others.
+
+    Raises: RewardError.
     """
 
     def __init__(
-        self, model: str = "google/owlvit-base-patch32", revision: str | None = None, threshold: float | None = None
+        self,
+        model: str = "google/owlvit-base-patch32",
+        revision: str | None = None,
+        threshold: Annotated[float, (0, 1)] | None = None,
     ):
         super().__init__()
         if threshold is not None and not 0 < threshold < 1:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rewards.base import RewardError, did_you_mean
+from rewards.base import did_you_mean
+from rewards.errors import RewardError
 from rewards.preprocess import PIL_FILTERS, resize
 from rewards.towers import find_file, load_tokenizer, load_whole, model_type
 

@@ -3,13 +3,18 @@
 import html
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
-from rewards.base import Reward, RewardError, did_you_mean
+from rewards.base import Reward, TowerConfig, did_you_mean
+from rewards.errors import RewardError
 from rewards.preprocess import PadPreprocess
+from rewards.registry import Precision
+from rewards.skeleton import blank, clip_tower
 from rewards.towers import ClipTower, check_weights, find_file, first_line, load_tokenizer, load_weights
 
+SIZES_OF = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # a folder of transformers' with the sizes of the checkpoints
 CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 # What the sizes in a checkpoint cannot say of open_clip's ViT-H-14.
@@ -44,22 +49,30 @@ class HPSReward(Reward):
 
     It is the score of the hpsv2 package (whose tables show it times 100), made differentiable.
 
-    version: "v2.1" or "v2.0". checkpoint: a local file, else the version's file in checkpoint_repo (hub name or
-    folder, at checkpoint_revision). tokenizer: a hub name or folder with CLIP's 49408-token vocabulary; the
-    `tokenizer` folder of Stable Diffusion 1.x is one. backend: "transformers", or "hpsv2" to run the towers of the
-    hpsv2 package, where it is installed (then `tokenizer` is not used). dtype: of the towers.
+    Args:
+        version: The version of the checkpoint. The two have different scales.
+        checkpoint: A local file. None: the version's file in checkpoint_repo.
+        checkpoint_repo: The hub name or folder of the checkpoints.
+        checkpoint_revision: The branch, tag or commit of the hub's repository. None: the newest.
+        tokenizer: The hub name or folder with CLIP's vocabulary of 49408 tokens, such as the `tokenizer` folder of
+            Stable Diffusion 1.x. The backend 'hpsv2' does not use it.
+        backend: What runs the towers: transformers, or the hpsv2 package, where it is installed.
+        dtype: The precision of the towers. A lower one disturbs the gradient.
+
     Raises: RewardError.
     """
 
+    plannable = True
+
     def __init__(
         self,
-        version: str = "v2.1",
+        version: Literal["v2.0", "v2.1"] = "v2.1",
         checkpoint: str | None = None,
         checkpoint_repo: str = "xswu/HPSv2",
         checkpoint_revision: str | None = None,
         tokenizer: str = "openai/clip-vit-large-patch14",
-        backend: str = "transformers",
-        dtype: str = "float32",
+        backend: Literal["transformers", "hpsv2"] = "transformers",
+        dtype: Precision = "float32",
     ):
         super().__init__()
         for field, value, allowed in (("version", version, CHECKPOINTS), ("backend", backend, BACKENDS)):
@@ -73,6 +86,13 @@ class HPSReward(Reward):
         weights = load_weights(path, "hps.checkpoint")
         weights = weights.get("state_dict", weights)
         self.tower = BACKENDS[backend](weights, tokenizer, dtype, source=f"hps.checkpoint={str(path)!r}")
+
+    @classmethod
+    def skeleton(cls, options: Mapping, tower_config: TowerConfig) -> Reward:
+        reward = blank(cls)
+        config = tower_config(SIZES_OF, "hps.checkpoint", "clip")
+        reward.tower = clip_tower(config, options["dtype"], PadPreprocess)
+        return reward
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
         return self.tower.similarity(images, prompts)

@@ -1,5 +1,6 @@
 """ImageReward (arXiv 2304.05977): a BLIP (2201.12086) fine-tuned on people's ranking of pictures of a prompt."""
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -8,11 +9,15 @@ import torch
 from torch import nn
 
 from rewards.aesthetic import AestheticHead
-from rewards.base import Reward, RewardError
+from rewards.base import Reward, TowerConfig
+from rewards.errors import RewardError
 from rewards.preprocess import TorchvisionPreprocess
+from rewards.registry import Precision
+from rewards.skeleton import blank
 from rewards.towers import check_weights, dtype_of, find_file, first_line, load_weights
 
 FILE = "ImageReward.pt"
+SIZES_OF = "THUDM/ImageReward"  # whose sizes are bundled
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's outputs in the paper's data
 PROMPT_LENGTH = 35  # tokens, with the first and the last
 HEAD_WIDTH = 64  # of attention, in both of BLIP's towers: what the sizes in a checkpoint cannot say
@@ -37,10 +42,17 @@ class ImageReward(Reward):
 
     It is the score of the image-reward package, made differentiable: (head(BLIP's first token) - MEAN) / STD.
 
-    checkpoint: a local file, else `ImageReward.pt` in checkpoint_repo (hub name or folder, at checkpoint_revision).
-    tokenizer: a hub name or folder with the vocabulary of uncased BERT. dtype: of BLIP; the head runs in float32.
+    Args:
+        checkpoint: A local ImageReward.pt. None: the file of that name in checkpoint_repo.
+        checkpoint_repo: The hub name or folder of the checkpoint.
+        checkpoint_revision: The branch, tag or commit of the hub's repository. None: the newest.
+        tokenizer: The hub name or folder with the vocabulary of uncased BERT.
+        dtype: The precision of BLIP; the head runs in float32. A lower one disturbs the gradient.
+
     Raises: RewardError.
     """
+
+    plannable = True
 
     def __init__(
         self,
@@ -48,7 +60,7 @@ class ImageReward(Reward):
         checkpoint_repo: str = "THUDM/ImageReward",
         checkpoint_revision: str | None = None,
         tokenizer: str = "google-bert/bert-base-uncased",
-        dtype: str = "float32",
+        dtype: Precision = "float32",
     ):
         super().__init__()
         where = "imagereward.checkpoint=None, imagereward.checkpoint_repo"
@@ -60,6 +72,18 @@ class ImageReward(Reward):
         wanted, given = self.head.layers[0].in_features, self.blip.text_encoder.config.hidden_size
         if wanted != given:
             raise RewardError(f"{source}: its head wants {wanted} numbers, its text encoder gives {given}")
+
+    @classmethod
+    def skeleton(cls, options: Mapping, tower_config: TowerConfig) -> Reward:
+        from transformers import BlipTextConfig, BlipVisionConfig
+
+        reward = blank(cls)
+        config = copy.deepcopy(tower_config(SIZES_OF, "imagereward.checkpoint", "blip"))
+        vision, text = BlipVisionConfig(**config["vision_config"]), BlipTextConfig(**config["text_config"])
+        with torch.device("meta"):
+            reward.blip = _BlankBlip(*build_blip(vision, text), dtype=options["dtype"])
+        reward.head = AestheticHead.without_data(text.hidden_size)
+        return reward
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
         return (self.head(self.blip(images, prompts)) - MEAN) / STD
@@ -95,6 +119,12 @@ class BlipTower(nn.Module):
             list(prompts), padding="max_length", truncation=True, max_length=PROMPT_LENGTH, return_tensors="pt"
         )
         return tokens.input_ids, tokens.attention_mask
+
+
+class _BlankBlip(BlipTower):
+    def tokenize(self, prompts) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.zeros(len(prompts), PROMPT_LENGTH, dtype=torch.long, device="meta")
+        return tokens, tokens
 
 
 def split_checkpoint(weights: Mapping[str, torch.Tensor], source: str) -> tuple[dict, dict]:

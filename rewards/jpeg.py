@@ -8,11 +8,13 @@ baseline encoder of ITU T.81 (1992) up to its entropy coder, whose bits it estim
 import io
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
-from rewards.base import Reward, RewardError
+from rewards.base import Reward
+from rewards.errors import RewardError
 
 # T.81, tables K.1 and K.2: quantisation steps at quality 50, by row (vertical frequency) and column.
 LUMINANCE = (
@@ -48,13 +50,16 @@ class JpegCompressibility(Reward):
 
     Values are rounded to 8 bits, those outside of [0, 1] clamped; chroma is halved (4:2:0), Pillow's default.
 
-    quality: of the encoder, 1 … 100; DDPO's is 95. Raises: RewardError.
+    Args:
+        quality: The quality of the encoder, for all jpeg rewards. That of DDPO's authors is 95.
+
+    Raises: RewardError.
     """
 
     differentiable = False
     sign = -1.0
 
-    def __init__(self, quality: int = 95):
+    def __init__(self, quality: Annotated[int, (1, 100)] = 95):
         super().__init__()
         self.quality = check_quality(quality)
 
@@ -73,10 +78,13 @@ class JpegProxy(Reward):
 
     A negative weight ("jpeg_proxy:-1") is the proxy of `jpeg_incompressibility`.
 
-    quality: as of JpegCompressibility. Raises: RewardError.
+    Args:
+        quality: The quality of the encoder, for all jpeg rewards. That of DDPO's authors is 95.
+
+    Raises: RewardError.
     """
 
-    def __init__(self, quality: int = 95):
+    def __init__(self, quality: Annotated[int, (1, 100)] = 95):
         super().__init__()
         self.register_buffer("steps", quantisation_steps(check_quality(quality)), persistent=False)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rewards.base import RewardError
+from rewards.errors import RewardError
 
 # Of OpenAI's CLIP, which open_clip and HPSv2 share: the values a folder without a preprocessor file means.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -1,14 +1,18 @@
 """SigLIP (arXiv 2303.15343) and SigLIP 2 (2502.14786): image-text similarity learnt with a sigmoid loss."""
 
+import copy
 import json
 import os
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from rewards.base import Reward, RewardError
+from rewards.base import Reward, TowerConfig
+from rewards.errors import RewardError
 from rewards.preprocess import SquashPreprocess
+from rewards.registry import Precision
+from rewards.skeleton import BlankTokens, blank
 from rewards.towers import ClipTower, find_file, first_line, load_preprocess, load_whole, model_type
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -20,16 +24,33 @@ class SiglipReward(Reward):
     The model's own probability that they belong together is sigmoid(scale · cosine + bias), with a scale of about
     100: an increasing function of the cosine, which saturates.
 
-    model: SigLIP, or SigLIP 2 of a fixed resolution, hub name or folder. revision: of the hub repository. dtype: of
-    the towers.
+    Args:
+        model: The hub name or folder of a SigLIP, or of a SigLIP 2 of a fixed resolution.
+        revision: The branch, tag or commit of the hub's repository. None: the newest.
+        dtype: The precision of the towers. A lower one disturbs the gradient.
+
     Raises: RewardError.
     """
 
+    plannable = True
+
     def __init__(
-        self, model: str = "google/siglip-base-patch16-224", revision: str | None = None, dtype: str = "float32"
+        self, model: str = "google/siglip-base-patch16-224", revision: str | None = None, dtype: Precision = "float32"
     ):
         super().__init__()
         self.tower = load_siglip(model, revision, dtype, field="siglip.model")
+
+    @classmethod
+    def skeleton(cls, options: Mapping, tower_config: TowerConfig) -> Reward:
+        from transformers import SiglipConfig, SiglipModel
+
+        reward = blank(cls)
+        config = SiglipConfig(**copy.deepcopy(tower_config(options["model"], "siglip.model", "siglip")))
+        with torch.device("meta"):
+            model = SiglipModel(config)
+        preprocess = SquashPreprocess(config.vision_config.image_size)
+        reward.tower = _BlankSiglip(model, preprocess, dtype=options["dtype"])
+        return reward
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
         return self.tower.similarity(images, prompts)
@@ -58,6 +79,10 @@ class SiglipTower(ClipTower):
             [self.clean(prompt) for prompt in prompts], padding="max_length", padding_side="right", truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt",
         ).input_ids  # fmt: skip
+
+
+class _BlankSiglip(BlankTokens, SiglipTower):
+    pass
 
 
 def load_siglip(name: str, revision: str | None, dtype: str, field: str) -> SiglipTower:

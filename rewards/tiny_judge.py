@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rewards.base import RewardError
+from rewards.errors import RewardError
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "judge"
 CONTENT = ("count", "colour", "shape", "background")

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rewards.base import RewardError, did_you_mean
+from rewards.base import did_you_mean
+from rewards.errors import RewardError
 from rewards.preprocess import ClipPreprocess
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

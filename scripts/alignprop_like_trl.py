@@ -156,7 +156,7 @@ def set_field(config: ConfigDict, field: str, value) -> None:
     try:
         place[name] = value
     except TypeError:
-        raise ConfigError(f"{field} = {value!r} must be {FIELDS[field].wanted}") from None
+        raise ConfigError(f"{field} = {value!r} must be {FIELDS[field].rule.wanted}") from None
 
 
 def configuration(arguments: list[str], num_processes: int) -> ConfigDict:

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--repo", required=True, help="user/name; made where it is not there yet")
     parser.add_argument("--private", action="store_true", help="nobody else sees it")
     options = parser.parse_args()
-    rule = FIELDS["hub.repo"]
+    rule = FIELDS["hub.repo"].rule
     if not options.repo or not rule.accepts(options.repo):
         raise ConfigError(f"--repo = {options.repo!r} must be {rule.wanted.removeprefix('empty or ')}")
     from alignprop.publish.card import read_run  # with torch, which takes seconds

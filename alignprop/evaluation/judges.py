@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from alignprop.evaluation.stop_when import MEASURES
 from alignprop.models.base import Phases
 from alignprop.prompts import PromptSet
-from rewards import OPTIONS_OF, REWARDS, WeightedReward, as_reward, build_reward, parse_spec, try_reward
+from rewards import REWARDS, WeightedReward, as_reward, build_reward, options_name, parse_spec, try_reward
 from rewards.towers import ClipTower, load_clip
 
 BuildReward = Callable[[str, Mapping[str, Mapping]], WeightedReward]
@@ -17,7 +17,8 @@ BuildReward = Callable[[str, Mapping[str, Mapping]], WeightedReward]
 
 def load_tower(config: ConfigDict) -> ClipTower:
     """The image half of `clip.model`, with its weights."""
-    return load_clip(config.clip.model, None, config.clip.dtype, with_text=False, field="clip.model")
+    c = config.clip
+    return load_clip(c.model, c.revision, c.dtype, with_text=False, field="clip.model")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def build_judges(
         rewards.RewardError: one of them is unknown, or its files cannot be had.
     """
     c = config
-    options = {name: c[name].to_dict() for name in {*REWARDS, *OPTIONS_OF.values()} if name in c}
+    options = {name: c[name].to_dict() for name in {options_name(reward) for reward in REWARDS} if name in c}
     reward = as_reward(reward_function) if reward_function else build(c.reward_fn, options)
     reward.combination = c.reward_combine
     named = parse_spec(c.eval_reward_fn) if c.eval_reward_fn else []
@@ -151,7 +152,8 @@ def _is_diverse(c: ConfigDict, prompts: PromptSet | None) -> bool:
 
 def _tower(c: ConfigDict, reward: WeightedReward, extra: WeightedReward | None, build_tower) -> ClipTower:
     """`clip.model`: that of a reward that is there anyway, or one of its own."""
-    same = (c.aesthetic.clip, c.aesthetic.dtype) == (c.clip.model, c.clip.dtype)
+    own, clip = c.aesthetic, c.clip
+    same = (own.clip, own.clip_revision, own.dtype) == (clip.model, clip.revision, clip.dtype)
     names = ("clip", "aesthetic")[: 1 + same]
     terms = [judge.terms.get(name) for judge in (reward, extra) if judge for name in names]
     towers = [term.tower for term in terms if isinstance(getattr(term, "tower", None), ClipTower)]

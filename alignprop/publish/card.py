@@ -18,9 +18,9 @@ from alignprop.models.configs import find_config
 from alignprop.runs.checkpoint import checkpoints_of, step_of
 from alignprop.runs.manifest import damage_of
 from alignprop.runs.tracking import MetricsLog
-from alignprop.settings.effects import PLAN_FIELDS
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields import is_repo_name
+from alignprop.settings.fields.rules import is_repo_name
+from alignprop.settings.fields.sampling import PLAN_FIELDS
 from alignprop.settings.resolve import flatten
 
 # method: its name, where it is published

@@ -3,8 +3,10 @@
 import difflib
 from collections.abc import Iterable
 
+from rewards.errors import UserError
 
-class ConfigError(Exception):
+
+class ConfigError(UserError):
     """A mistake in what the user asked for; its text is one line that says what is allowed.
 
     Not a ValueError, which absl would rewrap with our traceback when a preset raises it.

@@ -137,7 +137,7 @@ def check_name(field: str) -> None:
     """Raises: ConfigError with the nearest name, if the configuration has no such field."""
     if field not in FIELDS and field not in DERIVED:
         near = difflib.get_close_matches(field, FIELDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; config/align_prop.py has them all"
+        hint = f"; did you mean {near[0]!r}?" if near else "; docs/config.md has them all"
         raise ConfigError(f"{field} is not a field of the configuration{hint}")
 
 
@@ -145,14 +145,15 @@ def _check_fields(c: ConfigDict) -> None:
     flat = flatten(c.to_dict())
     for field in flat:
         check_name(field)
-    for field, rule in FIELDS.items():
-        if field not in flat:
-            raise ConfigError(f"{field} is missing from the configuration; it must be {rule.wanted}")
-        value = flat[field]
+    for name, field in FIELDS.items():
+        rule = field.rule
+        if name not in flat:
+            raise ConfigError(f"{name} is missing from the configuration; it must be {rule.wanted}")
+        value = flat[name]
         if rule.choices and value is not None:
-            one_of(field, value, rule.choices)
+            one_of(name, value, rule.choices)
         elif not rule.accepts(value):
-            raise ConfigError(f"{field} = {value!r} must be {rule.wanted}")
+            raise ConfigError(f"{name} = {value!r} must be {rule.wanted}")
 
 
 def _check_combinations(c: ConfigDict) -> None:

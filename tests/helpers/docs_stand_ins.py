@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 import main
 from alignprop.models.configs import find_config
+from alignprop.settings.command_line import PRESET
 from alignprop.settings.resolve import flatten
 from config.align_prop import TINY, get_config
 from tests.helpers.docs_commands import ROOT, blocks
@@ -43,7 +44,7 @@ def parsed(arguments) -> flags.FlagValues:
     values = flags.FlagValues()
     before, sys.argv = sys.argv, ["main.py", *arguments]
     try:
-        config_flags.DEFINE_config_file("config", main.PRESET, flag_values=values)
+        config_flags.DEFINE_config_file("config", PRESET, flag_values=values)
         flags.DEFINE_bool("plan", False, "", flag_values=values)
         flags.DEFINE_float("gpu_memory", None, "", flag_values=values)
         assert values(sys.argv) == ["main.py"]

@@ -15,7 +15,7 @@ from alignprop.publish.hub import check_hub, push
 from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields import is_repo_name
+from alignprop.settings.fields.rules import is_repo_name
 from alignprop.settings.resolve import resolve, save_config
 from alignprop.trainer import AlignPropTrainer
 from scripts import push_to_hub

@@ -28,6 +28,7 @@ ROOMS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WITHOUT_REWARDS = ("settings", "models", "engine", "lora")
+LIGHT = ("rewards.errors", "rewards.registry")  # of rewards, what loads no torch; everybody may import it
 OPTIONAL = {"hpsv2", "matplotlib", "tensorboard", "wandb"}  # to be imported where they are used
 
 
@@ -79,7 +80,7 @@ def _allowed(module: str, imported: str) -> bool:
     if not rest:  # alignprop itself: the names that it fetches for a library's user
         return target in ("alignprop", "rewards", "config")
     if target == "rewards":
-        return rest[0] not in WITHOUT_REWARDS
+        return rest[0] not in WITHOUT_REWARDS or imported.startswith(LIGHT)
     if target != "alignprop" or not inner or inner[0] not in LEVEL:
         return False
     return rest[0] == inner[0] or LEVEL[inner[0]] < LEVEL[rest[0]]

@@ -1,9 +1,6 @@
-import ast
-import collections
 import inspect
 import json
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +8,9 @@ from ml_collections import ConfigDict
 
 from alignprop.method.losses import LOSSES
 from alignprop.settings.errors import ConfigError, one_of
-from alignprop.settings.fields import FIELDS
+from alignprop.settings.fields import FIELDS, GROUPS
+from alignprop.settings.fields.field import GUIDE, Field
+from alignprop.settings.fields.rules import COUNT, optional
 from alignprop.settings.memory_policies import NAMES, POLICIES
 from alignprop.settings.resolve import (
     as_run,
@@ -21,11 +20,13 @@ from alignprop.settings.resolve import (
     resolve,
     save_config,
 )
+from alignprop.settings.warnings import warnings_for
 from config import align_prop, ddpo, models
 from config.align_prop import PRESETS, base, get_config
-from rewards import OPTIONS_OF, REWARDS
+from rewards import REWARDS, options_name, reward_class
 from rewards.hps import BACKENDS, CHECKPOINTS
 from rewards.towers import DTYPES
+from scripts import config_docs
 
 
 def preset(name="hps", **overrides):
@@ -107,7 +108,11 @@ REFUSED = {
     "pickscore.model": [""], "pickscore.processor": [None], "pickscore.dtype": ["fp8"],
     "imagereward.checkpoint": [""], "imagereward.tokenizer": [""], "imagereward.dtype": ["float64"],
     "siglip.model": [""], "siglip.dtype": [None],
-    "count.model": [""], "count.threshold": [0.0, 1.0], "colour.target": [(0.5, 0.5), (0.0, 0.0, 2.0)],
+    "count.model": [""], "count.threshold": [-0.1, 1.1],
+    "aesthetic.clip_revision": [""], "aesthetic.head_revision": [""], "clip.revision": [""], "count.revision": [""],
+    "hps.checkpoint_repo": [""], "hps.checkpoint_revision": [""], "imagereward.checkpoint_repo": [""],
+    "imagereward.checkpoint_revision": [""], "pickscore.revision": [""], "siglip.revision": [3],
+    "colour.target": [(0.5, 0.5), (0.0, 0.0, 2.0)],
     "jpeg.quality": [0, 101, 9.5],
     "prompt_fn": [""], "eval_prompt_fn": [None], "eval_freq": [-1], "resume_from_2": [""],
     "mixing_coef_1": [(), ("0.5",), (math.nan,), (math.inf, 0.0)], "allow_extrapolation": [2],
@@ -159,21 +164,43 @@ def test_every_field_of_a_preset_can_be_given_on_the_command_line(presets):
 
 
 def test_choices_are_those_of_the_code_that_has_them():
-    assert FIELDS["loss"].choices == tuple(LOSSES)
-    assert FIELDS["memory_policy"].choices == ("auto", *POLICIES)
+    assert FIELDS["loss"].rule.choices == tuple(LOSSES)
+    assert FIELDS["memory_policy"].rule.choices == ("auto", *POLICIES)
     assert {name for name in FIELDS if name.startswith("memory.")} == {f"memory.{name}" for name in NAMES}
-    assert set(FIELDS["hps.version"].choices) == set(CHECKPOINTS)
-    assert set(FIELDS["hps.backend"].choices) == set(BACKENDS)
+    assert set(FIELDS["hps.version"].rule.choices) == set(CHECKPOINTS)
+    assert set(FIELDS["hps.backend"].rule.choices) == set(BACKENDS)
     towers = [name for name in FIELDS if name.endswith(".dtype")]
-    assert len(towers) == 6 and all(set(FIELDS[name].choices) == set(DTYPES) for name in towers)
+    assert len(towers) == 6 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
 
 
-def test_every_reward_option_has_a_field():
-    for name, reward in REWARDS.items():
-        options = set(inspect.signature(reward).parameters)
-        fields = {field.partition(".")[2] for field in FIELDS if field.startswith(f"{OPTIONS_OF.get(name, name)}.")}
-        # Which of the hub's files are taken is left to the names in the configuration.
-        assert fields <= options and {o.rpartition("_")[2] for o in options - fields} <= {"revision", "repo"}, name
+def test_every_reward_option_is_a_field():
+    for name in REWARDS:
+        taken = inspect.signature(reward_class(name).__init__).parameters
+        options = {option: p.default for option, p in taken.items() if option not in ("self", "args", "kwargs")}
+        group = options_name(name)
+        fields = {f.partition(".")[2]: d.default for f, d in FIELDS.items() if options and f.startswith(f"{group}.")}
+        assert fields == options, name
+
+
+def test_a_field_is_its_declaration_alone(monkeypatch):
+    """Default, type, rule, effect and documentation of a new one all follow from one entry."""
+    field = Field("guide.new", 3, optional(COUNT), "What it does.", (GUIDE,))
+    monkeypatch.setitem(FIELDS, "guide.new", field)
+    monkeypatch.setitem(GROUPS, "Reward guidance without training", (field,))
+    c = base()
+    assert c.guide.new == 3 and c.guide.get_type("new") is int
+    c.guide.new = None
+    assert resolve(c, 1).guide.new is None
+    assert warnings_for(c, ["guide.new"]) == ["guide.new has no effect: it needs task = 'guide'"]
+    c.guide.new = 0
+    with pytest.raises(ConfigError, match=r"^guide.new = 0 must be None or a whole number of at least 1$"):
+        resolve(c, 1)
+    assert "| `guide.new` | `3` | What it does. |" in config_docs.page()
+
+
+def test_the_page_of_all_fields_is_fresh():
+    made = (config_docs.ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert made == config_docs.page(), "run: python scripts/config_docs.py"
 
 
 def test_a_field_that_is_missing_is_named():
@@ -188,16 +215,10 @@ def test_a_resolved_configuration_resolves_again():
     assert resolve(once, 2) == once
 
 
-def test_every_field_has_a_comment_of_its_own():
-    source = inspect.getsource(base)
-    lines = source.splitlines()
-    assigned = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assign):
-            assigned[ast.unparse(node.targets[0]).removeprefix("c.")] = lines[node.lineno - 1]
-    comments = {field: assigned[field].partition("  # ")[2] for field in flatten(base().to_dict())}
-    assert all(len(re.findall(r"\w+", comment)) >= 2 for comment in comments.values()), comments
-    assert not [c for c, n in collections.Counter(comments.values()).items() if n > 1 and "as aesthetic" not in c]
+def test_every_field_has_help_of_its_own():
+    helps = [field.help for name, field in FIELDS.items() if name.partition(".")[0] not in REWARDS]
+    assert len(helps) == len(set(helps)) > 90
+    assert all(len(field.help.split()) >= 3 and field.help.endswith(".") for field in FIELDS.values())
 
 
 def test_a_memory_policy_fills_what_is_not_set():

@@ -14,9 +14,9 @@ from alignprop.method.samplers import Sampler, ddim_sampler
 from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
 from alignprop.run import build_run
-from alignprop.settings.effects import warnings_for
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
+from alignprop.settings.warnings import warnings_for
 from alignprop.tasks import guide
 from rewards import RewardError, as_reward
 from tests.cli.test_main import run_main

@@ -5,11 +5,12 @@ import torch
 
 from alignprop.models.configs import find_tower_config
 from config.align_prop import base
-from rewards import REWARDS, build_reward
-from rewards.skeleton import KNOWN, BlankReward, skeleton_reward, without_custom
+from rewards import REWARDS, build_reward, reward_class
+from rewards.base import BlankReward
+from rewards.skeleton import skeleton_reward, without_custom
 from tests.helpers.reward_files import make_options
 
-NAMES = [name for name, kind in REWARDS.items() if kind in KNOWN]
+NAMES = [name for name in REWARDS if reward_class(name).plannable]
 # Million parameters, of towers and head.
 FULL_SIZE = {"aesthetic": 304.9, "hps": 986.1, "pickscore": 986.1, "imagereward": 446.2, "clip": 427.6, "siglip": 203.2}
 
@@ -20,7 +21,7 @@ def test_every_reward_with_towers_has_a_skeleton():
 
 def full_size(name, **options):
     c = base()
-    options = {key: c[key].to_dict() | options for key in REWARDS if key in c}
+    options = {key: c[key].to_dict() | options for key in NAMES}
     find = lambda *which: {k: v for k, v in find_tower_config(*which)["model"].items() if k != "_class_name"}  # noqa: E731
     return skeleton_reward(name, options, find)
 

@@ -3,10 +3,10 @@ import inspect
 import pytest
 
 from alignprop.method.estimators import ESTIMATORS
-from alignprop.settings.effects import _REWARD_OPTIONS, PLAN_FIELDS, warnings_for
 from alignprop.settings.fields import FIELDS
+from alignprop.settings.fields.sampling import PLAN_FIELDS
 from alignprop.settings.resolve import resolve
-from rewards import OPTIONS_OF, REWARDS
+from alignprop.settings.warnings import warnings_for
 from tests.unit.test_resolve import preset
 
 
@@ -60,8 +60,3 @@ def test_options_of_rewards_that_are_named_have_an_effect():
     used = ["imagereward.dtype", "jpeg.quality", "count.model", "clip.model"]
     unused = ["hps.version", "pickscore.model"]
     assert [line.split()[0] for line in warnings_for(c, used + unused)] == unused
-
-
-def test_every_reward_with_options_is_known_here():
-    groups = {name.partition(".")[0] for name in FIELDS if "." in name}
-    assert {*_REWARD_OPTIONS, "clip"} == groups & {*REWARDS, *OPTIONS_OF.values()}

@@ -1,0 +1,70 @@
+"""What a field of the configuration is, and when it has an effect."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+
+from alignprop.settings.fields.rules import Rule
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A condition without which a field does nothing.
+
+    Attributes:
+        where: the condition, as documentation has it.
+        holds: whether a configuration meets it.
+        reason: why the field has no effect in a configuration that does not meet it.
+        names: the estimators, where the condition is that it is one of them.
+    """
+
+    where: str
+    holds: Callable[[ConfigDict], bool]
+    reason: Callable[[ConfigDict], str]
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the configuration; nothing about it stands anywhere else.
+
+    Attributes:
+        name: with its group, as on the command line: "train.learning_rate".
+        default: what it is unless a preset or a person says otherwise; None is derived later, or left to the method.
+        rule: what it may be.
+        help: its unit and its effect, in whole sentences.
+        effects: without which it does nothing; a person who sets it all the same is warned.
+    """
+
+    name: str
+    default: object
+    rule: Rule
+    help: str
+    effects: tuple[Effect, ...] = ()
+
+
+def needs(where: str, holds: Callable[[ConfigDict], bool], names: tuple[str, ...] = ()) -> Effect:
+    return Effect(where, holds, lambda c: f"it needs {where}", names)
+
+
+TRAINING = Effect("training", lambda c: c.task == "train", lambda c: f"task = {c.task!r} does not train")
+GRADIENTS = Effect("training or guidance", lambda c: c.task in ("train", "guide"), TRAINING.reason)
+ALIGN_PROP = Effect(
+    "algorithm = 'align_prop'",
+    lambda c: c.task != "train" or c.algorithm != "ddpo",
+    lambda c: "algorithm = 'ddpo' does not use it",
+)
+DDPO = needs("algorithm = 'ddpo'", lambda c: c.algorithm == "ddpo")
+GUIDE = needs("task = 'guide'", lambda c: c.task == "guide")
+SOUP = needs("task = 'evaluate_soup'", lambda c: c.task == "evaluate_soup")
+AFTER_TRAINING = needs("task = 'evaluate' or 'guide'", lambda c: c.task in ("evaluate", "guide"))
+LORA = needs("use_lora = True", lambda c: c.use_lora)
+GUIDANCE = needs("guidance_scale > 1", lambda c: c.guidance_scale != 1)
+CHECKPOINT = needs("resume_from", lambda c: bool(c.resume_from))
+
+
+def estimator(*names: str) -> tuple[Effect, ...]:
+    """Of a field that only these estimators have."""
+    where = "estimator = " + " or ".join(map(repr, names))
+    return TRAINING, ALIGN_PROP, needs(where, lambda c: c.estimator in names, names)

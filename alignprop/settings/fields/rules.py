@@ -1,0 +1,136 @@
+"""What a value may be: a rule about the value alone, and the words that complete "<field> = <value> must be …"."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+
+from rewards.registry import Option
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    Attributes:
+        wanted: completes "<field> = <value> must be …".
+        accepts: whether a value is that.
+        type: of the values; what a command line gives is made one.
+        choices: the allowed values, where there are few.
+        optional: None is allowed, too.
+    """
+
+    wanted: str
+    accepts: Callable[[object], bool]
+    type: type
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+
+def choice(*names: str) -> Rule:
+    return Rule(f"one of {', '.join(map(repr, names))}", lambda value: value in names, str, names)
+
+
+def integer(low: int) -> Rule:
+    return Rule(f"a whole number of at least {low}", lambda v: _is_integer(v) and v >= low, int)
+
+
+def number(*, above=-math.inf, at_least=-math.inf, below=math.inf, at_most=math.inf) -> Rule:
+    """A finite number within the limits; whole numbers are numbers too."""
+    limits = {"greater than": above, "at least": at_least, "less than": below, "at most": at_most}
+    allowed = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if math.isfinite(limit))
+    return Rule(
+        f"a finite number {allowed}".rstrip(),
+        lambda v: _is_finite(v) and above < v < below and at_least <= v <= at_most,
+        float,
+    )
+
+
+def boolean() -> Rule:
+    return Rule("True or False", lambda value: isinstance(value, bool), bool)
+
+
+def text(empty: bool = False) -> Rule:
+    return Rule(
+        "text" if empty else "text that is not empty",
+        lambda value: isinstance(value, str) and (empty or bool(value.strip())),
+        str,
+    )
+
+
+def sequence(of: str, accepts: Callable[[object], bool], length: int | None = None) -> Rule:
+    def accepts_all(value) -> bool:
+        right_length = isinstance(value, tuple | list) and (len(value) == length if length else len(value) > 0)
+        return right_length and all(map(accepts, value))
+
+    return Rule(f"{length or 'one or more'} {of}, separated by commas", accepts_all, tuple)
+
+
+def optional(rule: Rule) -> Rule:
+    return replace(rule, wanted=f"None or {rule.wanted}", accepts=lambda v: v is None or rule.accepts(v), optional=True)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_name(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_folder_name(value) -> bool:
+    """A file name on any system, or "": short enough that what is appended to it still is one."""
+    if not isinstance(value, str) or value in (".", "..") or len(os.fsencode(value)) > 200:
+        return False
+    return not any(character in "/\\" or ord(character) < 32 for character in value)
+
+
+def is_repo_name(value) -> bool:
+    """Whether the Hugging Face hub would have a repository of that name, "user/name"."""
+    part = r"\w([\w.-]{0,94}\w)?"
+    named = isinstance(value, str) and re.fullmatch(f"{part}/{part}", value, re.ASCII) is not None
+    return named and not ("--" in value or ".." in value or value.endswith(".git"))
+
+
+def whole_number_to(low: int, high: int) -> Rule:
+    return Rule(f"a whole number from {low} to {high}", lambda v: _is_integer(v) and low <= v <= high, int)
+
+
+def shares(length: int) -> Rule:
+    """So many numbers from 0 to 1."""
+    return sequence("numbers from 0 to 1", lambda v: _is_finite(v) and 0 <= v <= 1, length)
+
+
+def option(of: Option) -> Rule:
+    """The rule of one option of a built-in reward."""
+    low, high = of.limits or (-math.inf, math.inf)
+    if of.choices:
+        rule = choice(*of.choices)
+    elif of.type is tuple:
+        limits = f"numbers from {low:g} to {high:g}" if of.limits else "finite numbers"
+        rule = sequence(limits, lambda v: _is_finite(v) and low <= v <= high, of.length)
+    elif of.type is int:
+        rule = whole_number_to(low, high) if of.limits else Rule("a whole number", _is_integer, int)
+    elif of.type is float:
+        rule = number(at_least=low, at_most=high)
+    else:
+        rule = boolean() if of.type is bool else text()
+    return optional(rule) if of.optional else rule
+
+
+COUNT = integer(1)
+NAMES = sequence("names of layers", _is_name)
+INTEGERS = sequence("whole numbers", _is_integer, length=2)
+NUMBERS = sequence("finite numbers", _is_finite)
+FOLDER_NAME = Rule("a plain folder name of at most 200 bytes, without / and \\", _is_folder_name, str)
+REPO_NAME = Rule(
+    "empty or 'user/name', each of at most 96 letters, digits, '_', '-' and '.', such as the hub allows",
+    lambda value: value == "" or is_repo_name(value),
+    str,
+)
+COUNT_OR_AUTO = Rule(f"'auto' or {COUNT.wanted}", lambda v: v == "auto" or COUNT.accepts(v), object)
