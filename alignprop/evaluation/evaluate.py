@@ -183,7 +183,7 @@ class Evaluator:
             images = [model.decode(latents[rows]) for rows in chunks(len(batch), self.decode_chunk)]
         scores, embeddings = self.judges.judge(images, prompts, metadata, self.phases)
         rows = [{name: column[row].item() for name, column in scores.items()} for row in range(len(batch))]
-        embeddings = [None] * len(batch) if embeddings is None else embeddings
+        embeddings = [None] * len(batch) if embeddings is None else embeddings.cpu()
         return [*map(_Picture, batch, rows, torch.cat(images).cpu(), embeddings, distances)]
 
     def _base_conditioning(self, prompts: list[str], cond: Conditioning) -> Conditioning:

@@ -61,7 +61,7 @@ class Judges:
                 if reward:
                     scores |= _score(reward, images, prompts, metadata)
                 if tower:
-                    embeddings = torch.cat([tower.embed_images(chunk) for chunk in images]).cpu()
+                    embeddings = torch.cat([tower.embed_images(chunk) for chunk in images])
         return scores, embeddings
 
     def try_on(self, images: torch.Tensor, prompts, metadata, needs_gradient: bool, phases: Phases) -> None:

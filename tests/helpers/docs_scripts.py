@@ -59,6 +59,7 @@ def one_test_file(stand_ins, monkeypatch) -> list[str]:
 SMALLER = {
     "scripts/alignprop_like_trl.py": (like_trl, "logs/aesthetic_*/checkpoints/checkpoint_1"),
     "scripts/bench/families.py": (one_family, ""),
+    "scripts/config_docs.py": (as_it_is, ""),
     "scripts/export_lora.py": (as_it_is, "my_lora.safetensors"),
     "scripts/gradient_table.py": (two_estimators, ""),
     "scripts/install_hps.sh": (as_it_is, "pip.txt"),
@@ -70,5 +71,7 @@ SMALLER = {
 # Minutes however small they are made: which tests call their main(), with stand-ins for what takes so long.
 ELSEWHERE = {
     "scripts/bakeoff/run.py": "tests/scripts/test_bakeoff.py",
+    "scripts/bench/gpu.py": "tests/scripts/test_gpu_bench.py",
     "scripts/bench/time_to_reward.py": "tests/scripts/test_time_to_reward.py",
+    "scripts/check_gpu.py": "tests/scripts/test_check_gpu.py",
 }

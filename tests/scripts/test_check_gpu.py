@@ -109,6 +109,17 @@ def test_the_table_of_a_run_that_was_cut_short():
     assert measured == "| sd15 | balanced | 4 | 1 | 2 | 3.00 | 2.00 (+50.0%) | 2 (25%) |  |"
 
 
+def test_an_error_in_a_row_is_the_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check_gpu, "run_tests", lambda *_: {**TESTS, "result": "3 passed", "wall_seconds": 1.0})
+    monkeypatch.setattr(check_gpu, "measure", lambda row, *_: {**row, "wall_seconds": 1.0, "error": "out of memory"})
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--tiny", f"--json={tmp_path / 'out.json'}"])
+    with pytest.raises(SystemExit, match="not every row is as it should be"):
+        check_gpu.main()
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py", f"--table={tmp_path / 'out.json'}"])
+    check_gpu.main()
+    assert capsys.readouterr().out.count("| tiny | lean | 1 | 2 |  |  |  |  | out of memory |") == 2
+
+
 def test_without_a_gpu_it_says_what_to_do():
     done = subprocess.run(
         [sys.executable, "scripts/check_gpu.py"], cwd=check_gpu.ROOT, capture_output=True, text=True,
