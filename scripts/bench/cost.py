@@ -72,6 +72,7 @@ def configuration(name: str, batch: int, active: int) -> ConfigDict:
     c.mixed_precision, c.aesthetic.dtype = "bf16", "bfloat16"
     c.estimator, c.trunc_backprop_timestep = "truncated", c.num_inference_steps - active
     c.per_gpu_capacity = c.train.total_batch_size = c.train.total_samples_per_epoch = batch
+    c.eval_diversity = False  # a training step is compared, and no evaluation
     return c
 
 

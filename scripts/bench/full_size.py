@@ -45,7 +45,6 @@ class Case:
     def configuration(self) -> ConfigDict:
         """Unresolved, with one micro-batch to an optimizer step."""
         c = cost.configuration(MODELS[self.model], self.chunk, self.active)
-        c.eval_diversity = False  # nothing is evaluated, and its CLIP would have to be there
         c.num_inference_steps, c.trunc_backprop_timestep = self.steps, self.steps - self.active
         c.memory_policy, c.memory.sweep_chunk, c.memory.decode_chunk = self.policy, 0, 0
         c.channels_last, c.compile = (option in self.variant.split("+") for option in ("channels_last", "compile"))
