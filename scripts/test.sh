@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
-# Lint and tests in the project's own virtual environment, which the first call sets up.
+# Lint, format check and tests in the project's own virtual environment, which the first call sets up.
 #
-#   bash scripts/test.sh [options of pytest, such as -k rollout, or -n 0 for a single process]
+#   bash scripts/test.sh          everything
+#   bash scripts/test.sh --fast   the tests of single modules alone, in about a minute
+#
+# Further options are pytest's, such as -k rollout, or -n 0 for a single process.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env requirements.txt requirements-dev.txt
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
+folder=()
+if [[ ${1:-} == --fast ]]; then
+    shift
+    folder=(tests/unit)
+fi
 # Several processes of one thread each: the tests' tensors are too small to be shared out.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "$@"
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "${folder[@]}" "$@"

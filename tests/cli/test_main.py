@@ -31,3 +31,15 @@ def test_a_run_ends_with_what_it_reached_and_where_that_lies(toy_config):
     done = run_main(*flags(toy_config(run_name="r", num_epochs=1)))
     assert done.returncode == 0, done.stderr
     assert "held-out rewards, step 0 → step 2" in done.stdout and "before_after.png" in done.stdout
+
+
+def test_a_process_that_ends_with_an_error_does_what_was_submitted():
+    program = (
+        "import time; from alignprop.engine.background import Background\n"
+        "background = Background()\n"
+        "for n in range(3): background.submit(lambda n=n: (time.sleep(0.02), print(n, flush=True)))\n"
+        "raise RuntimeError('elsewhere')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "elsewhere" in done.stderr
+    assert done.stdout.split() == ["0", "1", "2"]

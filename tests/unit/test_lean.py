@@ -14,7 +14,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from alignprop.engine.speed import compile_blocks
 from alignprop.lora.factors import add_lora, get_lora, set_lora, trainable_parameters
 from alignprop.memory import lean
 from alignprop.memory.accounting import BLOCK, Account, on_meta
@@ -174,18 +173,6 @@ def test_under_autocast_everything_is_plain(monkeypatch):
     forbid(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(run(changed, x, call), run(network, x, call))
-
-
-def test_compiled_blocks():
-    network, x, call = frozen(unet)
-    expected, changed = run(network, x, call), lean_copy(network)
-    compile_blocks(changed, backend="aot_eager")
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    for _ in range(2):
-        assert_close(run(changed, x, call, count=False), expected, output=1e-13)  # counting would prevent compiling
-    assert counters["stats"]["unique_graphs"] == 2  # one for each width
-    assert not counters["graph_break"]
 
 
 def forbid(monkeypatch):

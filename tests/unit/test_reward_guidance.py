@@ -1,27 +1,20 @@
 """Reward guidance: its gradient against plain autograd, how far it moves and when, and the task that compares it."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from alignprop.engine.seeding import generators
-from alignprop.memory.checkpointing import apply_policy
 from alignprop.method.reward_guidance import RewardGuidance, Timed, strengths
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import Sampler, ddim_sampler
 from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
-from alignprop.settings.warnings import warnings_for
-from alignprop.tasks import guide
+from alignprop.settings.memory_policies import MemoryPolicy
 from rewards import RewardError, as_reward
-from tests.cli.test_main import run_main
 from tests.helpers.toy_rewards import redness
-from tests.unit.test_evaluate import save_random_lora
 from tests.unit.test_rollout import guided as classifier_free
 
 STEPS, SCALE = 4, 3.0
@@ -218,66 +211,3 @@ def test_the_clock_counts_pictures():
     clock([1, 2, 3], None), clock([1], None)
     clock.seconds = 6.0
     assert clock.pictures == 4 and clock.seconds_per_picture == 1.5
-
-
-# ---- the task
-
-
-def means(folder):
-    found = json.loads((folder / "guide.json").read_text())
-    return {variant: row["tests.helpers.toy_rewards:redness"]["mean"] for variant, row in found.items()}, found
-
-
-def test_the_task_compares_every_variant(toy_config, pipeline_folder, tmp_path, capsys):
-    lora = save_random_lora(pipeline_folder, tmp_path / "lora", 1)
-    folder = guide(toy_config("tiny_guide", resume_from=lora, guide__strength=0.5))
-    variants = ["plain", "guided", "fine-tuned plain", "fine-tuned guided"]
-    mean, found = means(folder)
-    assert list(found) == variants
-    assert mean["guided"] > mean["plain"] + 0.01 and mean["fine-tuned guided"] > mean["fine-tuned plain"] + 0.01
-    assert abs(mean["fine-tuned plain"] - mean["plain"]) > 1e-4
-    for row in found.values():
-        assert row["seconds_per_picture"] > 0 and row["tests.helpers.toy_rewards:contrast"]["stderr"] > 0
-    assert "base_distance" in found["fine-tuned guided"] and "base_distance" not in found["guided"]
-    for name in ("plain", "guided", "fine-tuned_plain", "fine-tuned_guided"):
-        assert len(list((folder / name / "images").iterdir())) == 4 and (folder / name / "scores.csv").exists()
-    assert (folder / "comparison.png").exists() and (folder / "guide.png").exists()
-    told = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines() if "redness" in line]
-    assert told == variants
-
-
-@pytest.mark.parametrize("policy", ["lean", "smallest"])
-def test_memory_policies_are_applied_and_change_rounding_alone(toy_config, policy, monkeypatch):
-    applied = []
-
-    def apply(model, memory):
-        applied.append(memory)
-        apply_policy(model, memory)
-
-    monkeypatch.setattr("alignprop.tasks.apply_policy", apply)
-    options = dict(guide__strength=0.3, num_eval_images=2)
-    found = [means(guide(toy_config("tiny_guide", memory_policy=p, **options)))[0] for p in ("fast", policy)]
-    assert applied == [POLICIES["fast"], POLICIES[policy]] and found[0] == pytest.approx(found[1], abs=1e-5)
-
-
-def test_the_plain_pictures_are_those_of_an_evaluation(toy_config):
-    expected = build_run(toy_config("tiny_evaluate")).evaluator().rewards.mean().item()
-    assert means(guide(toy_config("tiny_guide")))[0]["plain"] == pytest.approx(expected)
-
-
-def test_mistakes_are_one_line(toy_config):
-    with pytest.raises(RewardError, match="says differentiable=False"):
-        guide(toy_config("tiny_guide", reward_fn="tests.helpers.toy_rewards:hidden_rating"))
-    with pytest.raises(RewardError, match="do not depend on the images"):
-        guide(toy_config("tiny_guide", reward_fn="tests.helpers.toy_rewards:detached"))
-    with pytest.raises(ConfigError, match=r"guide.window = \(0.4, 0.45\) has none of the 3"):
-        guide(toy_config("tiny_guide", guide__window=(0.4, 0.45)))
-    done = run_main("--config=config/align_prop.py:tiny_guide", "--config.guide.through=vae")
-    assert done.returncode == 1 and "guide.through = 'vae'" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_fields_of_the_gradient_have_an_effect_here(toy_config):
-    fields = ["guidance_grad", "memory.decoder_checkpointing", "estimator"]
-    guides, evaluates = (warnings_for(toy_config(task=task), fields) for task in ("guide", "evaluate"))
-    assert [line.split()[0] for line in guides] == ["estimator"]
-    assert [line.split()[0] for line in evaluates] == fields

@@ -5,6 +5,7 @@ from alignprop.engine.speed import compile_blocks, use_channels_last
 from alignprop.models.sd import StableDiffusion
 from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
+from tests.unit.test_lean import assert_close, frozen, lean_copy, run, unet
 
 
 def test_channels_last_changes_the_layout_alone(pipeline_folder, toy_config):
@@ -38,3 +39,15 @@ def test_compiled_blocks_train_alike_and_are_compiled_once(toy_config, monkeypat
 def test_a_denoiser_without_repeated_blocks_is_refused():
     with pytest.raises(ConfigError, match="compile = True: Linear has no repeated blocks"):
         compile_blocks(torch.nn.Linear(1, 1))
+
+
+def test_compiled_blocks_of_lean_layers():
+    network, x, call = frozen(unet)
+    expected, changed = run(network, x, call), lean_copy(network)
+    compile_blocks(changed, backend="aot_eager")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for _ in range(2):
+        assert_close(run(changed, x, call, count=False), expected, output=1e-13)  # counting would prevent compiling
+    assert counters["stats"]["unique_graphs"] == 2  # one for each width
+    assert not counters["graph_break"]

@@ -1,0 +1,1 @@
+"""Tests of whole runs, in this process: training, resuming, evaluating, exporting, forecasts beside real steps."""

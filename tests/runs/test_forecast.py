@@ -1,0 +1,210 @@
+"""Forecasts against what a real step needs, counted on real tensors."""
+
+import pytest
+import torch
+
+from alignprop.engine.seeding import generator
+from alignprop.evaluation.judges import Judges, build_judges
+from alignprop.memory.accounting import Account, on_meta
+from alignprop.memory.planner import forecast, skeletons
+from alignprop.models.sd import StableDiffusion
+from alignprop.prompts import load_prompts
+from alignprop.settings.errors import ConfigError
+from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
+from alignprop.settings.resolve import resolve
+from alignprop.trainer import AlignPropTrainer
+from rewards import build_reward
+from tests.helpers.single_file import make_pipeline
+
+STEPS, CAPACITY = 4, 3
+STAYING = {name: POLICIES[name] for name in ("roomy", "lean", "balanced")}
+STAYING["some kept"] = MemoryPolicy(keep_steps=2)
+STAYING["blocks"] = MemoryPolicy(sweep_chunk=2, block_checkpointing=True)
+
+
+def real_cost(trainer):
+    """(bytes at most, FLOPs) of one micro-batch and of the update, on the CPU."""
+    run, account = trainer.run, Account("cpu")
+    trainer.step()  # prompts are remembered and the optimizer has its moments
+    size = trainer.config.per_gpu_capacity
+    plan = trainer.estimator(run.rollout.sampler, size, generator(trainer.config.seed, 0, "plan"))
+    account.track(run.model.denoiser, run.model.decoder, run.reward)
+    account.track([list(moments.values()) for moments in trainer.weights.optimizer.state.values()])
+    with account:
+        trainer.add_gradients((0, 0), torch.arange(size), plan)
+        trainer.weights.sum_over_processes()
+        trainer.weights.optimizer.step()
+    return account.peak, sum(account.flops.values())
+
+
+@pytest.fixture
+def options():
+    return dict(
+        num_inference_steps=STEPS, estimator="full", per_gpu_capacity=CAPACITY, eval_reward_fn="",
+        train__total_batch_size=CAPACITY, train__total_samples_per_epoch=CAPACITY,
+    )  # fmt: skip
+
+
+def compare(config, folder, memory):
+    """(forecast, real) as (bytes, FLOPs)."""
+    with config.unlocked():
+        config.memory_policy = "fast"
+        config.memory.update(vars(memory))
+    c = resolve(config, 1)
+    model, judges = StableDiffusion.load(folder), build_judges(c, load_prompts(c.eval_prompt_fn, "eval_prompt_fn"))
+    ours = forecast(lambda: (on_meta(model), on_meta(judges)), c, "x", memory, c.per_gpu_capacity)
+    trainer = AlignPropTrainer(config)
+    return (ours.peak, ours.flops * c.per_gpu_capacity), real_cost(trainer)
+
+
+@pytest.fixture
+def bundled(toy_config, options, tmp_path):
+    """The bundled model with its aesthetic reward, on prompts that are all different."""
+    from config.align_prop import TINY
+
+    prompts = tmp_path / "many.txt"
+    prompts.write_text("".join(f"{count} circles\n" for count in range(500)))
+    folder = str(TINY / "pipeline")
+
+    def make(**overrides):
+        fields = {"pretrained__model": folder, "reward_fn": "aesthetic", "prompt_fn": str(prompts)}
+        return toy_config(**fields | options | overrides), folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_a_forecast_is_what_a_real_step_needs(bundled, name):
+    """Bytes within 5 %, FLOPs within 1 %."""
+    (ours, our_flops), (real, real_flops) = compare(*bundled(), STAYING[name])
+    assert ours == pytest.approx(real, rel=0.05)
+    assert our_flops == pytest.approx(real_flops, rel=0.01)
+
+
+# Every field that adds calls of a network to a step, or takes some away.
+CALLS = {
+    "kl_coeff": {"kl_coeff": 2.0},
+    "train_text_encoder": {"train_text_encoder": True},
+    "both": {"kl_coeff": 2.0, "train_text_encoder": True},
+    "guidance_scale": {"guidance_scale": 1.0},
+    "guidance_grad": {"guidance_grad": "cond"},
+    "reward_fn": {"reward_fn": "aesthetic,clip:2"},
+    "reward_noise": {"reward_noise": 0.1},
+}
+
+
+@pytest.mark.parametrize("field", CALLS)
+def test_a_forecast_counts_what_a_field_adds(bundled, field):
+    """Its operations are those of a real step, and are not those of a step without the field."""
+    plain, folder = bundled()
+    config, _ = bundled(**CALLS[field])
+    (ours, our_flops), (real, real_flops) = compare(config, folder, MemoryPolicy(sweep_chunk=2))
+    assert our_flops == pytest.approx(real_flops, rel=0.002)
+    assert ours == pytest.approx(real, rel=0.05)
+    if field != "reward_noise":  # which is no call, but has a tensor of its own
+        c = resolve(plain, 1)
+        without = forecast(skeletons(c), c, "x", MemoryPolicy(sweep_chunk=2), CAPACITY)
+        assert abs(our_flops / CAPACITY / without.flops - 1) > 0.004
+
+
+@pytest.mark.parametrize(("estimator", "exact_bytes"), [("draft_lv", True), ("drtune", False), ("refl", False)])
+def test_a_forecast_knows_of_copies_and_early_exits(bundled, estimator, exact_bytes):
+    """Samples that leave the chain make a step's calls smaller, never larger, than those that memory is planned for."""
+    more = {"plan__copies": 3} if estimator == "draft_lv" else {}
+    (ours, our_flops), (real, real_flops) = compare(*bundled(estimator=estimator, **more), MemoryPolicy())
+    assert our_flops == pytest.approx(real_flops, rel=0.01)
+    assert ours == pytest.approx(real, rel=0.05) if exact_bytes else ours >= 0.95 * real
+
+
+def test_a_forecast_has_the_judges_that_only_an_evaluation_asks(bundled):
+    """A second tower is loaded for it: in the phase of its own, all of its bytes."""
+    peaks = {}
+    for judges in ("", "clip"):
+        c = resolve(bundled(eval_reward_fn=judges, eval_diversity=False)[0], 1)
+        peaks[judges] = forecast(skeletons(c), c, "x", POLICIES["fast"], CAPACITY).peaks
+    _, both = skeletons(c)()
+    tower = sum(t.numel() * t.element_size() for t in both.extra.state_dict().values())
+    assert "measure" not in peaks[""] and tower > 2**20
+    update = peaks["clip"]["update"]  # the weights that stay, and nothing besides but gradients
+    assert update + 0.8 * tower < peaks["clip"]["measure"] < update + 3 * tower
+    assert {**peaks["clip"], "measure": 0} == {**peaks[""], "measure": 0}
+
+
+def test_a_forecast_for_a_larger_network(toy_config, options, tmp_path):
+    folder = make_pipeline(
+        tmp_path / "large", channels=(64, 128, 256, 256), sample_size=16, vae_channels=(32, 64, 64, 64)
+    )
+    options |= dict(num_inference_steps=3, per_gpu_capacity=2)
+    options |= dict(train__total_batch_size=2, train__total_samples_per_epoch=2)
+    (ours, _), (real, _) = compare(
+        toy_config(pretrained__model=str(folder), **options), str(folder), POLICIES["balanced"]
+    )
+    assert ours == pytest.approx(real, rel=0.05)
+
+
+REWARD = Judges(build_reward("tests.helpers.toy_rewards:redness"))
+
+
+# ---- without weights
+
+
+@pytest.mark.parametrize("reward", ["aesthetic", "clip", "aesthetic:1,tests.helpers.toy_rewards:redness:2"])
+def test_skeletons_have_the_shapes_of_the_real_parts(toy_config, reward):
+    """The bundled model's folder and CLIP, read for their configuration files alone."""
+    from config.align_prop import TINY
+
+    config = resolve(toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn=reward), 1)
+    model, judges = skeletons(config)()
+    real = StableDiffusion.load(str(TINY / "pipeline"))
+    options = {name: config[name].to_dict() for name in ("aesthetic", "clip")}
+    pairs = [
+        (model.denoiser, real.denoiser),
+        (model.decoder, real.decoder),
+        (judges.reward, build_reward(reward, options)),
+    ]
+    for ours, theirs in pairs:
+        shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+        assert all(tensor.is_meta for tensor in ours.state_dict().values())
+
+
+def test_a_forecast_from_files_is_that_of_the_loaded_parts(toy_config, pipeline_folder):
+    config = resolve(toy_config(pretrained__model=str(pipeline_folder)), 1)
+    model, judges = StableDiffusion.load(str(pipeline_folder)), build_judges(config, None)
+    loaded = forecast(lambda: (on_meta(model), on_meta(judges)), config, "x", POLICIES["small"], 2)
+    assert forecast(skeletons(config), config, "x", POLICIES["small"], 2) == loaded
+
+
+def test_a_single_file_is_planned_from_its_configuration(toy_config, pipeline_folder):
+    config = resolve(toy_config(pretrained__model="model.safetensors", pretrained__config=str(pipeline_folder)), 1)
+    whole = resolve(toy_config(), 1)
+    assert skeletons(config)()[0].latent_shape == skeletons(whole)()[0].latent_shape
+    config = resolve(toy_config(pretrained__model="model.safetensors"), 1)
+    with pytest.raises(ConfigError, match=r"^pretrained.model = 'model.safetensors' is a single file: to plan, pretr"):
+        skeletons(config)
+
+
+def test_kept_steps_cost_fewer_operations_the_more_there_are(toy_config, pipeline_folder):
+    config = resolve(toy_config(num_inference_steps=6, estimator="truncated", trunc_backprop_timestep=2), 1)
+    model = StableDiffusion.load(str(pipeline_folder))
+    parts, found = (lambda: (on_meta(model), on_meta(REWARD))), {}
+    done: dict = {}
+    for keep in (0, 1, 2, 4, 99):
+        found[keep] = forecast(parts, config, "x", MemoryPolicy(keep_steps=keep), 2, done)
+    assert found[4] == found[99]
+    config_k1 = resolve(toy_config(num_inference_steps=6, estimator="truncated"), 1)
+    of_one = forecast(parts, config_k1, "x", MemoryPolicy(keep_steps=99), 2, done)
+    assert of_one.peaks["sweep"] < found[1].peaks["sweep"]  # which calls the network again besides
+    assert found[1].peak < found[2].peak < found[4].peak
+    saved = [found[keep].flops - found[4].flops for keep in (0, 1, 2)]
+    assert saved[2] > 0
+    # The lowest step, called again without ∂f/∂x, costs the same call of the network as any other.
+    assert saved == pytest.approx([2 * saved[2], 1.5 * saved[2], saved[2]], rel=1e-6)
+
+
+def test_a_full_fine_tuning_needs_more_than_a_lora(toy_config, pipeline_folder):
+    peaks = []
+    for use_lora in (True, False):
+        config = resolve(toy_config(pretrained__model=str(pipeline_folder), use_lora=use_lora), 1)
+        peaks.append(forecast(skeletons(config), config, "x", POLICIES["fast"], 2).peak)
+    assert peaks[1] > peaks[0]
