@@ -27,8 +27,8 @@ def main() -> None:
     rule = FIELDS["hub.repo"].rule
     if not options.repo or not rule.accepts(options.repo):
         raise ConfigError(f"--repo = {options.repo!r} must be {rule.wanted.removeprefix('empty or ')}")
-    from alignprop.publish.card import read_run  # with torch, which takes seconds
     from alignprop.publish.hub import check_hub, push
+    from alignprop.publish.run_folder import read_run  # with torch, which takes seconds
 
     read_run(options.run)  # mistakes here are found without the network
     check_hub(options.repo, options.private, "--repo")

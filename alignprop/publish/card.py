@@ -1,28 +1,24 @@
 """The model card of a run: what its folder says, for people who find its weights on the hub.
 
-Markdown behind a header of YAML, as https://huggingface.co/docs/hub/model-cards describes it.
+The words are in card_template.md, a template of huggingface_hub's ModelCard; here are the facts.
 """
 
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from alignprop.evaluation.stop_when import MEASURES
-from alignprop.lora.files import LORA_FILE
 from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.configs import find_config
-from alignprop.runs.checkpoint import checkpoints_of, step_of
-from alignprop.runs.manifest import damage_of
-from alignprop.runs.tracking import MetricsLog
+from alignprop.publish.run_folder import RunFolder
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields.rules import is_repo_name
 from alignprop.settings.fields.sampling import PLAN_FIELDS
-from alignprop.settings.resolve import flatten
 
+TEMPLATE = Path(__file__).with_name("card_template.md")
 # method: its name, where it is published
 METHODS = {
     "align_prop": ("AlignProp, reward backpropagation", "2310.03739"),
@@ -34,58 +30,6 @@ _ESTIMATOR_FIELDS = {
     "randomized": ("truncated_backprop_minmax",),
     "per_step": ("truncated_backprop_minmax",),
 }
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """What a run has left so far, finished or not.
-
-    Attributes:
-        folder: where.
-        config: config.json, {"train.learning_rate": 1e-3, …}.
-        rows: of metrics.jsonl, oldest first.
-        checkpoint: the best or, where none was found to be that, the last.
-    """
-
-    folder: Path
-    config: dict
-    rows: list[dict]
-    checkpoint: Path
-
-    @property
-    def step(self) -> int:
-        """The optimizer steps that made the weights of `checkpoint`."""
-        return step_of(self.checkpoint)
-
-    @property
-    def evaluations(self) -> list[dict]:
-        return [row for row in self.rows if row["kind"] == "eval"]
-
-    @property
-    def grid(self) -> Path:
-        """The pictures of `checkpoint`, where it has been evaluated."""
-        return self.folder / "samples" / f"step_{self.step:06d}.png"
-
-    @property
-    def has_lora(self) -> bool:
-        return (self.checkpoint / LORA_FILE).exists()
-
-
-def read_run(folder: Path) -> RunFolder:
-    """Raises: ConfigError: no run, or one without a whole checkpoint."""
-    try:
-        config = flatten(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, AttributeError):
-        config = {}
-    if "pretrained.model" not in config:
-        raise ConfigError(f"{str(folder)!r} is not the folder of a run: it has no config.json of one")
-    best = folder / "checkpoints" / "best"
-    checkpoints = [best.resolve()] if best.exists() else checkpoints_of(folder)
-    if not checkpoints:
-        raise ConfigError(f"{str(folder)!r} has no checkpoint yet")
-    if damage := damage_of(checkpoints[-1]):
-        raise ConfigError(f"{str(checkpoints[-1])!r} is damaged ({damage})")
-    return RunFolder(folder, config, MetricsLog(folder / "metrics.jsonl").rows(), checkpoints[-1])
 
 
 def picture_name(number: int) -> str:
@@ -103,29 +47,20 @@ def model_card(run: RunFolder, repo: str, prompts: list[str]) -> str:
     method, paper = METHODS[c["algorithm"]]
     tags = ["text-to-image", *(["lora"] if run.has_lora else []), c["algorithm"].replace("_", ""), "reward"]
     widget = [{"text": prompt, "output": {"url": picture_name(n)}} for n, prompt in enumerate(prompts)]
-    header = ModelCardData(
+    data = ModelCardData(
         base_model=base if is_repo_name(base) else None,  # the hub takes no other
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=tags,
         widget=widget or None,
     )
-    what = "A LoRA for" if run.has_lora else "The denoiser of"
-    parts = [
-        f"---\n{header.to_yaml()}\n---",
-        f"# {repo.split('/')[1]}",
-        f"{what} {_link(base)}, fine-tuned for the reward {_reward(run)} with {method} "
-        f"([arXiv:{paper}](https://arxiv.org/abs/{paper})).",
-        "<Gallery />" if prompts else "",
-        "## Use",
-        f"```python\n{usage(run, repo, prompts)}\n```",
-        _results(run),
-        "## Training",
-        _table(["", ""], [[name, value] for name, value in _settings(run).items() if value]),
-        f"The command:\n\n```\n{c['command']}\n```" if c.get("command") else "",
-        "[config.json](config.json) has every setting, [metrics.jsonl](metrics.jsonl) a row per step and evaluation.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    card = ModelCard.from_template(
+        data, template_path=str(TEMPLATE), title=repo.split("/")[1], has_lora=run.has_lora, base=_link(base),
+        reward=_reward(run), method=method, paper=paper, has_gallery=bool(prompts), usage=usage(run, repo, prompts),
+        results=_results(run), pictures=_pictures(run), settings=_settings(run), command=c.get("command"),
+        num_eval_images=c["num_eval_images"], eval_prompts=_public(c["eval_prompt_fn"]),
+    )  # fmt: skip
+    return card.content
 
 
 def usage(run: RunFolder, repo: str, prompts: list[str]) -> str:
@@ -171,37 +106,28 @@ def _call_options(c: dict) -> dict[str, object]:
     return options
 
 
-def _results(run: RunFolder) -> str:
-    """What evaluations found, and pictures of it; "" where there was none."""
+def _results(run: RunFolder) -> dict:
+    """What evaluations found, as the heads and the rows of a table; empty where there was none."""
     if not run.evaluations:
-        return ""
+        return {}
     first, last = run.evaluations[0], run.evaluations[-1]
     own = [row for row in run.evaluations if row["step"] == run.step]
-    shown = {row["step"]: row for row in (first, *own, last)}
-    values = {step: row["rewards"] | {m: row[m] for m in MEASURES if m in row} for step, row in shown.items()}
-    names = list(dict.fromkeys(name for found in values.values() for name in found))
-    heads = [f"step {step}" + (" (this repository)" if step == run.step else "") for step in shown]
-    table = [[f"`{name}`", *(_number(found.get(name)) for found in values.values())] for name in names]
-    c = run.config
-    parts = [
-        "## Results",
-        f"Means over {c['num_eval_images']} pictures of prompts from `{_public(c['eval_prompt_fn'])}`, each time with "
-        f"the same noise. Trained for was {_reward(run)}; everything else was only measured.",
-        _table(["", *heads], table),
-    ]
-    if (run.folder / "before_after.png").exists():
-        parts += [f"![before and after](before_after.png)\n\n*Above before training, below after step {last['step']}.*"]
-    if has_own_grid(run):
-        parts += [f"![samples](samples/{run.grid.name})\n\n*After step {run.step}: the weights of this repository.*"]
-    if (run.folder / "curves.png").exists():
-        parts += ["![curves](curves.png)"]
-    return "\n\n".join(parts)
+    rows = {row["step"]: row for row in (first, *own, last)}
+    values = {step: row["rewards"] | {m: row[m] for m in MEASURES if m in row} for step, row in rows.items()}
+    names = list(dict.fromkeys(name for measures in values.values() for name in measures))
+    heads = [f"step {step}" + (" (this repository)" if step == run.step else "") for step in rows]
+    cells = [[f"`{name}`", *(_number(measures.get(name)) for measures in values.values())] for name in names]
+    return {"heads": ["", *heads], "rows": cells, "last_step": last["step"]}
 
 
-def has_own_grid(run: RunFolder) -> bool:
-    """Whether the checkpoint has pictures that before_after.png does not show, because it is not the last."""
-    last = run.evaluations[-1]["step"] if run.evaluations else 0
-    return run.grid.exists() and not (last == run.step and (run.folder / "before_after.png").exists())
+def _pictures(run: RunFolder) -> dict:
+    """Which pictures there are."""
+    return {
+        "before_after": (run.folder / "before_after.png").exists(),
+        "grid": run.grid.name if run.has_own_grid else "",
+        "curves": (run.folder / "curves.png").exists(),
+        "step": run.step,
+    }
 
 
 def _settings(run: RunFolder) -> dict[str, str]:
@@ -215,7 +141,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
     trained = f"LoRA of rank {c['lora_rank']}, alpha {c['lora_alpha']:g}" if run.has_lora else "every weight"
     trained += ", also of the text encoder" if c.get("train_text_encoder") else ""
     versions = {name: value for name, value in c.items() if name.startswith("versions.")}
-    return {
+    settings = {
         "base model": _link(_base_model(c)),
         "estimator": "" if is_ddpo else ", ".join([f"`{estimator}`", *options]),
         "reward": _reward(run),
@@ -232,6 +158,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
         "seed": str(c["seed"]),
         "versions": ", ".join(f"{name.removeprefix('versions.')} {value}" for name, value in versions.items()),
     }
+    return {name: value for name, value in settings.items() if value}
 
 
 def _reward(run: RunFolder) -> str:
@@ -257,7 +184,3 @@ def _link(base: str) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))

@@ -15,7 +15,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from alignprop.evaluation.pictures import read_grid
 from alignprop.lora.files import LORA_FILE
-from alignprop.publish.card import RunFolder, has_own_grid, model_card, picture_name, read_run
+from alignprop.publish.card import model_card, picture_name
+from alignprop.publish.run_folder import RunFolder, read_run
 from alignprop.settings.errors import ConfigError
 
 FILES = ("config.json", "metrics.jsonl", "curves.png", "before_after.png")  # of a run folder, as far as it has them
@@ -99,7 +100,7 @@ def contents_of(run: RunFolder, repo: str) -> dict[str, Path | bytes]:
     contents = {str(path.relative_to(run.checkpoint)): path for path in weights}
     # Read now, for a run that is going on writes to them.
     contents |= {name: (run.folder / name).read_bytes() for name in FILES if (run.folder / name).exists()}
-    if has_own_grid(run):
+    if run.has_own_grid:
         contents[f"samples/{run.grid.name}"] = run.grid.read_bytes()
     pictures = _gallery(run)
     contents |= {picture_name(n): picture for n, picture in enumerate(pictures.values())}

@@ -9,7 +9,6 @@
     checkpoints/         see runs/checkpoint.py
 """
 
-import fcntl
 import io
 import os
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from alignprop.engine.background import Background
@@ -44,7 +44,7 @@ class Records:
     def __init__(self, folder: Path, config: ConfigDict, started_from: Path | None):
         self.folder, self.config, self.started_from = folder, config, started_from
         self._seen = checkpoints_of(folder)
-        self._lock: int | None = None
+        self._lock = FileLock(folder / ".lock")
         self._background = Background()
 
     def open(self, step: int, config: ConfigDict) -> None:
@@ -83,22 +83,18 @@ class Records:
         try:
             self.wait()
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+            self._lock.release()
 
     def _hold(self) -> None:
-        self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
+            self._lock.acquire(blocking=False)
+        except Timeout:
             raise ConfigError(
                 f"run_name = {self.folder.name!r}: another process is training in {str(self.folder)!r}; wait for its "
                 "end or choose another name"
             ) from None
-        except OSError:  # a network file system without locks
-            self.close()
+        except (OSError, NotImplementedError):  # a network file system without locks
+            pass
 
     def append(self, row: dict) -> None:
         """Writes a row, after everything that was reported before it, so that no later checkpoint is ahead of it."""

@@ -10,8 +10,9 @@ from PIL import Image
 
 from alignprop.evaluation.pictures import save_grid
 from alignprop.lora.files import LORA_FILE
-from alignprop.publish.card import model_card, read_run, usage
+from alignprop.publish.card import model_card, usage
 from alignprop.publish.hub import contents_of
+from alignprop.publish.run_folder import read_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import resolve, save_config
