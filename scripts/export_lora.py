@@ -8,7 +8,8 @@
 - diffusers: for pipelines' `load_lora_weights`, without the header that other tools do not know
 - merged: a diffusers pipeline's folder, the base model with the LoRA in its weights
 
-What was written is read again, by diffusers too, and each layer's weight change compared with the checkpoint's.
+With --verify what was written is read again, by diffusers too, and each layer's weight change compared with the
+checkpoint's.
 """
 
 import argparse
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--format", required=True, help="kohya, diffusers or merged")
     parser.add_argument("--base", default="", help="pipeline folder or hub name; default the run's own model")
     parser.add_argument("--dtype", default="", help="float32, float16 or bfloat16; default float32; merged: the base's")
+    parser.add_argument("--verify", action="store_true", help="read again what was written, and compare")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     options = parser.parse_args()
     with plain_endings():
@@ -43,8 +45,9 @@ def main() -> None:
             base=options.base,
             dtype=options.dtype,
             force=options.force,
+            verify=options.verify,
         )
-        print(f"{options.out}: {check}")
+        print(f"{options.out}: {check or 'written'}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Columns, from `batches` optimizer steps' worth of 8 samples each (the same prompts and noise for every estimator):
 
-- to definition: relative difference to plain autograd through the estimator's definition (scripts/definitions.py)
+- to definition: relative difference to plain autograd through the estimator's definition (tests/helpers/definitions.py)
 - cosine: of the mean gradient with full back-propagation's; in brackets, of a single batch's, on average
 - norm: of a batch's gradient, as a multiple of full back-propagation's, on average
 - variance: of a batch's gradient, E|g - ḡ|² / |ḡ|²; in brackets, the part that is the estimator's own draw, at the
@@ -32,7 +32,7 @@ from alignprop.models.base import select
 from alignprop.prompts import draw_prompts
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config
-from scripts.definitions import DEFINITIONS, Chain
+from tests.helpers.definitions import DEFINITIONS, Chain
 
 NAMES = [name for name in ESTIMATORS if name != "none"]
 SIZE = 8

@@ -1,6 +1,7 @@
 """A trained LoRA for other tools: in kohya's format (lora/kohya.py), in diffusers' own, or merged into its base model.
 
-What was written gets its name only after it was read again and every layer's ΔW compared with the checkpoint's.
+What was written gets its name only when it is whole. On request it is read again, also by diffusers, and every layer's
+ΔW is compared with the checkpoint's (verification.py).
 """
 
 import json
@@ -37,7 +38,9 @@ FORMATS = ("kohya", "diffusers", "merged")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def export_lora(checkpoint, out, form: str, *, base: str = "", dtype: str = "", force: bool = False) -> Check:
+def export_lora(
+    checkpoint, out, form: str, *, base: str = "", dtype: str = "", force: bool = False, verify: bool = False
+) -> Check | None:
     """Writes the LoRA of a checkpoint as a file, or the base model with it as a pipeline's folder.
 
     Args:
@@ -47,9 +50,14 @@ def export_lora(checkpoint, out, form: str, *, base: str = "", dtype: str = "", 
         base: the pipeline folder or hub name that the LoRA is for; empty: the one that the checkpoint's run names.
         dtype: of the factors, one of DTYPES; empty: float32. Merged weights have the base's own.
         force: replaces the file or the pipeline's folder that is there already.
+        verify: reads again what was written, and compares.
+
+    Returns:
+        What the comparison found; None without `verify`.
 
     Raises:
-        ConfigError: something is missing, does not fit, is in the way, or would not be read as it is.
+        ConfigError: something is missing, does not fit, is in the way, cannot be held by `dtype`, or is not read as it
+            was written.
     """
     one_of("format", form, FORMATS)
     if dtype and form == "merged":
@@ -69,11 +77,14 @@ def export_lora(checkpoint, out, form: str, *, base: str = "", dtype: str = "", 
         _check_apart(out, folder)
         with _in_place_of(out) as temporary:
             merge(weights, folder, temporary)
-            return compare(weights, *merged_deltas(weights, folder, temporary))
+            return compare(weights, *merged_deltas(weights, folder, temporary)) if verify else None
     tensors, header = _contents(weights, model, form)
     stored = {k: t if k.endswith(".alpha") else t.to(dtype).contiguous() for k, t in tensors.items()}
+    _check_precision(tensors, stored, dtype)
     with _in_place_of(out) as temporary:
         save_file(stored, temporary, {"format": "pt", **header})
+        if not verify:
+            return None
         compare(weights, own_deltas(read_lora(temporary, model)), rounding(weights, dtype))
         return compare(weights, diffusers_deltas(temporary, model), rounding(weights, dtype))
 
@@ -85,6 +96,19 @@ def _contents(weights: LoraWeights, model: Model, form: str) -> tuple[dict[str, 
     # Only diffusers itself reads the scale in its header; without one, every tool takes 1.
     tensors = {k: weights.scale * t if k.endswith("lora_B.weight") else t for k, t in weights.tensors.items()}
     return {k if split_name(k)[0] else f"{model.denoiser_name}.{k}": tensor for k, tensor in tensors.items()}, {}
+
+
+def _check_precision(tensors: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Refuses factors that overflow in `dtype` or come out as nothing: a LoRA that would silently do something else.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    step = torch.finfo(dtype).eps
+    for name, tensor in tensors.items():
+        error = (stored[name].float() - tensor.float()).abs().max()
+        if not error <= step * tensor.abs().max():  # also where it is not a number
+            raise ConfigError(f"dtype = '{str(dtype).removeprefix('torch.')}' cannot hold {name!r}; float32 can")
 
 
 # ---- where it comes from

@@ -183,7 +183,9 @@ def read_state(checkpoint: Path) -> dict:
 
 def _flush(path: Path) -> None:
     """Has the disk really hold a file, or a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows has no such call for folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -29,6 +29,7 @@ ROOMS = [
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WITHOUT_REWARDS = ("settings", "models", "engine", "lora")
 LIGHT = ("rewards.errors", "rewards.registry")  # of rewards, what loads no torch; everybody may import it
+POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # the package imports on Windows, too
 OPTIONAL = {"hpsv2", "matplotlib", "tensorboard", "wandb"}  # to be imported where they are used
 
 
@@ -66,6 +67,8 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     for name, line, on_loading in imports(source, module if is_package else module.rpartition(".")[0]):
         if name.split(".")[0] in OPTIONAL and on_loading and module.split(".")[0] not in ("scripts", "tests"):
             wrong.append(f"{module}:{line} imports {name} on loading; import it in the function that needs it")
+        if name.split(".")[0] in POSIX_ONLY and module.split(".")[0] not in ("scripts", "tests"):
+            wrong.append(f"{module}:{line} imports {name}, which Windows does not have")
         if not _allowed(module, name):
             wrong.append(f"{module}:{line} imports {name}, which is not below it")
     return wrong
@@ -124,6 +127,7 @@ def test_the_house_is_read_at_a_glance():
         ("config.align_prop", "from alignprop.trainer import AlignPropTrainer"),
         ("alignprop.evaluation.pictures", "import matplotlib.figure"),
         ("rewards.hps", "if True:\n    import hpsv2"),
+        ("alignprop.runs.records", "def lock():\n    import fcntl"),
     ],
 )
 def test_a_violation_is_caught(module, source):

@@ -1,6 +1,6 @@
 """Kills a training run again and again, resumes it each time, and compares its end with an undisturbed run's.
 
-    .venv/bin/python scripts/faults.py                  30 kills, some minutes on two cores
+    .venv/bin/python -m tests.helpers.faults                  30 kills, some minutes on two cores
 
 Half of the kills (SIGKILL) hit the run while it writes a checkpoint, half at any moment; between them it is sometimes
 asked to stop (SIGTERM). Always the same command starts it again. Exit status 1 where anything differs at the end.
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
 
 from alignprop.runs.checkpoint import checkpoints_of, read_state  # noqa: E402

@@ -1,7 +1,7 @@
 """Every estimator once more, as its paper defines it: one sample, a plain loop, one autograd graph.
 
 What training does in another way (alignprop/method/rollout.py) is held against these by
-tests/scripts/test_definitions.py and scripts/gradient_table.py. The random choices are read off a
+tests/runs/test_definitions.py and scripts/gradient_table.py. The random choices are read off a
 plan; what they mean is written here anew.
 """
 

@@ -1,4 +1,4 @@
-"""What scripts/faults.py compares; the kills themselves take minutes and are its own to make."""
+"""What tests/helpers/faults.py compares; the kills themselves take minutes and are its own to make."""
 
 import random
 import signal
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from scripts.faults import contents, disturb, flat
+from tests.helpers.faults import contents, disturb, flat
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.usefixtures("no_plots")

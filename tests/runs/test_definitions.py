@@ -13,7 +13,7 @@ from alignprop.method.estimators import ESTIMATORS, build_estimator
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import ddim_sampler, flow_sampler
 from alignprop.models.base import select
-from scripts.definitions import DEFINITIONS, Chain
+from tests.helpers.definitions import DEFINITIONS, Chain
 from tests.unit.test_rollout import guided, make_model, relative_difference
 
 STEPS, BATCH, GUIDANCE = 8, 5, 3.0
