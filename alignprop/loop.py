@@ -32,7 +32,7 @@ class TrainingLoop:
     """Trains a LoRA (or the whole denoiser) for a reward; a subclass has the method, `step` and `try_memory`.
 
     Args:
-        config: see config/align_prop.py.
+        config: see docs/config.md.
         reward_function: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata)` that
             returns scores [B], or a pair of them and anything.
         prompt_function: used instead of loading `config.prompt_fn`; see callbacks.PromptFunction.

@@ -42,7 +42,7 @@ def build_run(
     """Checks what a run needs, from the cheapest to the dearest, and puts it together.
 
     Args:
-        config: an unresolved configuration (config/align_prop.py).
+        config: an unresolved configuration (docs/config.md).
         reward_function: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
         model: used instead of loading `pretrained.model`.
         needs_gradient: the reward must be differentiable.

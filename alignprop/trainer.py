@@ -23,7 +23,7 @@ class AlignPropTrainer(TrainingLoop):
     """Trains a LoRA (or the whole denoiser) for a differentiable reward.
 
     Args:
-        config: see config/align_prop.py.
+        config: see docs/config.md.
         reward_function, prompt_function, model, image_samples_hook: used instead of what the configuration names; see
             TrainingLoop (loop.py).
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """One value for each field of the configuration's `memory`; config/align_prop.py has their prices.
+    """One value for each field of the configuration's `memory`; docs/config.md has their prices.
 
     Attributes:
         sweep_chunk: samples per network call, in the rollout and in the sweep; 0: the whole micro-batch.
