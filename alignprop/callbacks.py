@@ -106,10 +106,10 @@ def check_given(config, model, image_samples_hook) -> None:
         raise ConfigError(f"image_samples_hook is a {type(image_samples_hook).__name__}, which cannot be called")
 
 
-def with_names(config: ConfigDict, **given) -> ConfigDict:
+def with_names(config: ConfigDict, **functions) -> ConfigDict:
     """A copy that says, in the fields named, which functions were given in their place; None is none."""
     c = ConfigDict(config.to_dict())
-    for field, function in given.items():
+    for field, function in functions.items():
         if function is not None:
             c[field] = f"{field.removesuffix('_fn')}_function {reward_name(function)}"
     return c

@@ -58,12 +58,12 @@ class PromptStatistics:
         rewards = rewards.double().cpu()
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.rewards.setdefault(prompt, deque(maxlen=self.size)).append(reward)
-        found = torch.empty_like(rewards)
+        advantages = torch.empty_like(rewards)
         for j, prompt in enumerate(prompts):
             own = self.rewards[prompt]
             of = torch.tensor(own, dtype=torch.float64) if self.size and len(own) >= self.min_count else rewards
-            found[j] = (rewards[j] - of.mean()) / (of.std(correction=0) + 1e-6)
-        return found
+            advantages[j] = (rewards[j] - of.mean()) / (of.std(correction=0) + 1e-6)
+        return advantages
 
 
 @dataclass

@@ -217,7 +217,7 @@ def _evaluate_into(
 
 
 def _say_rewards(run: Run, evaluation: Evaluation, folder: Path, prefix: str) -> None:
-    found = {name: statistics(scores) for name, scores in evaluation.columns.items()}
-    told = [f"{name} {s['mean']:.4f} ± {s['stderr']:.4f}" for name, s in found.items()]
-    told += [f"{name} {value:.4f}" for name, value in evaluation.measures.items()]
-    run.say(f"{prefix}{', '.join(told)}  ({folder})")
+    columns = {name: statistics(scores) for name, scores in evaluation.columns.items()}
+    parts = [f"{name} {s['mean']:.4f} ± {s['stderr']:.4f}" for name, s in columns.items()]
+    parts += [f"{name} {value:.4f}" for name, value in evaluation.measures.items()]
+    run.say(f"{prefix}{', '.join(parts)}  ({folder})")

@@ -28,8 +28,8 @@ class AestheticHead(nn.Module):
     def __init__(self, input_dim: int, widths: Sequence[int] = LAION_WIDTHS):
         super().__init__()
         linear = {
-            at: nn.Linear(before, after)
-            for at, before, after in zip(LINEAR_AT, (input_dim, *widths[:-1]), widths, strict=True)
+            place: nn.Linear(before, after)
+            for place, before, after in zip(LINEAR_AT, (input_dim, *widths[:-1]), widths, strict=True)
         }
         self.layers = nn.Sequential(
             *(linear[i] if i in linear else nn.Dropout(DROPOUT_AT[i]) for i in range(max(LINEAR_AT) + 1))
@@ -92,11 +92,11 @@ class AestheticReward(Reward):
         # The head first: it is the small one, and as easily misspelt.
         self.head = load_head(head_repo, head_file, head_revision)
         self.tower = load_clip(clip, clip_revision, dtype, with_text=False, field="aesthetic.clip")
-        wanted, given = self.head.layers[0].in_features, self.tower.model.config.projection_dim
-        if wanted != given:
+        wanted, width = self.head.layers[0].in_features, self.tower.model.config.projection_dim
+        if wanted != width:
             raise RewardError(
                 f"aesthetic.head_file={head_file!r} wants embeddings of {wanted} numbers, aesthetic.clip={clip!r} "
-                f"gives {given}; they belong to different models"
+                f"gives {width}; they belong to different models"
             )
 
     @classmethod

@@ -71,9 +71,9 @@ def _is_number(text: str) -> bool:
 
 
 def _build(name: str, options: Mapping[str, Mapping]) -> Reward:
-    given, allowed = options.get(options_name(name), {}), [option.name for option in options_of(name)]
-    for key in given:
+    arguments, allowed = options.get(options_name(name), {}), [option.name for option in options_of(name)]
+    for key in arguments:
         if key not in allowed:
             hint, field = did_you_mean(key, allowed), f"{options_name(name)}.{key}"
             raise RewardError(f"{field} is not an option of that reward; allowed: {', '.join(allowed)}{hint}")
-    return reward_class(name)(**given)
+    return reward_class(name)(**arguments)

@@ -69,9 +69,9 @@ class ImageReward(Reward):
         blip, head = split_checkpoint(load_weights(path, "imagereward.checkpoint"), source)
         self.head = AestheticHead.from_weights(head, source).requires_grad_(False).eval()
         self.blip = load_blip(blip, tokenizer, dtype, source)
-        wanted, given = self.head.layers[0].in_features, self.blip.text_encoder.config.hidden_size
-        if wanted != given:
-            raise RewardError(f"{source}: its head wants {wanted} numbers, its text encoder gives {given}")
+        wanted, width = self.head.layers[0].in_features, self.blip.text_encoder.config.hidden_size
+        if wanted != width:
+            raise RewardError(f"{source}: its head wants {wanted} numbers, its text encoder gives {width}")
 
     @classmethod
     def skeleton(cls, options: Mapping, tower_config: TowerConfig) -> Reward:
@@ -200,8 +200,8 @@ def configs_of(weights: Mapping[str, torch.Tensor], source: str) -> tuple:
 
 
 def _depth(weights: Mapping[str, torch.Tensor], layers: str) -> int:
-    found = [re.match(rf"{layers}\.(\d+)\.", name) for name in weights]
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    matches = [re.match(rf"{layers}\.(\d+)\.", name) for name in weights]
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def load_bert_tokenizer(name: str, vocab_size: int):

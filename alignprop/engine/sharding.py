@@ -121,9 +121,9 @@ def release(denoiser: torch.nn.Module) -> None:
 
 def on_any_process(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
     """bool [...]: where `flags` is true on any process."""
-    found = flags.to(device, torch.uint8)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return found.to(flags.device, torch.bool)
+    counts = flags.to(device, torch.uint8)
+    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+    return counts.to(flags.device, torch.bool)
 
 
 @torch.no_grad()

@@ -136,12 +136,12 @@ def diversity(embeddings: torch.Tensor, prompts: list[str]) -> float | None:
     rows_of: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows_of.setdefault(prompt, []).append(row)
-    found = []
+    distances = []
     for rows in (rows for rows in rows_of.values() if len(rows) > 1):
         # The square of the sum holds each pair twice, and each vector with itself.
         n, of_sum = len(rows), embeddings[rows].double().sum(dim=0).square().sum()
-        found.append(1 - (of_sum - n) / (n * (n - 1)))
-    return torch.stack(found).mean().item() if found else None
+        distances.append(1 - (of_sum - n) / (n * (n - 1)))
+    return torch.stack(distances).mean().item() if distances else None
 
 
 def _is_diverse(c: ConfigDict, prompts: PromptSet | None) -> bool:

@@ -203,7 +203,7 @@ def plot_bars(results: Mapping[str, Mapping[str, Mapping[str, float]]], path: st
     measures = list(next(iter(results.values())))
     figure, axes = _panels(len(measures))
     for axis, measure in zip(axes, measures, strict=True):
-        means, errors = ([found[measure][key] for found in results.values()] for key in ("mean", "stderr"))
+        means, errors = ([measures[measure][key] for measures in results.values()] for key in ("mean", "stderr"))
         axis.bar(list(results), means, yerr=errors, capsize=3)
         axis.set(title=measure)
         axis.tick_params(axis="x", labelrotation=20)
@@ -212,8 +212,8 @@ def plot_bars(results: Mapping[str, Mapping[str, Mapping[str, float]]], path: st
 
 def _series(rows: Sequence[dict], key: str) -> tuple[list, list]:
     """Steps and values of the rows that have ``key``; a null value is a gap in the line."""
-    found = [(row["step"], row[key]) for row in rows if key in row]
-    return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
 
 
 def _panels(count: int):

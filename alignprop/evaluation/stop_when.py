@@ -49,7 +49,7 @@ def parse_stop_when(text: str, names: Collection[str]) -> list[Condition]:
     Raises:
         ConfigError: a part is no condition, or about something that is not measured.
     """
-    found = []
+    conditions = []
     for part in map(str.strip, text.split(",") if text.strip() else ()):
         name, sign, limit = (piece.strip() for piece in re.fullmatch(r"([^<>]*)([<>]?)(.*)", part).groups())
         if not (name and sign and _is_number(limit.removesuffix("x"))):
@@ -58,8 +58,8 @@ def parse_stop_when(text: str, names: Collection[str]) -> list[Condition]:
                 "or, for 0.9 times its first value, 'clip<0.9x'"
             )
         one_of("stop_when: measure", name, names)
-        found.append(Condition(part, name, sign == "<", float(limit.removesuffix("x")), limit.endswith("x")))
-    return found
+        conditions.append(Condition(part, name, sign == "<", float(limit.removesuffix("x")), limit.endswith("x")))
+    return conditions
 
 
 def values(row: dict, reward: WeightedReward) -> dict[str, float]:
@@ -68,12 +68,12 @@ def values(row: dict, reward: WeightedReward) -> dict[str, float]:
     "reward" is computed from the means of the single rewards, because the run that wrote the row may have been after
     another one. With `reward_combine` = "min" it is then the least of the means, not the mean of the least.
     """
-    found = row["rewards"] | {name: row.get(name) for name in MEASURES}
-    found = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-    if found.keys() >= reward.weights.keys():
-        terms = {name: torch.tensor(found[name], dtype=torch.float64) for name in reward.weights}
-        found["reward"] = float(reward.combine(terms))
-    return found
+    measures = row["rewards"] | {name: row.get(name) for name in MEASURES}
+    measures = {name: value for name, value in measures.items() if value is not None and math.isfinite(value)}
+    if measures.keys() >= reward.weights.keys():
+        terms = {name: torch.tensor(measures[name], dtype=torch.float64) for name in reward.weights}
+        measures["reward"] = float(reward.combine(terms))
+    return measures
 
 
 def reason_to_stop(conditions: Sequence[Condition], evaluations: Sequence[dict[str, float]]) -> str:
@@ -84,7 +84,7 @@ def reason_to_stop(conditions: Sequence[Condition], evaluations: Sequence[dict[s
             that has it, which itself meets no condition with "x".
     """
     for condition in conditions:
-        having = [found[condition.name] for found in evaluations if condition.name in found]
+        having = [measures[condition.name] for measures in evaluations if condition.name in measures]
         if not having or condition.name not in evaluations[-1] or (condition.relative and len(having) == 1):
             continue
         if condition.met(having[-1], having[0]):

@@ -54,9 +54,9 @@ def adapted_networks(model: Model) -> list[torch.nn.Module]:
 
 def get_adapter(model: Model) -> LoraWeights:
     """The model's adapter, on the CPU."""
-    found = {part: get_lora(module) for part, module in adaptable_networks(model).items() if has_lora(module)}
-    tensors = {name_in_file(model, part, n): t for part, lora in found.items() for n, t in lora.tensors.items()}
-    return LoraWeights(tensors, found[""].scale)
+    loras = {part: get_lora(module) for part, module in adaptable_networks(model).items() if has_lora(module)}
+    tensors = {name_in_file(model, part, n): t for part, lora in loras.items() for n, t in lora.tensors.items()}
+    return LoraWeights(tensors, loras[""].scale)
 
 
 def set_adapter(model: Model, weights: LoraWeights | None) -> None:
@@ -65,10 +65,10 @@ def set_adapter(model: Model, weights: LoraWeights | None) -> None:
     Raises:
         ConfigError: some of the adapter's tensors have no place in the model, or another shape.
     """
-    found = split(model, weights) if weights else {}
+    loras = split(model, weights) if weights else {}
     for part, module in adaptable_networks(model).items():
-        if part in found or has_lora(module):
-            set_lora(module, found.get(part))
+        if part in loras or has_lora(module):
+            set_lora(module, loras.get(part))
 
 
 def update_adapter(model: Model, weights: LoraWeights) -> None:
@@ -77,16 +77,16 @@ def update_adapter(model: Model, weights: LoraWeights) -> None:
     Raises:
         ConfigError: the two differ in their modules, rank or scale.
     """
-    found = split(model, weights)
+    loras = split(model, weights)
     for part, module in adaptable_networks(model).items():
-        if has_lora(module) != (part in found):
+        if has_lora(module) != (part in loras):
             has = "no" if has_lora(module) else "a"
             raise ConfigError(
                 f"resume_from: the checkpoint has {has} LoRA of the {part or 'denoiser'}, and this run has "
                 f"train_text_encoder = {has_lora(module)}"
             )
-        if part in found:
-            update_lora(module, found[part])
+        if part in loras:
+            update_lora(module, loras[part])
 
 
 def split(model: Model, weights: LoraWeights) -> dict[str, LoraWeights]:
@@ -99,7 +99,7 @@ def split(model: Model, weights: LoraWeights) -> dict[str, LoraWeights]:
     for name, tensor in weights.tensors.items():
         part, inner = locate(model, name)
         tensors.setdefault(part, {})[inner] = tensor
-    found = {part: LoraWeights(factors, weights.scale) for part, factors in tensors.items()}
-    for part, lora in found.items():
+    loras = {part: LoraWeights(factors, weights.scale) for part, factors in tensors.items()}
+    for part, lora in loras.items():
         check_modules(adaptable_networks(model)[part], lora, f"model's {part}" if part else "model")
-    return found
+    return loras

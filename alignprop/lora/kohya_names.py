@@ -52,16 +52,16 @@ def find_format(denoiser: torch.nn.Module) -> Format | None:
 
 def known_layers(model) -> dict[str, tuple[str, ...]]:
     """{name in the file: the modules (lora/networks.py) whose outputs that layer stacks}; empty for unknown formats."""
-    form, found = find_format(model.denoiser), {}
+    form, layers = find_format(model.denoiser), {}
     if form is None:
-        return found
-    found |= {PREFIX + name: modules for name, modules in form.names(model.denoiser).items()}
+        return layers
+    layers |= {PREFIX + name: modules for name, modules in form.names(model.denoiser).items()}
     networks = adaptable_networks(model)
     for part, prefix in form.encoders(model.denoiser).items():
         for module in _flat_names(networks[part]).values() if part in networks else ():
             name = name_in_file(model, part, module)
-            found[prefix + split_name(name)[1].replace(".", "_")] = (name,)
-    return found
+            layers[prefix + split_name(name)[1].replace(".", "_")] = (name,)
+    return layers
 
 
 def plain_layers(denoiser) -> dict[str, tuple[str, ...]]:

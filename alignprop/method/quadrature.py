@@ -47,8 +47,8 @@ def interpolation_weights(sampler: Sampler, start: int, end: int, points: list[i
         others = torch.cat([nodes[:s], nodes[s + 1 :]])
         # Gauss-Legendre with that many points integrates the polynomial exactly.
         places, masses = _gauss_legendre(len(points))
-        at = (levels[start:end, None] * (1 + places) + levels[start + 1 : end + 1, None] * (1 - places)) / 2
-        basis = ((at[..., None] - others) / (nodes[s] - others)).prod(dim=-1)
+        level = (levels[start:end, None] * (1 + places) + levels[start + 1 : end + 1, None] * (1 - places)) / 2
+        basis = ((level[..., None] - others) / (nodes[s] - others)).prod(dim=-1)
         weights.append((c * (basis * masses).sum(dim=1) / 2).sum())
     return torch.stack(weights)
 

@@ -74,9 +74,9 @@ class TextConditioned:
                 if needs_empty:
                     instead = self.unconditional(self.encode([""]))
                     cond |= {NEGATIVE + name: tensor for name, tensor in instead.items()}
-            found = [name for name, tensor in cond.items() if tensor.requires_grad and name in gradients]
-            into = [gradients[name][row : row + 1].to(cond[name]) for name in found]
-            torch.autograd.backward([cond[name] for name in found], into)
+            names = [name for name, tensor in cond.items() if tensor.requires_grad and name in gradients]
+            into = [gradients[name][row : row + 1].to(cond[name]) for name in names]
+            torch.autograd.backward([cond[name] for name in names], into)
 
     @property
     def _adapted(self) -> bool:

@@ -24,12 +24,12 @@ class ZImage(LatentDiffusion):
 
     def encode(self, prompts: list[str]) -> Conditioning:
         # A copy: the pipeline writes its template into the list.
-        found = self.pipeline.encode_prompt(
+        states = self.pipeline.encode_prompt(
             list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS
         )[0]
-        embeds = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        embeds = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         embeds = torch.nn.functional.pad(embeds, (0, 0, 0, TOKENS - embeds.shape[1]))
-        lengths = torch.tensor([len(tokens) for tokens in found], device=embeds.device)
+        lengths = torch.tensor([len(tokens) for tokens in states], device=embeds.device)
         return {"prompt_embeds": embeds, "padding": torch.arange(TOKENS, device=embeds.device) >= lengths[:, None]}
 
     def reader(self) -> tuple:

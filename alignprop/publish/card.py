@@ -163,9 +163,9 @@ def _settings(run: RunFolder) -> dict[str, str]:
 
 def _reward(run: RunFolder) -> str:
     """As the configuration says or, where another was given to the trainer, what its rows call it."""
-    given = run.config["reward_fn"]
+    spec = run.config["reward_fn"]
     names = next((list(row["rewards"]) for row in reversed(run.rows) if row["kind"] == "train"), [])
-    return f"`{given if all(name in given for name in names) else ','.join(names)}`"
+    return f"`{spec if all(name in spec for name in names) else ','.join(names)}`"
 
 
 def _base_model(c: dict) -> str:

@@ -110,13 +110,13 @@ def contents_of(run: RunFolder, repo: str) -> dict[str, Path | bytes]:
 
 def _gallery(run: RunFolder) -> dict[str, bytes]:
     """Prompt and PNG of the checkpoint's first pictures, one a prompt."""
-    found = {}
+    files = {}
     for label, picture in read_grid(run.grid) if run.grid.exists() else ():
         prompt = label.rpartition("\n")[0]
-        if prompt not in found and len(found) < MAX_PICTURES:
+        if prompt not in files and len(files) < MAX_PICTURES:
             picture.save(file := io.BytesIO(), format="PNG")
-            found[prompt] = file.getvalue()
-    return found
+            files[prompt] = file.getvalue()
+    return files
 
 
 def _refuse_public(api: HfApi, repo: str, field: str) -> None:
@@ -152,13 +152,13 @@ def _plain_errors(what: str):
 
 def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    told = " ".join(str(getattr(error, "server_message", None) or error).split())
+    answer = " ".join(str(getattr(error, "server_message", None) or error).split())
     if status == 401:
         return "the hub does not accept the token; set HF_TOKEN to a valid one, or log in again with `hf auth login`"
     if status == 403:
-        return f"the token may not write there: {told}"
+        return f"the token may not write there: {answer}"
     if isinstance(error, OfflineModeIsEnabled):
         return "the hub cannot be reached: HF_HUB_OFFLINE is set"
     if status is None:
-        return f"the hub cannot be reached, or the upload was not possible: {type(error).__name__}: {told}"
-    return f"the hub answers {status}: {told}"
+        return f"the hub cannot be reached, or the upload was not possible: {type(error).__name__}: {answer}"
+    return f"the hub answers {status}: {answer}"

@@ -92,11 +92,11 @@ def _adapted_files(weights: LoraWeights, base: Path) -> dict[Path, list[str]]:
     for module in weights.modules:
         encoder, _ = split_name(module)
         adapted.setdefault(base / encoder if encoder else denoiser, []).append(module)
-    found = {path: modules for part, modules in adapted.items() for path in sorted(part.glob("*.safetensors"))}
+    files = {path: modules for part, modules in adapted.items() for path in sorted(part.glob("*.safetensors"))}
     for part in adapted:
-        if not any(path.parent == part for path in found):
+        if not any(path.parent == part for path in files):
             raise ConfigError(f"base: {str(part)!r} has no .safetensors file; diffusers' save_pretrained writes one")
-    return found
+    return files
 
 
 def _stored_name(module: str, names: Collection[str]) -> str | None:

@@ -40,7 +40,7 @@ class Check:
         )
 
 
-def compare(weights: LoraWeights, found: Deltas, allowed: Callable[[str], float]) -> Check:
+def compare(weights: LoraWeights, deltas: Deltas, allowed: Callable[[str], float]) -> Check:
     """Holds every ΔW that was read against that of `weights`; of layers without one, against zero.
 
     Args:
@@ -50,13 +50,13 @@ def compare(weights: LoraWeights, found: Deltas, allowed: Callable[[str], float]
         ConfigError: a layer is missing or differs by more.
     """
     lost, wrong, difference, largest = [], {}, 0.0, 0.0
-    for module in sorted({*weights.modules, *found}):
+    for module in sorted({*weights.modules, *deltas}):
         expected = weights.delta(module) if module in weights.modules else torch.zeros(())
         largest = max(largest, expected.abs().max().item())
-        if module not in found:
+        if module not in deltas:
             lost += [module] if expected.any() else []
             continue
-        error = (found[module]() - expected).abs().max().item()
+        error = (deltas[module]() - expected).abs().max().item()
         difference = max(difference, error)
         if not error <= allowed(module):  # also where it is not a number
             wrong[module] = error
@@ -66,7 +66,7 @@ def compare(weights: LoraWeights, found: Deltas, allowed: Callable[[str], float]
             f"be lost and {len(wrong)} change by up to {max(wrong.values(), default=0):.1e}, for example "
             f"{[*lost, *wrong][0]!r}"
         )
-    return Check(len(weights.modules), len({*weights.modules} & {*found}), difference, largest)
+    return Check(len(weights.modules), len({*weights.modules} & {*deltas}), difference, largest)
 
 
 def rounding(weights: LoraWeights, dtype: torch.dtype) -> Callable[[str], float]:

@@ -25,8 +25,8 @@ from alignprop.settings.errors import ConfigError
 
 def checkpoints_of(run_folder) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    found = Path(run_folder).glob("checkpoints/checkpoint_*")
-    return sorted((p for p in found if re.fullmatch(r"checkpoint_\d+", p.name)), key=step_of)
+    folders = Path(run_folder).glob("checkpoints/checkpoint_*")
+    return sorted((p for p in folders if re.fullmatch(r"checkpoint_\d+", p.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -70,16 +70,16 @@ def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from", 
 def _newest_whole(log_dir: Path, field: str, run_name: str) -> Path | None:
     runs = [checkpoints_of(run) for run in ([log_dir / run_name] if run_name else log_dir.glob("*"))]
     newest_first = sorted(filter(None, runs), key=lambda checkpoints: checkpoints[-1].stat().st_mtime, reverse=True)
-    found = [checkpoint for checkpoints in newest_first for checkpoint in reversed(checkpoints)]
-    for checkpoint in found:
+    newest = [checkpoint for checkpoints in newest_first for checkpoint in reversed(checkpoints)]
+    for checkpoint in newest:
         damage = damage_of(checkpoint)
         if not damage:
             return checkpoint
         print(f"warning: {field} = 'latest' passes over {str(checkpoint)!r}, damaged ({damage})", file=sys.stderr)
-    if run_name and not found:
+    if run_name and not newest:
         return None
     where = f"run_name = {run_name!r}" if run_name else f"no run in log_dir = {str(log_dir)!r}"
-    raise ConfigError(f"{field} = 'latest', but {where} has {'no whole' if found else 'a'} checkpoint")
+    raise ConfigError(f"{field} = 'latest', but {where} has {'no whole' if newest else 'a'} checkpoint")
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:

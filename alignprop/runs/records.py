@@ -127,8 +127,8 @@ class Records:
         self._background.submit(self._prune, measure)
 
     def _prune(self, measure: Callable[[dict], float | None]) -> None:
-        found = {row["step"]: measure(row) for row in self.metrics.rows() if row["kind"] == "eval"}
-        held_out = {step: value for step, value in found.items() if value is not None}
+        measured = {row["step"]: measure(row) for row in self.metrics.rows() if row["kind"] == "eval"}
+        held_out = {step: value for step, value in measured.items() if value is not None}
         keep = [self.started_from] if self.started_from else []
         prune(self.folder, self.config.num_checkpoint_limit, keep, held_out)
 

@@ -66,8 +66,8 @@ def check_flags(arguments: list[str], config: ConfigDict) -> None:
 
 def warn_of_unused(config: ConfigDict) -> None:
     """Says, once a machine's first process, which of the given fields have no effect."""
-    given = config_flags.get_override_values(flags.FLAGS["config"])
-    for line in warnings_for(config, given) if os.environ.get("RANK", "0") == "0" else ():
+    names = config_flags.get_override_values(flags.FLAGS["config"])
+    for line in warnings_for(config, names) if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
 
 
@@ -104,8 +104,8 @@ def _flag_error(text: str) -> str:
 
 def _file_error(text: str) -> ConfigError:
     """Of a configuration file that could not be used, from a traceback's text: what was raised, and where in it."""
-    given = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(sys.argv))
-    config = given[1] if given else PRESET
+    option = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(sys.argv))
+    config = option[1] if option else PRESET
     path = os.path.abspath(config.partition(":")[0])
     _, frame, rest = text.rpartition('File "')
     # What was raised is the first line after the frames that is not indented.
