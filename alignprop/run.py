@@ -31,7 +31,8 @@ from alignprop.runs.manifest import base_model, check_base
 from alignprop.runs.records import Records, choose_folder
 from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
 from alignprop.settings.errors import ConfigError, one_of
-from alignprop.settings.resolve import as_run, model_options, resolve, rollout_options
+from alignprop.settings.options import model_options, rollout_options
+from alignprop.settings.resolve import as_run, resolve
 from rewards import WeightedReward, require_differentiable
 
 

@@ -16,7 +16,7 @@ from alignprop.method.gradient import RewardGradient, SampleValues
 from alignprop.method.plans import GradientPlan
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import one_of
-from alignprop.settings.resolve import estimator_options, gradient_options
+from alignprop.settings.options import estimator_options, gradient_options
 
 
 class AlignPropTrainer(TrainingLoop):

@@ -15,7 +15,7 @@ from alignprop.memory.simulation import Build, ShortStep, any_chain, simulate
 from alignprop.method.estimators import build_estimator
 from alignprop.method.plans import GradientPlan
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.resolve import estimator_options
+from alignprop.settings.options import estimator_options
 
 GIB = 2**30
 # What the account does not see: workspaces of kernels, and what the allocator cannot hand out again.

@@ -19,7 +19,7 @@ from alignprop.models.loading import PRECISIONS, SINGLE_FILE
 from alignprop.models.skeleton import skeleton
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
-from alignprop.settings.resolve import components_left_out
+from alignprop.settings.options import components_left_out
 from rewards import WeightedReward
 from rewards.skeleton import skeleton_reward, without_custom
 from rewards.towers import ClipTower

@@ -19,7 +19,7 @@ from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import Sampler
 from alignprop.models.base import Conditioning, Model
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.resolve import gradient_options, rollout_options
+from alignprop.settings.options import gradient_options, rollout_options
 from alignprop.weights import TrainedWeights
 
 Build = Callable[[], tuple[Model, Judges]]

@@ -29,41 +29,13 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     c = ConfigDict(config.to_dict()).unlock()
     _check_fields(c)
     _check_combinations(c)
-    train = c.train
-    if train.num_inference_steps is None:
-        train.num_inference_steps = c.num_inference_steps
-    steps = train.num_inference_steps
-    c.log_dir = os.path.expanduser(c.log_dir)
-    c.pretrained.model = os.path.expanduser(c.pretrained.model)
-    if c.lora_alpha is None:
-        c.lora_alpha = float(c.lora_rank)
-    # A command line gives "to_q,to_v" as one word.
-    if c.lora_target_modules is not None:
-        c.lora_target_modules = tuple(name for names in c.lora_target_modules for name in names.split(","))
-    if c.trunc_backprop_timestep is None:
-        c.trunc_backprop_timestep = steps - 1
-    if c.truncated_backprop_minmax is None:
-        c.truncated_backprop_minmax = (0, steps)
+    _derive(c)
     _check_truncation(c)
     if c.memory_policy != "auto":
         _fill_memory(c, POLICIES[c.memory_policy])
     _check_memory(c)
     if c.task == "train":
-        capacity = 1 if c.per_gpu_capacity == "auto" else c.per_gpu_capacity
-        at_once = capacity * num_processes
-        _check_multiple(
-            "train.total_batch_size", train.total_batch_size, at_once,
-            f"per_gpu_capacity × processes = {capacity} × {num_processes} = {at_once}",
-        )  # fmt: skip
-        _check_multiple(
-            "train.total_samples_per_epoch", train.total_samples_per_epoch, train.total_batch_size,
-            f"train.total_batch_size = {train.total_batch_size}",
-        )  # fmt: skip
-        if c.per_gpu_capacity != "auto":
-            train.gradient_accumulation_steps = train.total_batch_size // at_once
-        # A step of DDPO is a whole epoch: it samples, and then makes several updates with these samples.
-        updates = train.total_samples_per_epoch // train.total_batch_size
-        train.steps_per_epoch = updates if c.algorithm == "align_prop" else 1
+        _derive_batches(c, num_processes)
     return c.lock()
 
 
@@ -76,55 +48,41 @@ def as_run(config: ConfigDict, num_processes: int, memory: MemoryPolicy, capacit
     return ConfigDict(content).lock()
 
 
-def estimator_options(config: ConfigDict) -> dict:
-    """What `estimators.build_estimator` takes, by its names; None where the method's own value is to be used."""
-    first, minmax = config.trunc_backprop_timestep, config.truncated_backprop_minmax
-    return {"first": first, "minmax": minmax, **config.plan.to_dict()}
+def _derive(c: ConfigDict) -> None:
+    """Fills in what follows from other fields where it is None, and makes names what code expects."""
+    train = c.train
+    if train.num_inference_steps is None:
+        train.num_inference_steps = c.num_inference_steps
+    c.log_dir = os.path.expanduser(c.log_dir)
+    c.pretrained.model = os.path.expanduser(c.pretrained.model)
+    if c.lora_alpha is None:
+        c.lora_alpha = float(c.lora_rank)
+    # A command line gives "to_q,to_v" as one word.
+    if c.lora_target_modules is not None:
+        c.lora_target_modules = tuple(name for names in c.lora_target_modules for name in names.split(","))
+    if c.trunc_backprop_timestep is None:
+        c.trunc_backprop_timestep = train.num_inference_steps - 1
+    if c.truncated_backprop_minmax is None:
+        c.truncated_backprop_minmax = (0, train.num_inference_steps)
 
 
-def model_options(config: ConfigDict) -> dict:
-    """What `load_model` takes of the configuration (models/loading.py), by its names, but for the precision."""
-    c, source = config, config.pretrained
-    return {
-        "revision": source.revision,
-        "config": source.config,
-        "vae": source.vae,
-        "without": components_left_out(c),
-        "full": not c.use_lora,
-        "resolution": c.resolution,
-        "true_cfg_scale": c.true_cfg_scale,
-        "train_text_encoder": c.task == "train" and c.train_text_encoder,
-    }
-
-
-def rollout_options(config: ConfigDict) -> dict:
-    """What a `Rollout` takes of the configuration (method/rollout.py), by its names."""
-    c = config
-    return {"guidance_scale": c.guidance_scale, "guidance_grad": c.guidance_grad, "adjoint_clip": c.adjoint_clip}
-
-
-def gradient_options(config: ConfigDict) -> dict:
-    """What a `RewardGradient` takes of the configuration (method/gradient.py), by its names."""
-    c = config
-    return {
-        "batch_size": c.train.total_batch_size,
-        "loss": c.loss,
-        "loss_target": c.loss_target,
-        "loss_scale": c.train.loss_coeff * c.grad_scale,
-        "reward_noise": c.reward_noise,
-        "kl_coeff": c.kl_coeff,
-        "trains_text_encoder": c.train_text_encoder,
-    }
-
-
-def components_left_out(config: ConfigDict) -> list[str]:
-    """The names in `pretrained.without`."""
-    return [name.strip() for name in config.pretrained.without.split(",") if name.strip()]
-
-
-def memory_policy(config: ConfigDict) -> MemoryPolicy:
-    """What `memory` says, in a configuration without "auto"."""
-    return MemoryPolicy(**config.memory.to_dict())
+def _derive_batches(c: ConfigDict, num_processes: int) -> None:
+    """Checks that batches divide each other, and fills in how many of one make another."""
+    train, capacity = c.train, 1 if c.per_gpu_capacity == "auto" else c.per_gpu_capacity
+    at_once = capacity * num_processes
+    _check_multiple(
+        "train.total_batch_size", train.total_batch_size, at_once,
+        f"per_gpu_capacity × processes = {capacity} × {num_processes} = {at_once}",
+    )  # fmt: skip
+    _check_multiple(
+        "train.total_samples_per_epoch", train.total_samples_per_epoch, train.total_batch_size,
+        f"train.total_batch_size = {train.total_batch_size}",
+    )  # fmt: skip
+    if c.per_gpu_capacity != "auto":
+        train.gradient_accumulation_steps = train.total_batch_size // at_once
+    # A step of DDPO is a whole epoch: it samples, and then makes several updates with these samples.
+    updates = train.total_samples_per_epoch // train.total_batch_size
+    train.steps_per_epoch = updates if c.algorithm == "align_prop" else 1
 
 
 def _fill_memory(c: ConfigDict, policy: MemoryPolicy) -> None:

@@ -10,7 +10,8 @@ from alignprop.memory.forecast import Forecast, forecast
 from alignprop.memory.planner import skeletons
 from alignprop.models.configs import find_config, find_tower_config
 from alignprop.models.skeleton import build_module, random_model
-from alignprop.settings.resolve import memory_policy, resolve
+from alignprop.settings.options import memory_policy
+from alignprop.settings.resolve import resolve
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import TINY
 from rewards.aesthetic import AestheticHead, AestheticReward

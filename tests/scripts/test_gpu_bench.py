@@ -13,7 +13,8 @@ import torch
 from alignprop.memory.forecast import GIB, Forecast
 from alignprop.memory.planner import skeletons
 from alignprop.settings.memory_policies import POLICIES
-from alignprop.settings.resolve import memory_policy, resolve
+from alignprop.settings.options import memory_policy
+from alignprop.settings.resolve import resolve
 from scripts.bench import full_size, gpu
 from scripts.bench.full_size import Case, RandomAesthetic, build_trainer
 from scripts.bench.gpu import cases, cells, fastest, report, table

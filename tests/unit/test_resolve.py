@@ -12,14 +12,8 @@ from alignprop.settings.fields import FIELDS, GROUPS
 from alignprop.settings.fields.field import GUIDE, Field
 from alignprop.settings.fields.rules import COUNT, optional
 from alignprop.settings.memory_policies import NAMES, POLICIES
-from alignprop.settings.resolve import (
-    as_run,
-    changes,
-    flatten,
-    memory_policy,
-    resolve,
-    save_config,
-)
+from alignprop.settings.options import memory_policy
+from alignprop.settings.resolve import as_run, changes, flatten, resolve, save_config
 from alignprop.settings.warnings import warnings_for
 from config import align_prop, ddpo, models
 from config.align_prop import PRESETS, base, get_config
