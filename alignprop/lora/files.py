@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from alignprop.lora import kohya
 from alignprop.lora.factors import LoraWeights
+from alignprop.lora.foreign import read_foreign
 from alignprop.settings.errors import ConfigError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -24,10 +25,11 @@ def read_lora(path, model=None) -> LoraWeights:
     """Reads an adapter from a file or from the folder that holds `pytorch_lora_weights.safetensors`.
 
     Also reads the attention-processor keys (`….processor.to_q_lora.down.weight`) of AlignProp's released
-    checkpoints, which diffusers' `load_lora_weights` silently ignores, and kohya's format (lora/kohya.py).
+    checkpoints, which diffusers' `load_lora_weights` silently ignores, kohya's format (kohya.py), and what else
+    diffusers converts for the model's pipeline (foreign.py).
 
     Args:
-        model: that it is for, on any device; what kohya's names mean depends on it.
+        model: that it is for, on any device; what the names of other tools mean depends on it.
 
     Raises:
         ConfigError: no such file, not a whole safetensors file, no LoRA tensors in it, or an alpha per layer in the
@@ -39,6 +41,8 @@ def read_lora(path, model=None) -> LoraWeights:
     if model is not None and kohya.is_kohya(raw):
         return LoraWeights(kohya.unpack(raw, model), 1.0)
     tensors = {_canonical_key(name): tensor for name, tensor in raw.items()}
+    if model is not None and raw and any(map(_is_foreign, tensors)):
+        raw = tensors = read_foreign(raw, model, repr(str(path)))
     unknown = [name for name in raw if not _PAIR.search(_canonical_key(name))]
     single = [name for name in tensors if _PAIR.search(name) and _partner(name) not in tensors]
     if unknown or single or not raw:
@@ -59,6 +63,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         # A pickle (.bin, .pt, .ckpt) could run code, so it is not even tried.
         raise ConfigError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a tensor's name, made canonical, is still one of another tool's layout."""
+    return not _PAIR.search(name) or name.startswith(("diffusion_model.", "double_blocks.", "single_blocks."))
 
 
 def _partner(name: str) -> str:
