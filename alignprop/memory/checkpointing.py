@@ -48,18 +48,19 @@ def checkpoint_layers(decoder: nn.Module) -> None:
     _checkpoint(m for m in decoder.modules() if isinstance(m, Attention | ResnetBlock2D | Upsample2D))
 
 
-def _checkpoint(modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        if not hasattr(module, "checkpointed"):
-            module.checkpointed = module.forward
-            module.forward = _checkpointed(module.forward)
+class Checkpointed:
+    """A module that computes its activations again in the backward pass, instead of keeping them."""
 
-
-def _checkpointed(forward):
-    def call(*args, **kwargs):
+    def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)
         # Nothing here is random.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    return call
+
+def _checkpoint(modules: Iterable[nn.Module]) -> None:
+    """Gives each module a class of its own name that is `Checkpointed` before it is what it was, as FSDP2 does."""
+    for module in modules:
+        cls = type(module)
+        if not issubclass(cls, Checkpointed):
+            module.__class__ = type(cls.__name__, (Checkpointed, cls), {})

@@ -58,3 +58,18 @@ def test_late_bias_takes_all_there_are_where_more_are_asked_for():
     low, high = torch.tensor([0, 5]), torch.tensor([3, 5])
     drawn = late_biased(low, high, torch.tensor([9, 2]), N, 1.0, generator("all"))
     assert drawn.sum(0).tolist() == [3, 0]
+
+
+def test_what_belongs_to_a_sample_is_repeated_for_its_copies_and_averaged_over_them():
+    plan = GradientPlan.exact(torch.ones(4, 2, dtype=torch.bool), exit_step=torch.tensor([3, 3]), copies=2)
+    assert plan.repeat(["a", "b"]) == ["a", "a", "a", "b", "b", "b"]
+    assert plan.average(torch.arange(6.0)).tolist() == [1.0, 4.0]
+    assert plan.average(torch.ones(6, 2, 3)).shape == (2, 2, 3)
+    plain = GradientPlan.exact(torch.ones(4, 2, dtype=torch.bool))
+    assert plain.repeat(["a", "b"]) == ["a", "b"] and plain.average(torch.arange(2.0)).tolist() == [0.0, 1.0]
+
+
+def test_a_short_plan_has_all_steps_or_with_copies_the_last_alone():
+    assert GradientPlan.short(3, 2).active.all() and not GradientPlan.short(3, 2).leaves_early
+    with_copies = GradientPlan.short(3, 2, copies=1)
+    assert with_copies.active.sum(dim=0).tolist() == [1, 1] and with_copies.exit_step.tolist() == [2, 2]
