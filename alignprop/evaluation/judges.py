@@ -36,7 +36,7 @@ class Judges:
 
     @property
     def phases(self) -> dict[str, tuple[WeightedReward | None, ClipTower | None]]:
-        """Which of them judge in which phase (memory.Residency); the tower in that of the reward whose part it is."""
+        """Which of them judge in which phase (memory/residency.py); the tower with the reward that has it."""
         with_reward = any(module is self.tower for module in self.reward.modules())
         return {
             "decode": (self.reward, self.tower if with_reward else None),
