@@ -10,10 +10,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env requirements.txt requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-folder=()
-if [[ ${1:-} == --fast ]]; then
-    shift
-    folder=(tests/unit)
-fi
+options=(-n auto --maxprocesses 4 --dist worksteal)
+for option in "$@"; do
+    if [[ $option == --fast ]]; then options+=(tests/unit); else options+=("$option"); fi
+done
 # Several processes of one thread each: the tests' tensors are too small to be shared out.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "${folder[@]}" "$@"
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "${options[@]}"

@@ -2,14 +2,15 @@
 
 import csv
 import hashlib
+import json
 import os
 import pickle
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.cli.test_main import run_main
+from tests.cli.test_main import ROOT, run_main
 from tests.helpers.reward_files import make_clip
 
 # Small enough that a mistake which is not found ends soon, too.
@@ -247,6 +248,12 @@ ROWS = [
 ]  # fmt: skip
 
 
+SURROUNDINGS = {
+    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "0",
+    "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing listens there
+}  # fmt: skip
+
+
 def snapshot(folder: Path) -> dict:
     """{path: (mtime, size, SHA-256)} of every file and folder."""
     return {
@@ -259,44 +266,60 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def attempt(row: Row, here: Path, pipeline: Path):
+def attempt(row: Row, here: Path, pipeline: Path, run=run_main):
     here.mkdir()
     (here / "prompts.txt").write_text("a cat\na dog\n")
     for name, content in row.files.items():
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     row.prepare(here, pipeline)
     before, started = snapshot(here), time.monotonic()
-    done = call(row, here, pipeline)
+    done = call(row, here, pipeline, run)
     return done, time.monotonic() - started, before, snapshot(here)
 
 
-def call(row: Row, here: Path, pipeline: Path, **environment) -> subprocess.CompletedProcess:
+def call(row: Row, here: Path, pipeline: Path, run=run_main, **environment) -> subprocess.CompletedProcess:
     filled = lambda text: str(text).replace("{here}", str(here)).replace("{pipeline}", str(pipeline))  # noqa: E731
     config = row.preset if row.preset.startswith("{here}") else f"config/align_prop.py:{row.preset}"
     dead = TRAINING if row.preset in ("tiny_evaluate", "tiny_soup") else ()
     fields = [f"--config.{k}={v}" for k, v in (TOY | row.fields).items() if k not in dead]
-    environment |= {
-        "PYTHONPATH": str(here),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(here.parent / "empty"),
-        "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing listens there
-    }
-    return run_main(filled(f"--config={config}"), *map(filled, fields), *row.raw, environment=environment)
+    environment |= SURROUNDINGS | {"PYTHONPATH": str(here), "HF_HOME": str(here.parent / "empty")}
+    return run(filled(f"--config={config}"), *map(filled, fields), *row.raw, environment=environment)
 
 
 @pytest.fixture(scope="module")
-def result_of(request, tmp_path_factory, pipeline_folder):
-    """row -> what `attempt` returns. Two processes at a time; xdist has its own."""
+def result_of(tmp_path_factory, pipeline_folder):
+    """row -> what `attempt` returns, by main.py in a process forked off one that has imported torch."""
     root = tmp_path_factory.mktemp("rows")
-    selected = [item.callspec.params["row"] for item in request.session.items if "row" in item.fixturenames]
-    with ThreadPoolExecutor(2) as pool:
+    environment = os.environ | SURROUNDINGS | {"HF_HOME": str(root / "empty")}
+    command = [sys.executable, "-m", "tests.helpers.warm_main"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as warm:
 
-        def start(row):
-            return pool.submit(attempt, row, root / re.sub(r"\W", "_", row.name), pipeline_folder)
+        def run(*arguments, environment):
+            streams = {name: root / f"std{name}" for name in ("out", "err")}
+            for path in streams.values():
+                path.unlink(missing_ok=True)
+            request = {"arguments": arguments, "environment": environment, **{k: str(p) for k, p in streams.items()}}
+            warm.stdin.write(json.dumps(request) + "\n")
+            warm.stdin.flush()
+            status = int(warm.stdout.readline())
+            return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in streams.values()))
 
-        ahead = {} if "PYTEST_XDIST_WORKER" in os.environ else {row.name: start(row) for row in selected}
-        yield lambda row: (ahead.get(row.name) or start(row)).result(), root
+        yield lambda row: attempt(row, root / re.sub(r"\W", "_", row.name), pipeline_folder, run), root
+        warm.stdin.close()
+
+
+# The kinds of mistakes that are found before torch is loaded, while a model, a reward or a checkpoint is, and later.
+COLD = ("preset", "reward", "raises when called")
+
+
+@pytest.mark.parametrize("name", COLD)
+def test_a_mistake_is_one_plain_line_of_a_fresh_process_too(tmp_path, pipeline_folder, name):
+    (row,) = [row for row in ROWS if row.name == name]
+    done, *_ = attempt(row, tmp_path / "here", pipeline_folder, run_main)
+    lines = [line for line in re.split(r"[\r\n]|\x1b\[A", done.stderr) if line.strip() and "%|" not in line]
+    assert done.returncode == 1 and len(lines) == 1 and re.match("error: " + row.message, lines[0]), done.stderr
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

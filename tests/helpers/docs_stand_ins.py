@@ -124,7 +124,7 @@ def lay_out(folder: Path, stand_ins: StandIns, text: str) -> None:
     for name in PROJECT:
         (folder / name).symlink_to(ROOT / name)
     (code,) = blocks(ROOT / "docs" / "rewards.md", "python")
-    (folder / "my_rewards.py").write_text(code)
+    (folder / "my_rewards.py").write_text(code.rstrip() + "\n")
     for name in re.findall(r"\blogs/(\w+)", text):
         shutil.copytree(stand_ins.trained, folder / "logs" / name, symlinks=True, dirs_exist_ok=True)
 

@@ -16,7 +16,7 @@ from alignprop.trainer import AlignPropTrainer
 from rewards import build_reward
 from tests.helpers.single_file import make_pipeline
 
-STEPS, CAPACITY = 4, 3
+STEPS, CAPACITY = 3, 3
 STAYING = {name: POLICIES[name] for name in ("roomy", "lean", "balanced")}
 STAYING["some kept"] = MemoryPolicy(keep_steps=2)
 STAYING["blocks"] = MemoryPolicy(sweep_chunk=2, block_checkpointing=True)

@@ -73,9 +73,10 @@ CHUNKS = {"sweep_chunk": (0, 1), "decode_chunk": (0, 1), "guidance_batching": ("
 KEPT_OR_PHASE = ({"keep_steps": 0}, {"keep_steps": 1}, {"keep_steps": 2}, {"residency": "phase", "keep_steps": 0})
 
 
-@pytest.mark.parametrize(
-    "layers", list(itertools.product((False, True), repeat=3)), ids=lambda flags: "".join("-x"[f] for f in flags)
-)
+@pytest.mark.parametrize(  # each pair of two of the three, in all four ways
+    "layers", [(False, False, False), (False, True, True), (True, False, True), (True, True, False)],
+    ids=lambda flags: "".join("-x"[f] for f in flags),
+)  # fmt: skip
 def test_every_combination_gives_the_gradient_of_autograd(make_trainer, layers):
     names = ("block_checkpointing", "decoder_checkpointing", "lean")
     plain = {"block_checkpointing": False, "decoder_checkpointing": False, "lean": False}

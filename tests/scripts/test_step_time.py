@@ -349,7 +349,7 @@ def test_our_side_trains_on_the_problem(problem, trainers):
         weights.append(torch.cat([p.detach().flatten() for p in trainers[-1].weights.parameters]))
         c = trainers[-1].config
         assert (c.train.total_batch_size, c.train.steps_per_epoch, c.guidance_scale) == (2, 1, 5.0)
-        assert c.memory.keep_steps == overrides.get("memory.keep_steps", 0)
+        assert trainers[-1].run.choice.memory.keep_steps == overrides.get("memory.keep_steps", 0)
     assert facts["trained"] == len(weights[0]) and facts["parameters"] > facts["trained"] > 0
     assert facts["versions"]["torch"] == version("torch") and "AttnProcessor" in facts["attention"]
     last, full, kept = rewards
