@@ -57,7 +57,7 @@ class CountReward(Reward):
         self,
         model: str = "google/owlvit-base-patch32",
         revision: str | None = None,
-        threshold: Annotated[float, (0, 1)] | None = None,
+        threshold: Annotated[float, (0, 1), "exclusive"] | None = None,
     ):
         super().__init__()
         if threshold is not None and not 0 < threshold < 1:

@@ -2,8 +2,8 @@
 
 A reward is one file and one line here. Its options are the arguments of its constructor, read from the source: name,
 default, annotation, and the help in the class's docstring, under "Args:". So mistakes in them are found before torch is
-loaded. An annotation is str, int, float, bool, tuple[float, float, …], Literal[…], Annotated[…, (lowest, highest)], one
-of the aliases below, or one of these with "| None".
+loaded. An annotation is str, int, float, bool, tuple[float, float, …], Literal[…], Annotated[…, (lowest, highest)] or
+Annotated[float, (lowest, highest), "exclusive"], one of the aliases below, or one of these with "| None".
 """
 
 import ast
@@ -57,6 +57,7 @@ class Option:
         type: of its values.
         choices: the allowed values, where there are few.
         limits: the lowest and the highest allowed number.
+        exclusive: the limits themselves are not allowed.
         length: of a tuple.
         optional: None is allowed, too.
     """
@@ -67,6 +68,7 @@ class Option:
     type: type = str
     choices: tuple[str, ...] = ()
     limits: tuple[float, float] | None = None
+    exclusive: bool = False
     length: int | None = None
     optional: bool = False
 
@@ -83,7 +85,11 @@ def options_name(name: str) -> str:
 
 @cache
 def options_of(name: str) -> tuple[Option, ...]:
-    """The options of a built-in reward, from its source."""
+    """The options of a built-in reward, from its source.
+
+    Raises:
+        TypeError: an argument has no default, no annotation of the above, or no help.
+    """
     entry = REWARDS[name]
     source = (Path(__file__).parent / f"{entry.module}.py").read_text(encoding="utf-8")
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
@@ -95,16 +101,32 @@ def options_of(name: str) -> tuple[Option, ...]:
     if constructor is None:
         return ()
     helps = _helps(ast.get_docstring(cls) or "")
-    arguments = constructor.args
-    named = zip(arguments.args[1:], arguments.defaults, strict=True)
     return tuple(
-        _parsed(argument.annotation, Option(argument.arg, ast.literal_eval(default), helps[argument.arg]))
-        for argument, default in named
+        _option(f"{entry.cls}({argument.arg})", argument, default, helps)
+        for argument, default in _arguments(constructor)
     )
 
 
 def _constructor(cls: ast.ClassDef) -> ast.FunctionDef | None:
     return next((n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+
+
+def _arguments(constructor: ast.FunctionDef) -> list[tuple[ast.arg, ast.expr | None]]:
+    """The arguments but self, each with its default."""
+    taken = constructor.args
+    plain = taken.args[1:]
+    defaults = [None] * (len(plain) - len(taken.defaults)) + taken.defaults
+    return [*zip(plain, defaults, strict=True), *zip(taken.kwonlyargs, taken.kw_defaults, strict=True)]
+
+
+def _option(place: str, argument: ast.arg, default: ast.expr | None, helps: dict[str, str]) -> Option:
+    try:
+        return _parsed(argument.annotation, Option(argument.arg, ast.literal_eval(default), helps[argument.arg]))
+    except (KeyError, ValueError, AttributeError) as error:
+        raise TypeError(
+            f"{place} needs a default that is a plain value, an annotation that rewards/registry.py names, and a help "
+            "under 'Args:' in the class's docstring"
+        ) from error
 
 
 def _helps(docstring: str) -> dict[str, str]:
@@ -122,7 +144,8 @@ def _parsed(annotation: ast.expr, option: Option) -> Option:
     if isinstance(annotation, ast.Subscript):
         kind, inner = ast.unparse(annotation.value), annotation.slice
         if kind == "Annotated":
-            return replace(_parsed(inner.elts[0], option), limits=ast.literal_eval(inner.elts[1]))
+            base, limits, *exclusive = inner.elts
+            return replace(_parsed(base, option), limits=ast.literal_eval(limits), exclusive=bool(exclusive))
         if kind == "Literal":
             values = ast.literal_eval(inner)
             return replace(option, choices=values if isinstance(values, tuple) else (values,))

@@ -1,4 +1,5 @@
 """From a preset to the configuration that runs: the fields, what they may be, what they need, and memory policies.
 
-Imports nothing else of the project, so that a mistake is found before torch is loaded.
+Of the rest of the project it imports only the errors and the registry of rewards, and no torch: so a mistake is found
+before torch is loaded.
 """

@@ -102,7 +102,7 @@ REFUSED = {
     "pickscore.model": [""], "pickscore.processor": [None], "pickscore.dtype": ["fp8"],
     "imagereward.checkpoint": [""], "imagereward.tokenizer": [""], "imagereward.dtype": ["float64"],
     "siglip.model": [""], "siglip.dtype": [None],
-    "count.model": [""], "count.threshold": [-0.1, 1.1],
+    "count.model": [""], "count.threshold": [0.0, 1.0],
     "aesthetic.clip_revision": [""], "aesthetic.head_revision": [""], "clip.revision": [""], "count.revision": [""],
     "hps.checkpoint_repo": [""], "hps.checkpoint_revision": [""], "imagereward.checkpoint_repo": [""],
     "imagereward.checkpoint_revision": [""], "pickscore.revision": [""], "siglip.revision": [3],

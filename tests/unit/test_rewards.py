@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewards
-from rewards import build_reward, check_rewards, parse_spec, require_differentiable
+from rewards import build_reward, check_rewards, parse_spec, registry, require_differentiable
 from rewards.base import Reward
 from tests.helpers.refusals import error_of
 
@@ -299,3 +299,46 @@ def test_custom_reward_runs_in_float32_under_autocast():
 def test_a_row_of_the_registry_is_a_reward_whose_options_have_help(name):
     assert issubclass(rewards.reward_class(name), Reward)
     assert all(option.help.endswith(".") for option in rewards.options_of(name))
+
+
+SOURCE = """
+class Toy(Reward):
+    \'\'\'A reward.
+
+    Args:
+        strength: How much.
+        ends: Between which.
+    \'\'\'
+
+    def __init__(self, {arguments}):
+        pass
+"""
+
+
+@pytest.fixture
+def options_of(tmp_path, monkeypatch):
+    """Called with the arguments of a constructor: the options of a reward that is written so."""
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "registry.py"))
+    monkeypatch.setitem(registry.REWARDS, "toy", registry.Entry("toy", "Toy"))
+
+    def options(arguments: str) -> tuple[registry.Option, ...]:
+        (tmp_path / "toy.py").write_text(SOURCE.format(arguments=arguments))
+        return registry.options_of.__wrapped__("toy")  # without what it remembers
+
+    return options
+
+
+def test_options_are_read_from_a_constructor(options_of):
+    assert options_of('strength: Annotated[float, (0, 1), "exclusive"] | None = None, *, ends: int = -3') == (
+        registry.Option("strength", None, "How much.", float, limits=(0, 1), exclusive=True, optional=True),
+        registry.Option("ends", -3, "Between which.", int),
+    )
+
+
+@pytest.mark.parametrize(("name", "rest"), [
+    ("strength", ": float"), ("strength", "=1.0"), ("strength", ": complex = 1"), ("strength", ": int = N"),
+    ("helpless", ": int = 1"),
+])  # fmt: skip
+def test_an_option_that_does_not_say_all_is_told_where_it_stands(options_of, name, rest):
+    with pytest.raises(TypeError, match=rf"^Toy\({name}\) needs a default .* annotation .* help under 'Args:'"):
+        options_of(name + rest)

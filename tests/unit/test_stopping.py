@@ -4,9 +4,11 @@ import signal
 import threading
 
 import pytest
+import torch
 
 from alignprop.settings.errors import ConfigError
 from alignprop.stopping import plain_endings, stop_requests
+from rewards.errors import RewardError
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -46,6 +48,8 @@ def test_another_thread_has_no_signals():
 @pytest.mark.parametrize(("error", "code"), [
     (KeyboardInterrupt(), 130),
     (ConfigError("x = 1 must be 2"), "error: x = 1 must be 2"),
+    (RewardError("reward 'x' failed"), "error: reward 'x' failed"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "error: process 0: CUDA out of memory; a more frugal"),
     (OSError(28, "No space left on device", "log"), "error: cannot write 'log': No space left on device; checkpoints"),
     (PermissionError(13, "Permission denied", "run"), "error: 'run': Permission denied"),
     (OSError(27, "File too large"), "error: cannot write: File too large; checkpoints"),
@@ -58,7 +62,10 @@ def test_endings_that_are_nobody_s_fault_are_one_line(error, code):
     assert "\n" not in str(ended.value.code)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), RuntimeError("a bug")])
+@pytest.mark.parametrize("error", [
+    FileNotFoundError(2, "No such file"), RuntimeError("a bug"), type("RewardError", (ValueError,), {})("a namesake"),
+    type("OutOfMemoryError", (RuntimeError,), {})("a namesake"),
+])  # fmt: skip
 def test_faults_of_the_program_keep_their_traceback(error):
     with pytest.raises(type(error)), plain_endings():
         raise error

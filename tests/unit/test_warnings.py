@@ -60,3 +60,6 @@ def test_options_of_rewards_that_are_named_have_an_effect():
     used = ["imagereward.dtype", "jpeg.quality", "count.model", "clip.model"]
     unused = ["hps.version", "pickscore.model"]
     assert [line.split()[0] for line in warnings_for(c, used + unused)] == unused
+    c.eval_diversity = False  # which needs clip.model
+    (line,) = warnings_for(c, ["clip.model"])
+    assert line.endswith("it needs that reward in reward_fn or eval_reward_fn, or eval_diversity = True")

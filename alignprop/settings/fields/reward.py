@@ -52,14 +52,16 @@ LOSS = (
 def _is_named(group: str) -> Effect:
     """Whether a configuration names a reward that has the options of this group."""
     rewards = [name for name in REWARDS if options_name(name) == group]
+    where, reason = " or ".join(rewards), "it needs that reward in reward_fn or eval_reward_fn"
+    measures_diversity = group == "clip"  # diversity is measured in the space of clip.model
+    if measures_diversity:
+        where, reason = f"{where} or eval_diversity = True", f"{reason}, or eval_diversity = True"
 
     def holds(c) -> bool:
         named = {part.strip().split(":")[0] for part in f"{c.reward_fn},{c.eval_reward_fn}".split(",")}
-        if group == "clip" and c.eval_diversity:  # which is measured in the space of clip.model
-            return True
-        return any(name in named for name in rewards)
+        return (measures_diversity and c.eval_diversity) or any(name in named for name in rewards)
 
-    return Effect(" or ".join(rewards), holds, lambda c: "it needs that reward in reward_fn or eval_reward_fn")
+    return Effect(where, holds, lambda c: reason)
 
 
 def _of_rewards() -> tuple[Field, ...]:

@@ -117,7 +117,7 @@ def option(of: Option) -> Rule:
     elif of.type is int:
         rule = whole_number_to(low, high) if of.limits else Rule("a whole number", _is_integer, int)
     elif of.type is float:
-        rule = number(at_least=low, at_most=high)
+        rule = number(above=low, below=high) if of.exclusive else number(at_least=low, at_most=high)
     else:
         rule = boolean() if of.type is bool else text()
     return optional(rule) if of.optional else rule
