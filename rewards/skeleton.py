@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from rewards.base import BlankReward, Reward, TowerConfig
+from rewards.build import parse_spec
 from rewards.combine import WeightedReward
 from rewards.preprocess import ClipPreprocess
 from rewards.registry import REWARDS, options_name, options_of, reward_class
@@ -18,8 +19,6 @@ def skeleton_reward(spec: str, options: Mapping[str, Mapping], tower_config: Tow
     tower_config: as of `Reward.skeleton`.
     Raises: RewardError for a spec that `build_reward` refuses; whatever `tower_config` raises.
     """
-    from rewards.build import parse_spec
-
     weights = parse_spec(spec)
     terms = {name: _skeleton(name, options, tower_config) for name in weights}
     return WeightedReward(spec, terms, weights).to("meta")

@@ -23,7 +23,6 @@ from alignprop.engine.sharding import is_sharded
 from alignprop.evaluation.judges import Judges, diversity
 from alignprop.evaluation.pictures import save_grid
 from alignprop.lora.adapters import adapted_networks
-from alignprop.lora.factors import has_lora
 from alignprop.method.base_distance import base_conditioning, chain_distance
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, encode, select
@@ -175,7 +174,7 @@ class Evaluator:
         metadata = [self.prompts.metadata[self.order[j]] for j in batch]
         model = self.rollout.model
         cond = encode(model, prompts, self.phases)
-        base_cond = self._base_conditioning(prompts, cond) if compare else None
+        base_cond = base_conditioning(model, prompts, cond, self.phases) if compare else None
         with self.phases("denoise"):
             latents = sample(generators(batch, self.seed, "evaluation"), cond, prompts, metadata)
             distances = self._distances(batch, latents, cond, base_cond) if compare else [None] * len(batch)
@@ -185,12 +184,6 @@ class Evaluator:
         rows = [{name: column[row].item() for name, column in scores.items()} for row in range(len(batch))]
         embeddings = [None] * len(batch) if embeddings is None else embeddings.cpu()
         return [*map(_Picture, batch, rows, torch.cat(images).cpu(), embeddings, distances)]
-
-    def _base_conditioning(self, prompts: list[str], cond: Conditioning) -> Conditioning:
-        if not any(map(has_lora, self.rollout.model.lora_encoders.values())):
-            return cond
-        with self.phases("encode"):
-            return base_conditioning(self.rollout.model, prompts, cond)
 
     def _distances(self, batch: range, latents, cond, base_cond) -> list[float | None]:
         """Base distances of the pictures that are compared; where FSDP2 has spread the weights, of one at least."""

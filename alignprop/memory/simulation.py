@@ -44,7 +44,16 @@ class ShortStep(NamedTuple):
 def simulate(
     build: Build, config: ConfigDict, memory: MemoryPolicy, samples: int, prompts: int, steps: int, copies: int
 ) -> ShortStep:
-    """A micro-batch with so many sampler steps, an update, and the measures of an evaluation, counted."""
+    """A micro-batch, an update, and what only an evaluation measures: the run's own code, counted.
+
+    Args:
+        build: makes the networks.
+        config: resolved; its estimator, `memory` and numbers of samples and of sampler steps are not used.
+        memory: what layers keep, and what is on the device.
+        samples: of the micro-batch.
+        prompts: distinct ones that are encoded.
+        steps: sampler steps, all of them active; with `copies` of each sample, the last alone.
+    """
     model, judges = build()
     device = model.device = torch.device("meta")
     residency = Residency(device, phases_of(model, judges), memory.residency, copy=True)

@@ -6,15 +6,18 @@ from alignprop.engine.sharding import is_sharded, release
 from alignprop.lora.factors import has_lora
 from alignprop.lora.scaling import without_lora
 from alignprop.method.rollout import Rollout
-from alignprop.models.base import Conditioning, Model
+from alignprop.models.base import Conditioning, Model, Phases
 
 
-def base_conditioning(model: Model, prompts: list[str], cond: Conditioning) -> Conditioning:
-    """What the base model makes of prompts of which the fine-tuned one has made `cond`."""
+def base_conditioning(model: Model, prompts: list[str], cond: Conditioning, phases: Phases) -> Conditioning:
+    """What the base model makes of prompts of which the fine-tuned one has made `cond`.
+
+    That is `cond` itself, unless a text encoder has an adapter, which is then brought to the device.
+    """
     encoders = [encoder for encoder in model.lora_encoders.values() if has_lora(encoder)]
     if not encoders:
         return cond
-    with without_lora(*encoders):
+    with phases("encode"), without_lora(*encoders):
         return model.encode_prompts(prompts)
 
 

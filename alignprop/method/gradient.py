@@ -160,11 +160,7 @@ class RewardGradient:
             The base distance of each, [B].
         """
         streams, sampler = generators(indices, *key, "kl"), self.rollout.sampler
-        if self.trains_text_encoder:
-            with self.phases("encode"):
-                base_cond = base_conditioning(self.model, prompts, cond)
-        else:
-            base_cond = cond
+        base_cond = base_conditioning(self.model, prompts, cond, self.phases)
         steps = torch.stack([torch.randint(sampler.num_steps, (), generator=g) for g in streams])
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in streams])
         distances = []
