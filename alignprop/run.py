@@ -58,7 +58,7 @@ def build_run(
         raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
     log_with = parse_log_with(c.log_with)
     eval_prompts = _load_eval_prompts(c, prompts)
-    guards = _check_guards(c, measured(c, eval_prompts, reward_function))
+    best_by, stop_when = _check_guards(c, measured(c, eval_prompts, reward_function))
     checkpoint = _find_checkpoint(c)
     records = Records(on_main(lambda: choose_folder(c, checkpoint)), c, checkpoint)
     if c.task == "train" and c.hub.repo:
@@ -79,7 +79,7 @@ def build_run(
     if on_one_cpu if c.channels_last is None else c.channels_last:
         use_channels_last(model)
 
-    run = Run(c, accelerator, records, eval_prompts, judges, model, base, checkpoint, *guards)
+    run = Run(c, accelerator, records, eval_prompts, judges, model, base, checkpoint, best_by, stop_when)
     if c.guidance_scale != 1 and not model.takes_guidance:
         run.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
     run.use(on_main(lambda: choose_policy(c, model, judges, accelerator, run.say)))
@@ -111,7 +111,7 @@ class Run:
     best_by: str
     stop_when: list
     choice: Choice = field(init=False)
-    residency: Residency = field(init=False)
+    residency: Residency | None = field(init=False, default=None)
     rollout: Rollout = field(init=False)
     evaluator: Evaluator = field(init=False)
 
@@ -137,7 +137,7 @@ class Run:
         """Makes everything that depends on the memory policy and the capacity."""
         c, memory = self.config, choice.memory
         check_policy(self.accelerator, memory, c.compile, c.channels_last)
-        if hasattr(self, "residency"):
+        if self.residency:
             self.residency.leave()
         self.choice = choice
         self.residency = Residency(self.accelerator.device, phases_of(self.model, self.judges), memory.residency)

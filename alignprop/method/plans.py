@@ -47,6 +47,10 @@ class GradientPlan:
         """The mean of values [B·(1 + copies), ...] over each sample and its copies, [B, ...]."""
         return values.unflatten(0, (-1, 1 + self.copies)).mean(dim=1)
 
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Their sum, likewise."""
+        return values.unflatten(0, (-1, 1 + self.copies)).sum(dim=1)
+
     @property
     def repeated(self) -> torch.Tensor:
         """The sample that each of the samples and their copies is made of, int [B·(1 + copies)]."""

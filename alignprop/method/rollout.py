@@ -210,6 +210,4 @@ class _SampleWithSweep(torch.autograd.Function):
             ) from error
         trajectory = replace(ctx.trajectory, stored=stored)
         into_cond, gradients = sweep(ctx.rollout, adjoint, trajectory, ctx.cond, ctx.plan, ctx.calls, ctx.parameters)
-        copies = 1 + ctx.drawn_plan.copies
-        into_cond = [total.unflatten(0, (-1, copies)).sum(dim=1) for total in into_cond]
-        return None, None, None, None, *into_cond, *gradients
+        return None, None, None, None, *map(ctx.drawn_plan.total, into_cond), *gradients

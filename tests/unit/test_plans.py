@@ -64,7 +64,8 @@ def test_what_belongs_to_a_sample_is_repeated_for_its_copies_and_averaged_over_t
     plan = GradientPlan.exact(torch.ones(4, 2, dtype=torch.bool), exit_step=torch.tensor([3, 3]), copies=2)
     assert plan.repeat(["a", "b"]) == ["a", "a", "a", "b", "b", "b"]
     assert plan.average(torch.arange(6.0)).tolist() == [1.0, 4.0]
-    assert plan.average(torch.ones(6, 2, 3)).shape == (2, 2, 3)
+    assert plan.total(torch.arange(6.0)).tolist() == [3.0, 12.0]
+    assert plan.average(torch.ones(6, 2, 3)).shape == plan.total(torch.ones(6, 2, 3)).shape == (2, 2, 3)
     plain = GradientPlan.exact(torch.ones(4, 2, dtype=torch.bool))
     assert plain.repeat(["a", "b"]) == ["a", "b"] and plain.average(torch.arange(2.0)).tolist() == [0.0, 1.0]
 
