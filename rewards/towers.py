@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from rewards.base import did_you_mean
@@ -178,12 +179,15 @@ def load_weights(path: str | Path, field: str) -> dict:
 
     Raises: RewardError if the file is missing, damaged, or holds anything but plain data.
     """
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(str(path))
     if not os.path.isfile(path):
         raise RewardError(f"{field}={str(path)!r} does not exist or is not a file")
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickles that it then refuses
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            if path.endswith(".safetensors"):  # torch.load reads them since torch 2.13 only
+                weights = load_file(path)
+            else:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RewardError(f"{field}={str(path)!r} is not a file of plain weights, so it was not loaded") from error
     except Exception as error:

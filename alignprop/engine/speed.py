@@ -22,4 +22,5 @@ def compile_blocks(denoiser: torch.nn.Module, backend: str = "inductor") -> None
         raise ConfigError(f"compile = True: {type(denoiser).__name__} has no repeated blocks that diffusers compiles")
     # A block is traced anew for each of its widths and resolutions, with and without gradient, and for one and for
     # several samples; with torch's default of 8 the last of these would silently run uncompiled.
-    denoiser.compile_repeated_blocks(backend=backend, recompile_limit=64)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    denoiser.compile_repeated_blocks(backend=backend)
