@@ -105,8 +105,9 @@ def measure(row: dict, seconds: float, environment: dict[str, str], tiny: bool) 
                 [*script, "--forecast", str(forecast)], cwd=ROOT, env=environment, stdout=log, stderr=log
             )
             try:
-                code, output = run([*script, "--json", str(out)], environment, seconds)
-                forecasting.wait(timeout=max(1.0, seconds - (time.monotonic() - started)))
+                code, output = run([*script, "--json", str(out), "--no_table"], environment, seconds)
+                if out.exists():  # else the row's process died, and there is nothing to compare with
+                    forecasting.wait(timeout=max(1.0, seconds - (time.monotonic() - started)))
             except subprocess.TimeoutExpired:
                 pass
             finally:

@@ -194,7 +194,8 @@ def main() -> None:
         free(options.device)
         if options.json:  # after each, so that a run that is cut short leaves what it has
             options.json.write_text(json.dumps(measured, indent=2) + "\n")
-    print(report(measured))
+    if not options.no_table:
+        print(report(measured))
     if options.limit_gib and "error" in measured["rows"][0]:
         sys.exit(f"error: it did not fit --limit_gib = {options.limit_gib:g}")
 
@@ -224,11 +225,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit_gib", type=float, help="hold PyTorch to that much; measures one case, see above")
     parser.add_argument("--forecast", type=Path, help="only write the forecast of each case to that file; needs no GPU")
     parser.add_argument("--json", type=Path, help="file for every measurement")
+    parser.add_argument("--no_table", action="store_true", help="write --json alone: a table takes forecasts")
     parser.add_argument("--table", type=Path, help="such a file, to print the table of")
     options = parser.parse_args()
     needs_no_gpu = options.table or options.forecast
     if options.device == "cpu" and (options.models != ["tiny"] or options.limit_gib) and not needs_no_gpu:
         parser.error("--device cpu is for --models tiny: full size, and a limit, need a GPU")
+    if options.no_table and not options.json:
+        parser.error("--no_table leaves nothing without --json")
     return options
 
 

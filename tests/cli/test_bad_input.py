@@ -310,8 +310,8 @@ def result_of(tmp_path_factory, pipeline_folder):
         warm.stdin.close()
 
 
-# The kinds of mistakes that are found before torch is loaded, while a model, a reward or a checkpoint is, and later.
-COLD = ("preset", "reward", "raises when called")
+# A mistake that is found before torch is loaded, and one that is found at the first pictures.
+COLD = ("preset", "raises when called")
 
 
 @pytest.mark.parametrize("name", COLD)

@@ -124,35 +124,27 @@ def assert_trained_alike(folder, other):
     assert_pictures_agree(folder / "samples", other / "samples")
 
 
-def test_four_processes_train_like_one(toy_config, by_one):
+def test_two_processes_train_like_one_until_one_dies_and_ends_the_other(toy_config, by_one):
     """A LoRA of the text encoder too."""
     fields = {"train_text_encoder": True}
-    done = run_main(*flags(toy_config(run_name="four", per_gpu_capacity=1, **SMALL, **fields)), processes=4)
-    assert done.returncode == 0, done.stderr
-    one = by_one(**fields)
-    folder = one.with_name("four")
-    assert json.loads((folder / "config.json").read_text())["train"]["gradient_accumulation_steps"] == 2
-    assert_trained_alike(folder, one)
-    # With the same micro-batches there is only the order of sums, and they are taken in float64.
-    files = [place / "checkpoints" / "checkpoint_3" / LORA_FILE for place in (folder, by_one(1, **fields))]
-    assert difference(*map(load_file, files)) == 0
-
-
-def test_two_processes_train_like_one_until_one_dies_and_ends_the_other(toy_config, by_one):
     started = time.monotonic()
-    config = toy_config(run_name="two", per_gpu_capacity=2, eval_freq=1, **{**SMALL, "num_epochs": 50})
+    config = toy_config(run_name="two", per_gpu_capacity=2, eval_freq=1, **{**SMALL, "num_epochs": 50}, **fields)
     done = run_main(*flags(config), processes=2)
     assert time.monotonic() - started < 90
     assert done.returncode != 0 and "lost contact with another one" in done.stderr
-    one = by_one()
+    one = by_one(**fields)
     folder = one.with_name("two")
+    assert json.loads((folder / "config.json").read_text())["train"]["gradient_accumulation_steps"] == 2
     assert [path.name for path in checkpoints_of(folder)] == ["checkpoint_3"]
     assert_trained_alike(folder, one)
+    # With the same micro-batches there is only the order of sums, and they are taken in float64.
+    files = [place / "checkpoints" / "checkpoint_3" / LORA_FILE for place in (folder, by_one(2, **fields))]
+    assert difference(*map(load_file, files)) == 0
     # One process goes on where two were, and ends where it would have ended alone.
     ends = []
     for name in ("two", "alone"):
-        options = {**SMALL, "run_name": name, "num_epochs": 2, "per_gpu_capacity": 2, "resume_from": "latest"}
-        trainer = AlignPropTrainer(toy_config(**options))
+        options = {**SMALL, **fields, "run_name": name, "num_epochs": 2, "per_gpu_capacity": 2}
+        trainer = AlignPropTrainer(toy_config(resume_from="latest", **options))
         assert trainer.global_step == (3 if name == "two" else 0)
         trainer.train()
         ends.append(load_file(trainer.run.folder / "checkpoints" / "checkpoint_6" / LORA_FILE))

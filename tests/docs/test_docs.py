@@ -102,16 +102,6 @@ def test_a_command_of_main_runs(arguments, stand_ins, stand, monkeypatch, capsys
         assert [result] == [*here.glob(RESULTS[values.config.task])], "the second time it goes on, and is done"
 
 
-def test_the_command_for_two_processes_runs_in_two(stand_ins, stand):
-    (words,) = (words for words in COMMANDS if words[0] == "ACCELERATE_USE_CPU=1")
-    here = stand(" ".join(words))
-    at = words.index("torchrun")
-    environment = dict(word.split("=") for word in words[:at])
-    more = [*stand_ins.flags(words[words.index("main.py") + 1 :]), "--config.per_gpu_capacity=1"]
-    call([sys.executable, "-m", "torch.distributed.run", *words[at + 1 :], *more], environment)
-    assert len([*here.glob(RESULTS["train"])]) == 1
-
-
 @pytest.mark.parametrize("words", COMMANDS, ids=title)
 def test_a_launcher_takes_its_flags_and_is_given_something_that_runs_here(words):
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)]

@@ -206,6 +206,7 @@ def test_an_earlier_run_is_printed_without_a_gpu(tmp_path, monkeypatch, capsys):
         (["--limit_gib", "4"], "error: there is no GPU here"),
         (["--device", "cpu"], "--device cpu is for --models tiny: full size, and a limit, need a GPU"),
         (["--device", "cpu", "--models", "tiny", "--limit_gib", "4"], "need a GPU"),
+        (["--device", "cpu", "--models", "tiny", "--no_table"], "--no_table leaves nothing without --json"),
         (["--policies", "fast,faster"], "'faster' is not one of roomy, fast"),
     ],
 )
