@@ -55,6 +55,27 @@ def test_newer_fields_without_effect_are_told(config, field, told):
     assert line.startswith(f"{field} has no effect") and told in line
 
 
+@pytest.mark.parametrize(("field", "beside", "local"), [
+    ("clip.revision", "clip.model", "folder"), ("pickscore.revision", "pickscore.model", "folder"),
+    ("siglip.revision", "siglip.model", "folder"), ("aesthetic.clip_revision", "aesthetic.clip", "folder"),
+    ("aesthetic.head_revision", "aesthetic.head_repo", "folder"),
+    ("aesthetic.head_repo", "aesthetic.head_file", "file"),
+    ("aesthetic.head_revision", "aesthetic.head_file", "file"), ("hps.checkpoint_repo", "hps.checkpoint", "file"),
+    ("hps.checkpoint_revision", "hps.checkpoint_repo", "folder"),
+    ("imagereward.checkpoint_revision", "imagereward.checkpoint", "file"),
+])  # fmt: skip
+def test_a_repository_beside_a_local_file_is_told(tmp_path, field, beside, local):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    c = preset(reward_fn="aesthetic,hps,clip,pickscore,siglip,imagereward")
+    assert warnings_for(c, [field, beside]) == []
+    c.update_from_flattened_dict({beside: str(tmp_path / local)})
+    (line,) = warnings_for(c, [field, beside])
+    assert line == f"{field} has no effect: it needs {beside} " + (
+        "of the hub, not a local folder" if local == "folder" else "in a repository, not a local file"
+    )
+
+
 def test_options_of_rewards_that_are_named_have_an_effect():
     c = preset(reward_fn="imagereward:2, jpeg_proxy", eval_reward_fn="count_hard,my_rewards:brightness")
     used = ["imagereward.dtype", "jpeg.quality", "count.model", "clip.model"]

@@ -1,5 +1,7 @@
 """Fields of the reward and of the loss that is made of it; the options of each built-in reward."""
 
+import os
+
 from alignprop.settings.fields.field import ALIGN_PROP, TRAINING, Effect, Field, needs
 from alignprop.settings.fields.rules import choice, number, optional, text
 from alignprop.settings.fields.rules import option as option_rule
@@ -64,14 +66,37 @@ def _is_named(group: str) -> Effect:
     return Effect(where, holds, lambda c: reason)
 
 
+def _from_the_hub(group: str, name: str, names: set[str]) -> tuple[Effect, ...]:
+    """Where an option names a hub's repository or its revision: that these are asked at all.
+
+    Args:
+        names: all options of the group. That of a "head_revision" is "head_repo", "head" or, at last, "model"; the file
+            beside a "head_repo" is "head_file" or "head".
+    """
+    stem = name.removesuffix("_repo").removesuffix("revision").rstrip("_")
+    if not name.endswith(("_repo", "revision")):
+        return ()
+    file = next((other for other in (f"{stem}_file", stem) if other in names and f"{stem}_repo" in names), "")
+    repo = next(other for other in (f"{stem}_repo", stem, "model") if other in names)
+    effects = []
+    if file:
+        is_local = lambda c: os.path.isfile(os.path.expanduser(c[group][file] or ""))  # noqa: E731
+        effects.append(needs(f"{group}.{file} in a repository, not a local file", lambda c: not is_local(c)))
+    if name.endswith("revision"):
+        is_folder = lambda c: os.path.isdir(os.path.expanduser(c[group][repo]))  # noqa: E731
+        effects.append(needs(f"{group}.{repo} of the hub, not a local folder", lambda c: not is_folder(c)))
+    return tuple(effects)
+
+
 def _of_rewards() -> tuple[Field, ...]:
     """What the constructors of the built-in rewards take (rewards/registry.py)."""
     fields = {}
     for name in REWARDS:
-        group = options_name(name)
-        for option in options_of(name):
-            field = f"{group}.{option.name}"
-            fields[field] = Field(field, option.default, option_rule(option), option.help, (_is_named(group),))
+        group, options = options_name(name), options_of(name)
+        names = {option.name for option in options}
+        for option in options:
+            field, effects = f"{group}.{option.name}", (_is_named(group), *_from_the_hub(group, option.name, names))
+            fields[field] = Field(field, option.default, option_rule(option), option.help, effects)
     return tuple(fields.values())
 
 
