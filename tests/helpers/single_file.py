@@ -38,67 +38,59 @@ def make_pipeline(
         vae_channels: one number per VAE block.
         text_width: hidden size of the text encoder.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
     folder = Path(folder)
     vocab_size = write_tokenizer(folder / "tokenizer")
-    blocks, vae_blocks = len(channels), len(vae_channels)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=vocab_size,
-                hidden_size=text_width,
-                intermediate_size=2 * text_width,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=77,
-                projection_dim=text_width,
-                bos_token_id=vocab_size - 2,
-                eos_token_id=vocab_size - 1,
-                pad_token_id=vocab_size - 1,
-            )
-        )
-        unet = UNet2DConditionModel(
-            sample_size=sample_size,
-            block_out_channels=channels,
-            layers_per_block=layers_per_block,
-            down_block_types=("CrossAttnDownBlock2D",) * (blocks - 1) + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (blocks - 1),
-            cross_attention_dim=text_width,
-            attention_head_dim=8,  # Stable Diffusion 1.x: the number of heads, in spite of its name
-            norm_num_groups=8,
-        )
-        vae = AutoencoderKL(
-            sample_size=sample_size * 2 ** (vae_blocks - 1),
-            block_out_channels=vae_channels,
-            layers_per_block=layers_per_block,
-            down_block_types=("DownEncoderBlock2D",) * vae_blocks,
-            up_block_types=("UpDecoderBlock2D",) * vae_blocks,
-            latent_channels=4,
-            norm_num_groups=4,
-        )
+        torch.manual_seed(seed)  # one stream for all three: their order is part of the weights
+        text_encoder = _text_encoder(vocab_size, text_width)
+        unet = _unet(channels, layers_per_block, sample_size, text_width)
+        vae = _vae(vae_channels, layers_per_block, sample_size)
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction_type,
+    )  # fmt: skip
     StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+        vae=vae, text_encoder=text_encoder, tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"), unet=unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def _text_encoder(vocab_size: int, width: int):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=77, projection_dim=width, bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 1,
+    ))  # fmt: skip
+
+
+def _unet(channels: tuple[int, ...], layers_per_block: int, sample_size: int, text_width: int):
+    from diffusers import UNet2DConditionModel
+
+    crossed = len(channels) - 1
+    return UNet2DConditionModel(
+        sample_size=sample_size, block_out_channels=channels, layers_per_block=layers_per_block,
+        down_block_types=("CrossAttnDownBlock2D",) * crossed + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * crossed, cross_attention_dim=text_width,
+        attention_head_dim=8,  # Stable Diffusion 1.x: the number of heads, in spite of its name
+        norm_num_groups=8,
+    )  # fmt: skip
+
+
+def _vae(channels: tuple[int, ...], layers_per_block: int, sample_size: int):
+    from diffusers import AutoencoderKL
+
+    blocks = len(channels)
+    return AutoencoderKL(
+        sample_size=sample_size * 2 ** (blocks - 1), block_out_channels=channels, layers_per_block=layers_per_block,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
 
 
 def write_tokenizer(folder: Path) -> int:
