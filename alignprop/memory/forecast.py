@@ -20,8 +20,8 @@ from alignprop.settings.options import estimator_options
 GIB = 2**30
 # What the account does not see: workspaces of kernels, and what the allocator cannot hand out again.
 MARGIN = 0.08
-# A CUDA context with its libraries, which shares the GPU with the allocator.
-CONTEXT = GIB // 2
+# A CUDA context with its libraries, which shares the GPU with the allocator: 0.76 GiB on an H100 (docs/gpu.md).
+CONTEXT = int(0.8 * GIB)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_lean_convolutions_have_the_gradient_of_plain_ones(device, dtype):
 
 @pytest.mark.parametrize("policy", ["lean", "balanced"])
 def test_a_forecast_is_what_the_allocator_gives(toy_config, device, policy):
-    """The bundled model, whose largest tensors are a few MiB: within a fifth."""
+    """The bundled model, whose largest tensors are a few MiB: within a fifth, apart from cuBLAS's workspaces."""
     from config.align_prop import TINY
 
     options = dict(
@@ -81,4 +81,6 @@ def test_a_forecast_is_what_the_allocator_gives(toy_config, device, policy):
     planned = forecast(lambda: (on_meta(fresh), on_meta(judges)), c, policy, POLICIES[policy], 8).peak
     assert planned > 2**20
     if not ON_CPU:
-        assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+        # One for each thread that calls it, and a backward pass has a thread of its own. Hopper's are of 32 MiB.
+        workspaces = 2 * (32 if torch.cuda.get_device_capability()[0] >= 9 else 8.125) * 2**20
+        assert planned + workspaces == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)

@@ -13,6 +13,7 @@ from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
 from alignprop.settings.resolve import resolve
 from alignprop.trainer import AlignPropTrainer
+from config.align_prop import TINY
 from rewards import build_reward
 
 STEPS, CAPACITY = 3, 3
@@ -45,13 +46,14 @@ def options():
     )  # fmt: skip
 
 
-def compare(config, folder, memory):
+def compare(config, memory):
     """(forecast, real) as (bytes, FLOPs)."""
     with config.unlocked():
         config.memory_policy = "fast"
         config.memory.update(vars(memory))
     c = resolve(config, 1)
-    model, judges = StableDiffusion.load(folder), build_judges(c, load_prompts(c.eval_prompt_fn, "eval_prompt_fn"))
+    model = StableDiffusion.load(c.pretrained.model)
+    judges = build_judges(c, load_prompts(c.eval_prompt_fn, "eval_prompt_fn"))
     ours = forecast(lambda: (on_meta(model), on_meta(judges)), c, "x", memory, c.per_gpu_capacity)
     trainer = AlignPropTrainer(config)
     return (ours.peak, ours.flops * c.per_gpu_capacity), real_cost(trainer)
@@ -62,11 +64,10 @@ def small(toy_config, pipeline_folder, options, tmp_path):
     """A random model with the bundled aesthetic reward, on prompts that are all different."""
     prompts = tmp_path / "many.txt"
     prompts.write_text("".join(f"{count} circles\n" for count in range(500)))
-    folder = str(pipeline_folder)
 
     def make(**overrides):
-        fields = {"pretrained__model": folder, "reward_fn": "aesthetic", "prompt_fn": str(prompts)}
-        return toy_config(**fields | options | overrides), folder
+        fields = {"pretrained__model": str(pipeline_folder), "reward_fn": "aesthetic", "prompt_fn": str(prompts)}
+        return toy_config(**fields | options | overrides)
 
     return make
 
@@ -74,7 +75,7 @@ def small(toy_config, pipeline_folder, options, tmp_path):
 @pytest.mark.parametrize("name", STAYING)
 def test_a_forecast_is_what_a_real_step_needs(small, name):
     """Bytes within 5 %, FLOPs within 1 %."""
-    (ours, our_flops), (real, real_flops) = compare(*small(), STAYING[name])
+    (ours, our_flops), (real, real_flops) = compare(small(), STAYING[name])
     assert ours == pytest.approx(real, rel=0.05)
     assert our_flops == pytest.approx(real_flops, rel=0.01)
 
@@ -84,26 +85,28 @@ CALLS = {
     "kl_coeff": {"kl_coeff": 2.0, "train_text_encoder": True},
     "guidance_scale": {"guidance_scale": 1.0},
     "guidance_grad": {"guidance_grad": "cond"},
+    # Beside a smaller model it would show that a real prompt has more tokens than the forecast's empty one.
+    "reward_fn": {"reward_fn": "aesthetic,clip:2", "pretrained__model": str(TINY / "pipeline")},
     "reward_noise": {"reward_noise": 0.1},
 }
 
 
-_FLOPS: list[float] = []  # found once for all fields
+_FLOPS: dict[str, float] = {}  # by model, found once for all fields
 
 
 def flops_without(config) -> float:
-    if not _FLOPS:
-        c = resolve(config, 1)
-        _FLOPS.append(forecast(skeletons(c), c, "x", MemoryPolicy(sweep_chunk=2), CAPACITY).flops)
-    return _FLOPS[0]
+    c = resolve(config, 1)
+    if c.pretrained.model not in _FLOPS:
+        _FLOPS[c.pretrained.model] = forecast(skeletons(c), c, "x", MemoryPolicy(sweep_chunk=2), CAPACITY).flops
+    return _FLOPS[c.pretrained.model]
 
 
 @pytest.mark.parametrize("field", CALLS)
 def test_a_forecast_counts_what_a_field_adds(small, field):
     """Its operations are those of a real step, and are not those of a step without the field."""
-    plain, folder = small()
-    config, _ = small(**CALLS[field])
-    (ours, our_flops), (real, real_flops) = compare(config, folder, MemoryPolicy(sweep_chunk=2))
+    config = small(**CALLS[field])
+    plain = small(pretrained__model=config.pretrained.model)
+    (ours, our_flops), (real, real_flops) = compare(config, MemoryPolicy(sweep_chunk=2))
     assert our_flops == pytest.approx(real_flops, rel=0.002)
     assert ours == pytest.approx(real, rel=0.05)
     if field != "reward_noise":  # which is no call, but has a tensor of its own
@@ -114,7 +117,7 @@ def test_a_forecast_counts_what_a_field_adds(small, field):
 def test_a_forecast_knows_of_copies_and_early_exits(small, estimator, exact_bytes):
     """Samples that leave the chain make a step's calls smaller, never larger, than those that memory is planned for."""
     more = {"plan__copies": 3} if estimator == "draft_lv" else {}
-    (ours, our_flops), (real, real_flops) = compare(*small(estimator=estimator, **more), MemoryPolicy())
+    (ours, our_flops), (real, real_flops) = compare(small(estimator=estimator, **more), MemoryPolicy())
     assert our_flops == pytest.approx(real_flops, rel=0.01)
     assert ours == pytest.approx(real, rel=0.05) if exact_bytes else ours >= 0.95 * real
 
@@ -123,7 +126,7 @@ def test_a_forecast_has_the_judges_that_only_an_evaluation_asks(small):
     """A second tower is loaded for it: in the phase of its own, all of its bytes."""
     peaks = {}
     for judges in ("", "clip"):
-        c = resolve(small(eval_reward_fn=judges, eval_diversity=False)[0], 1)
+        c = resolve(small(eval_reward_fn=judges, eval_diversity=False), 1)
         peaks[judges] = forecast(skeletons(c), c, "x", POLICIES["fast"], CAPACITY).peaks
     _, both = skeletons(c)()
     tower = sum(t.numel() * t.element_size() for t in both.extra.state_dict().values())
@@ -142,8 +145,6 @@ REWARD = Judges(build_reward("tests.helpers.toy_rewards:redness"))
 @pytest.mark.parametrize("reward", ["aesthetic", "clip", "aesthetic:1,tests.helpers.toy_rewards:redness:2"])
 def test_skeletons_have_the_shapes_of_the_real_parts(toy_config, reward):
     """The bundled model's folder and CLIP, read for their configuration files alone."""
-    from config.align_prop import TINY
-
     config = resolve(toy_config(pretrained__model=str(TINY / "pipeline"), reward_fn=reward), 1)
     model, judges = skeletons(config)()
     real = StableDiffusion.load(str(TINY / "pipeline"))

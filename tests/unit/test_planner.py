@@ -35,7 +35,7 @@ SIZES = {"roomy": 90.0, "fast": 20.0, "lean": 12.0, "balanced": 8.0, "small": 5.
 
 
 @pytest.mark.parametrize(("gpu", "chosen"), [
-    (100, "roomy"), (24, "fast"), (21, "lean"), (12, "balanced"), (6, "small"), (2, "smallest"),
+    (100, "roomy"), (24, "fast"), (21, "lean"), (12, "balanced"), (6.3, "small"), (2, "smallest"),
 ])  # fmt: skip
 def test_the_fastest_that_fits_is_chosen(toy_config, accelerator, monkeypatch, gpu, chosen):
     monkeypatch.setattr(planner, "forecast", of_size(lambda policy, capacity: SIZES[policy]))
@@ -104,12 +104,12 @@ def test_policies_that_move_modules_are_not_for_whole_denoisers_nor_for_kept_gra
 def test_fitting_leaves_room_for_what_is_not_counted():
     small = Forecast("x", 1, {"encode": GIB, "sweep": 10 * GIB}, 1.0)
     assert (small.peak, small.phase) == (10 * GIB, "sweep")
-    assert small.fits(11.5 * GIB) and not small.fits(11 * GIB)
+    assert small.fits(11.7 * GIB) and not small.fits(11.5 * GIB)
 
 
 def test_the_table_has_a_line_for_each():
     forecasts = [Forecast("small", 2, {"decode": 3 * GIB}, 2e12), Forecast("fast", 4, {"sweep": 9 * GIB}, 1e12)]
-    lines = table(forecasts, 8, 4 * GIB).splitlines()[1:]
+    lines = table(forecasts, 8, 4.5 * GIB).splitlines()[1:]
     assert [line.split()[:6] for line in lines] == [
         ["small", "2", "3.00", "decode", "2", "16"], ["fast", "4", "9.00", "sweep", "1", "8"],
     ]  # fmt: skip
