@@ -61,9 +61,16 @@ def build_sampler(
         schedule: as of `flow_sampler`, for a flow.
 
     Raises:
-        ConfigError: as `ddim_sampler` and `flow_sampler`.
+        ConfigError: as `ddim_sampler` and `flow_sampler`; the scheduler is of neither kind, such as EDM's.
     """
-    if not type(scheduler).__name__.startswith("FlowMatch"):
+    name, config = type(scheduler).__name__, scheduler.config
+    is_discrete = hasattr(scheduler, "alphas_cumprod") and config.get("timestep_type", "discrete") == "discrete"
+    if not name.startswith("FlowMatch") and (not is_discrete or config.get("use_flow_sigmas")):
+        raise ConfigError(
+            f"pretrained.model: the noise levels of its {name} are neither those of discrete-time diffusion nor those "
+            "of flow matching, the two kinds of model that can be trained"
+        )
+    if not name.startswith("FlowMatch"):
         return ddim_sampler(scheduler, num_inference_steps, eta, field)
     return add_noise(flow_sampler(scheduler, num_inference_steps, **schedule), eta)
 
@@ -139,7 +146,10 @@ def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0, field: s
         ConfigError: the prediction type is unknown to DDIM, or the model has no timesteps for so many steps.
     """
     # A clipped or thresholded x̂0 would make the step non-linear; latent diffusion models do neither.
-    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    try:
+        ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    except NotImplementedError as error:
+        raise ConfigError(f"pretrained.model: its scheduler's beta_schedule is unknown to DDIM ({error})") from error
     if ddim.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ConfigError(
             f"pretrained.model: its scheduler predicts {ddim.config.prediction_type!r}; "

@@ -3,10 +3,10 @@
 import torch
 
 from alignprop.models.base import Conditioning
-from alignprop.models.latent import LatentDiffusion
+from alignprop.models.unet import UNetDiffusion
 
 
-class StableDiffusionXL(LatentDiffusion):
+class StableDiffusionXL(UNetDiffusion):
     """The Model protocol (models/base.py), its conditioning being
 
     prompt_embeds: [B, 77, 2048], both encoders' last but one hidden states side by side.
@@ -22,6 +22,7 @@ class StableDiffusionXL(LatentDiffusion):
     pipeline_name = "StableDiffusionXLPipeline"
     unused = ("feature_extractor", "image_encoder")
     adaptable = ("text_encoder", "text_encoder_2")
+    added = "text_time"
 
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -45,14 +46,13 @@ class StableDiffusionXL(LatentDiffusion):
             "prompt_embeds": self._zeros(*embeds),
             "pooled_prompt_embeds": self._zeros(count, second.projection_dim),
         }
-        blank |= {f"negative_{name}": tensor.clone() for name, tensor in blank.items()}
-        return blank | {"time_ids": self._zeros(count, 6)}
+        return self.with_negative(blank) | {"time_ids": self._zeros(count, 6)}
 
     def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
         prompt_embeds = branch["prompt_embeds"]
         added = {"text_embeds": branch["pooled_prompt_embeds"], "time_ids": branch["time_ids"]}
-        latents = latents.to(prompt_embeds.dtype)
-        return self.denoiser(latents, timestep, prompt_embeds, added_cond_kwargs=added).sample
+        given = {"added_cond_kwargs": added, "timestep_cond": branch.get("timestep_cond")}
+        return self.denoiser(latents.to(prompt_embeds.dtype), timestep, prompt_embeds, **given).sample
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.decoder.config

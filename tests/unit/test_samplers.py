@@ -4,9 +4,15 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    IPNDMScheduler,
     PNDMScheduler,
 )
 
@@ -226,3 +232,17 @@ def test_eta_one_from_pure_noise_is_the_limit_of_little_noise_less():
 
 def noise_of(sampler):
     return sampler.sigma[0] * 0.3
+
+
+@pytest.mark.parametrize(("of_another_world", "message"), [
+    (EDMDPMSolverMultistepScheduler(), "the noise levels of its EDMDPMSolverMultistepScheduler are neither"),
+    (EDMEulerScheduler(prediction_type="v_prediction"), "the noise levels of its EDMEulerScheduler are neither"),
+    (IPNDMScheduler(), "the noise levels of its IPNDMScheduler are neither"),
+    (EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), "EulerDiscreteScheduler are"),
+    (DPMSolverMultistepScheduler(use_flow_sigmas=True), "the noise levels of its DPMSolverMultistepScheduler are"),
+    (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "DPMSolverMultistep"),
+    (DDPMScheduler(beta_schedule="sigmoid"), "its scheduler's beta_schedule is unknown to DDIM"),
+])  # fmt: skip
+def test_a_scheduler_of_another_world_is_refused(of_another_world, message):
+    with pytest.raises(ConfigError, match=rf"^pretrained\.model: .*{message}"):
+        build_sampler(of_another_world, 5, 0.0)
