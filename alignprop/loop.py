@@ -66,6 +66,7 @@ class TrainingLoop:
             compile_blocks(run.model.denoiser)
         self.global_step = 0
         self.stop_requests: list[str] = []
+        self._warned: set[str] = set()
         self.reason_to_stop = ""  # what the newest evaluation said, where `stop_when` ends the run
         if run.checkpoint:
             self._restore()
@@ -95,6 +96,7 @@ class TrainingLoop:
                 skipped, row = self.weights.skipped, self.step()
                 if self.weights.skipped > skipped:
                     run.say(f"step {self.global_step}: skipped, its loss or gradient is not finite{self._why()}")
+                self._warn_of_nothing_to_learn(row)
                 run.log(row)
                 bar.set_postfix(epoch=row["epoch"], reward=f"{row['reward']:.4g}")
                 bar.update()
@@ -190,6 +192,17 @@ class TrainingLoop:
         if self.reason_to_stop:
             self.save()
         run.prune_checkpoints()
+
+    def _warn_of_nothing_to_learn(self, row: dict) -> None:
+        """Once for each of two causes: a run of such steps ends well and has trained nothing."""
+        equal = row["reward_std"] == 0 and self.config.train.total_batch_size > 1
+        for cause, holds in (
+            ("its gradient is exactly 0", row["grad_norm"] == 0),
+            ("all its rewards are equal", equal),
+        ):
+            if holds and cause not in self._warned:
+                self._warned.add(cause)
+                self.run.say(f"warning: step {self.global_step}: {cause}; nothing is learned from such a step")
 
     def _why(self) -> str:
         scaling = self.run.accelerator.scaler

@@ -52,6 +52,8 @@ def _parse_term(term: str, spec: str) -> tuple[str, float]:
         weight = float(pieces.pop())
     if not math.isfinite(weight):
         raise RewardError(f"reward {spec!r}: the weight in {term!r} is not a finite number")
+    if weight == 0:
+        raise RewardError(f"reward {spec!r}: the weight in {term!r} is 0, so that it has no effect; leave it out")
     name = ":".join(pieces)
     is_custom = len(pieces) == 2 and pieces[1].isidentifier() and pieces[0].replace(".", "_").isidentifier()
     if name not in REWARDS and (not is_custom or pieces[0] in REWARDS):

@@ -83,6 +83,11 @@ def try_reward(reward: WeightedReward, images: torch.Tensor, prompts, metadata, 
                 f"reward {reward.name!r} has finite scores, but a gradient that is not finite; a square root, a "
                 "logarithm or a division at 0 may be the cause"
             )
+        if not gradient.any():
+            raise RewardError(
+                f"reward {reward.name!r} has a gradient of exactly 0 in every pixel of {len(images)} pictures: nothing "
+                "would be learned from it; rounding, a comparison, a saturated clamp or a factor of 0 may be the cause"
+            )
 
 
 class CustomReward(Reward):

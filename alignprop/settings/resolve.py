@@ -125,6 +125,11 @@ def _check_combinations(c: ConfigDict) -> None:
         raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
     if c.task == "train" and c.algorithm == "ddpo" and not c.eta:
         raise ConfigError("eta = 0 must be greater than 0 where algorithm = 'ddpo': a policy needs chance; it has 1.0")
+    if c.task == "train" and c.algorithm == "ddpo" and c.train.total_samples_per_epoch == 1:
+        raise ConfigError(
+            "train.total_samples_per_epoch = 1 must be at least 2 where algorithm = 'ddpo', which compares a sample "
+            "with others"
+        )
     if c.loss != "maximise" and c.loss_target is None:
         raise ConfigError(f"loss = {c.loss!r} needs loss_target, in units of the reward")
     if c.task == "evaluate_soup":

@@ -31,6 +31,11 @@ def at_a_corner(images, prompts, metadata):
     return (images - images).square().flatten(1).sum(dim=1).sqrt()
 
 
+def in_levels(images, prompts, metadata):
+    """Rounded to 255 levels, through which no gradient passes."""
+    return redness((images * 255).round() / 255, prompts, metadata)
+
+
 def in_place(images, prompts, metadata):
     with torch.no_grad():
         return images.mul_(255).mean(dim=(1, 2, 3))

@@ -230,6 +230,21 @@ def test_a_row_has_the_base_distance_where_it_is_held_down(toy_config):
     assert second["base_distance"] > 0 and "base_distance" not in free.step()
 
 
+def test_a_run_that_learns_nothing_is_told_so_once(toy_config, capsys):
+    """A reward that has a gradient at the trial, and later neither a gradient nor a difference between pictures."""
+    calls = iter(range(10**6))
+
+    def fading(images, prompts, metadata):
+        return redness(images, prompts, metadata) * float(next(calls) == 0)
+
+    AlignPropTrainer(toy_config(eval_reward_fn="", num_epochs=1), reward_function=fading).train()
+    told = capsys.readouterr().out
+    for cause in ("its gradient is exactly 0", "all its rewards are equal"):
+        assert told.count(f"warning: step 1: {cause}; nothing is learned from such a step") == told.count(cause) == 1
+    train(toy_config(run_name="other", num_epochs=1))
+    assert "nothing is learned" not in capsys.readouterr().out
+
+
 def test_without_a_pull_nothing_is_called_for_it(toy_config, monkeypatch):
     monkeypatch.setattr("alignprop.method.gradient.base_distance", lambda *args: pytest.fail("called"))
     assert AlignPropTrainer(toy_config()).step()["grad_norm"] > 0
