@@ -1,7 +1,6 @@
 """The tasks that do not train: evaluating a checkpoint or mixtures of two, reward guidance, planning."""
 
 import itertools
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import check_base
 from alignprop.settings.errors import ConfigError
+from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve, save_config
 from alignprop.weights import load_denoiser
@@ -80,7 +80,7 @@ def evaluate_soup(config, reward_function=None, model=None) -> Path:
         results.append({"mixing_coef_1": coefficient, **measured})
     background.wait()
     if run.is_main:
-        (folder / "soup.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(folder / "soup.json", results)
         names = [name for name in results[0] if name != "mixing_coef_1"]
         curves = {name: [(r[name]["mean"], r[name]["stderr"]) for r in results] for name in names}
         plot_soup([r["mixing_coef_1"] for r in results], curves, folder / "soup.png")
@@ -121,7 +121,7 @@ def guide(config, reward_function=None, model=None) -> Path:
             pictures[name] = evaluation.images
     background.wait()
     if run.is_main:
-        (folder / "guide.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(folder / "guide.json", results)
         save_comparison(pictures, evaluation.labels(), folder / "comparison.png")
         plot_bars({name: {m: r[m] for m in measured} for name, r in results.items()}, folder / "guide.png")
     run.accelerator.end_training()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from alignprop.engine.sharding import DTensor, gather, shard, spread, whole_copy
 from alignprop.lora.adapters import add_adapter, get_adapter, trained_parameters, update_adapter
-from alignprop.lora.files import read_lora, save_lora
+from alignprop.lora.files import check_finite, read_lora, save_lora
 from alignprop.models.base import Model
 from alignprop.settings.errors import ConfigError
 
@@ -174,6 +174,7 @@ class TrainedWeights:
             raise ConfigError(
                 f"resume_from = {str(checkpoint)!r} trained other weights; use_lora or pretrained.model differ"
             )
+        check_finite(state["weights"], f"resume_from = {str(checkpoint)!r}")
         if state["optimizer_name"] != self.config.train.optimizer:
             raise ConfigError(
                 f"resume_from = {str(checkpoint)!r} was trained with train.optimizer = {state['optimizer_name']!r}, "
@@ -208,13 +209,14 @@ def load_denoiser(denoiser, folder: Path) -> None:
     """Loads fully fine-tuned weights, as diffusers' `save_pretrained` wrote them.
 
     Raises:
-        ConfigError: they are not this denoiser's.
+        ConfigError: they are not this denoiser's, or not finite.
     """
     tensors = {}
     denoiser.float()  # as it was trained
     try:
         for path in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(path)
+        check_finite(tensors, repr(str(folder)))
         denoiser.load_state_dict(tensors)
     except (RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{str(folder)!r} does not fit this model: {str(error).splitlines()[-1].strip()}") from error

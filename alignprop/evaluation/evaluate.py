@@ -5,7 +5,6 @@ processes, and nothing here touches the randomness of training.
 """
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from alignprop.method.base_distance import base_conditioning, chain_distance
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, encode, select
 from alignprop.prompts import PromptSet
+from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import chunks
 
 Sample = Callable[[list[torch.Generator], Conditioning, list[str], list[dict]], torch.Tensor]
@@ -219,6 +219,6 @@ def write_report(evaluation: Evaluation, folder: Path) -> dict:
         prompt: {name: statistics(scores[rows]) for name, scores in all_scores.items()}
         for prompt, rows in rows_of.items()
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(folder / "summary.json", summary)
     save_grid(evaluation.images, evaluation.labels(), folder / "grid.png")
     return summary

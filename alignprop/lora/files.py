@@ -32,8 +32,8 @@ def read_lora(path, model=None) -> LoraWeights:
         model: that it is for, on any device; what the names of other tools mean depends on it.
 
     Raises:
-        ConfigError: no such file, not a whole safetensors file, no LoRA tensors in it, or an alpha per layer in the
-            header of diffusers' format.
+        ConfigError: no such file, not a whole safetensors file, no LoRA tensors in it, numbers that are not finite, or
+            an alpha per layer in the header of diffusers' format.
     """
     path = Path(path)
     path = path / LORA_FILE if path.is_dir() else path
@@ -59,10 +59,26 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ConfigError(f"no LoRA file at {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         # A pickle (.bin, .pt, .ckpt) could run code, so it is not even tried.
         raise ConfigError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+    check_finite(tensors, repr(str(path)))
+    return tensors, metadata
+
+
+def check_finite(tensors: dict[str, torch.Tensor], source: str) -> None:
+    """
+    Args:
+        source: what the tensors are of, as a message begins.
+
+    Raises:
+        ConfigError: some are not finite.
+    """
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ConfigError(f"{source}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, such as {bad[0]!r}")
 
 
 def _is_foreign(name: str) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from alignprop.settings.errors import ConfigError
+from alignprop.settings.json_files import write_json
 
 MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"
@@ -20,7 +21,7 @@ def write_manifest(checkpoint: Path, base: dict) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file()
     }
-    (checkpoint / MANIFEST).write_text(json.dumps({"base_model": base, "files": files}, indent=2) + "\n")
+    write_json(checkpoint / MANIFEST, {"base_model": base, "files": files})
 
 
 def damage_of(checkpoint: Path) -> str:

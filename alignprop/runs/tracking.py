@@ -22,6 +22,7 @@ import torch
 
 from alignprop.evaluation.pictures import draw_grid
 from alignprop.settings.errors import ConfigError
+from alignprop.settings.json_files import finite
 
 TRACKERS = ("wandb", "tensorboard")
 
@@ -34,7 +35,7 @@ class MetricsLog:
 
     def append(self, row: dict) -> None:
         """Write one row. Non-finite floats become null; a tensor raises TypeError."""
-        line = json.dumps(_finite(row), allow_nan=False)
+        line = json.dumps(finite(row), allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -64,14 +65,6 @@ class MetricsLog:
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, self.path)
-
-
-def _finite(value):
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_log_with(text: str) -> list[str] | None:

@@ -1,14 +1,13 @@
 """From the configuration that a person wrote to the one that runs: derive, check, warn."""
 
 import difflib
-import json
 import os
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
+from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
 
 
@@ -197,7 +196,4 @@ def save_config(config: ConfigDict, path) -> None:
     from importlib.metadata import version
 
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    content = {**config.to_dict(), "versions": {name: version(name) for name in packages}}
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)  # so that a full disk leaves the earlier one
+    write_json(path, {**config.to_dict(), "versions": {name: version(name) for name in packages}})

@@ -135,6 +135,20 @@ def test_report_files_agree_with_the_scores(toy_config, tmp_path):
     assert (tmp_path / "grid.png").exists()
 
 
+def test_scores_that_are_not_finite_are_null_and_told(toy_config, tmp_path, capsys):
+    found = build_run(toy_config()).evaluator()
+    found.rewards[0] = float("nan")
+    write_report(found, tmp_path)
+
+    def refuse(word):
+        pytest.fail(f"{word} is no JSON")
+
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["reward"]["mean"] is None and summary["tests.helpers.toy_rewards:contrast"]["mean"] > 0
+    told = capsys.readouterr().err
+    assert "warning: " in told and "summary.json are not finite and stand there as null: reward.mean" in told
+
+
 def test_a_weighted_sum_and_its_terms(toy_config):
     config = toy_config(reward_fn="tests.helpers.toy_rewards:redness:2,tests.helpers.toy_rewards:contrast:0.5")
     found = build_run(config).evaluator()

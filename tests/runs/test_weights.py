@@ -1,13 +1,13 @@
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from alignprop.lora.factors import trainable_parameters
 from alignprop.lora.files import LORA_FILE
-from alignprop.runs.checkpoint import checkpoints_of
+from alignprop.runs.checkpoint import checkpoints_of, read_state
 from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
-from alignprop.weights import OPTIMIZERS
+from alignprop.weights import OPTIMIZERS, load_denoiser
 from tests.helpers.training import half_precision, train, weights
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -54,6 +54,25 @@ def test_another_rank_is_refused_at_resume(toy_config):
     first = train(toy_config(run_name="r", num_epochs=1))
     with pytest.raises(ConfigError, match="lora_rank = 4, this run has 8"):
         AlignPropTrainer(toy_config(resume_from=str(first.run.folder), lora_rank=8))
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_weights_that_are_not_finite_are_refused(toy_config, use_lora):
+    """Of a training state, and of a fine-tuned denoiser that is only evaluated."""
+    first = train(toy_config(run_name="r", num_epochs=1, use_lora=use_lora))
+    checkpoint = checkpoints_of(first.run.folder)[-1]
+    state = read_state(checkpoint)
+    next(iter(state["weights"].values())).fill_(float("inf"))
+    again = AlignPropTrainer(toy_config(run_name="other", use_lora=use_lora))
+    with pytest.raises(ConfigError, match=r"resume_from = .*: 1 of \d+ tensors hold NaN or infinity"):
+        again.weights.load(state, checkpoint)
+    if not use_lora:
+        file = next((checkpoint / "denoiser").glob("*.safetensors"))
+        save_file(load_file(file) | {"conv_in.bias": torch.full((16,), float("nan"))}, file)
+        with pytest.raises(
+            ConfigError, match=r"denoiser': 1 of \d+ tensors hold NaN or infinity, such as 'conv_in.bias'"
+        ):
+            load_denoiser(again.run.model.denoiser, checkpoint / "denoiser")
 
 
 def test_overrides_count_when_resuming(toy_config):

@@ -63,6 +63,18 @@ def test_a_truncated_file_is_refused(model, tmp_path):
         read_lora(path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(model, tmp_path, value):
+    add_random(model)
+    save_lora(model, get_lora(model.denoiser), tmp_path)
+    tensors = load_file(tmp_path / LORA_FILE)
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, tmp_path / LORA_FILE)
+    with pytest.raises(ConfigError, match=rf"1 of {len(tensors)} tensors hold NaN or infinity, such as '{name}'"):
+        read_lora(tmp_path)
+
+
 def test_file_keys_are_those_of_the_pipeline(model, tmp_path):
     add_random(model)
     save_lora(model, get_lora(model.denoiser), tmp_path)
