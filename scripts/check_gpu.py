@@ -127,6 +127,8 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
     """Exit status and output of a process that may take so many seconds; 124 where it took longer."""
     try:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        # Unbuffered: the last line has to be the one that was printed last.
+        environment = environment | {"PYTHONUNBUFFERED": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds, **streams)
         return done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
