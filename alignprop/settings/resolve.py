@@ -66,19 +66,20 @@ def _derive(c: ConfigDict) -> None:
 
 
 def _derive_batches(c: ConfigDict, num_processes: int) -> None:
-    """Checks that batches divide each other, and fills in how many of one make another."""
-    train, capacity = c.train, 1 if c.per_gpu_capacity == "auto" else c.per_gpu_capacity
-    at_once = capacity * num_processes
-    _check_multiple(
-        "train.total_batch_size", train.total_batch_size, at_once,
-        f"per_gpu_capacity × processes = {capacity} × {num_processes} = {at_once}",
-    )  # fmt: skip
+    """Checks that batches divide each other, and fills in how many of one make another.
+
+    `per_gpu_capacity` becomes the largest micro-batch up to it that divides a process's share of a step.
+    """
+    train = c.train
+    _check_multiple("train.total_batch_size", train.total_batch_size, num_processes, f"{num_processes} processes")
     _check_multiple(
         "train.total_samples_per_epoch", train.total_samples_per_epoch, train.total_batch_size,
         f"train.total_batch_size = {train.total_batch_size}",
     )  # fmt: skip
     if c.per_gpu_capacity != "auto":
-        train.gradient_accumulation_steps = train.total_batch_size // at_once
+        share = train.total_batch_size // num_processes
+        c.per_gpu_capacity = next(n for n in range(min(c.per_gpu_capacity, share), 0, -1) if share % n == 0)
+        train.gradient_accumulation_steps = share // c.per_gpu_capacity
     # A step of DDPO is a whole epoch: it samples, and then makes several updates with these samples.
     updates = train.total_samples_per_epoch // train.total_batch_size
     train.steps_per_epoch = updates if c.algorithm == "align_prop" else 1

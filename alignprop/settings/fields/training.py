@@ -9,7 +9,8 @@ FIELDS = (
     Field("num_epochs", 100, COUNT, "Passes of total_samples_per_epoch samples.", (TRAINING,)),
     Field(
         "per_gpu_capacity", 4, COUNT_OR_AUTO,
-        "Samples in one micro-batch on one GPU. 'auto': the most that fit. It changes results by rounding only.",
+        "The most samples in one micro-batch on one GPU. The largest number up to it that divides a GPU's share of a "
+        "step is taken. 'auto': the most that fit. It changes results by rounding only.",
     ),
     Field("train.total_batch_size", 128, COUNT, "Samples of an optimizer step, over all processes.", (TRAINING,)),
     Field("train.total_samples_per_epoch", 256, COUNT, "Samples of an epoch, over all processes.", (TRAINING,)),
