@@ -6,13 +6,14 @@ import re
 import sys
 import textwrap
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import FIELDS
+from alignprop.settings.fields.field import Field
 from alignprop.settings.resolve import check_name
 from alignprop.settings.warnings import warnings_for
 
@@ -21,6 +22,9 @@ PRESET = "config/align_prop.py:quickstart"
 
 def define_flags(argv: list[str]) -> None:
     """Defines `--config`, `--plan` and `--gpu_memory`.
+
+    Args:
+        argv: `sys.argv`, where ml_collections looks for overrides. Lists in it are written as Python has them.
 
     Raises:
         ConfigError: a field that does not exist, or a list that is given twice.
@@ -32,9 +36,42 @@ def define_flags(argv: list[str]) -> None:
             # Of several values of a list ml_collections would make one, of any other field it takes the last.
             if name in FIELDS and FIELDS[name].rule.type is tuple and names.count(name) > 1:
                 raise ConfigError(f"{name} is given twice")
+        argv[:] = with_lists(argv)
         config_flags.DEFINE_config_file("config", PRESET, "Configuration file and preset to run.")
         flags.DEFINE_bool("plan", False, "Print what training will cost with each memory policy, and end.")
         flags.DEFINE_float("gpu_memory", None, "With --plan: GiB of the GPU to plan for.", lower_bound=0.1)
+
+
+def with_lists(argv: list[str]) -> list[str]:
+    """The same arguments, the values of lists in Python's own notation, which is what ml_collections reads."""
+    argv = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        name = re.sub(r"^--?config\.", "", flag)
+        if name == flag or name not in FIELDS or FIELDS[name].rule.type is not tuple:
+            continue
+        if equals:
+            argv[i] = f"{flag}={_list_literal(value, FIELDS[name])}"
+        elif i + 1 < len(argv):
+            argv[i + 1] = _list_literal(argv[i + 1], FIELDS[name])
+    return argv
+
+
+def _list_literal(text: str, field: Field) -> str:
+    """'to_q,to_out.0' -> "('to_q', 'to_out.0')", '0,1' -> '(0, 1)': brackets, quotes and spaces are optional."""
+    inside = re.sub(r"^([(\[])(.*)[)\]]$", r"\2", text.strip())
+    words = tuple(word.strip().strip("'\"") for word in inside.split(",") if word.strip())
+    values = (words, tuple(map(_number, words)))
+    # What is wrong stays as it was typed, for the message.
+    return next((repr(value) for value in values if text.strip() != "None" and field.rule.accepts(value)), text)
+
+
+def _number(word: str):
+    """The word as a number, where it is one."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(word)
+    return word
 
 
 def parse_flags(argv: list[str]) -> list[str]:

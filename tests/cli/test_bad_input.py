@@ -173,7 +173,6 @@ ROWS = [
     Row("first step", r"trunc_backprop_timestep = 2 must be from 0 to .* 1", {"trunc_backprop_timestep": 2}),
     Row("reversed", r"truncated_backprop_minmax = \(2, 0\) must", {"truncated_backprop_minmax": "2,0"}),
     Row("out of range", r"truncated_backprop_minmax = \(0, 3\) must", {"truncated_backprop_minmax": "0,3"}),
-    Row("batch", r"train.total_batch_size = 3 is not .*nearest: 2 or 4", {"train.total_batch_size": 3}),
     Row("epoch", r"train.total_samples_per_epoch = 3 is .*nearest: 2 or 4", {"train.total_samples_per_epoch": 3}),
     Row("coefficient", r"mixing_coef_1 = \(1.5,\).* from 0 to 1", LORA | {"mixing_coef_1": 1.5}, preset="tiny_soup"),
     Row("soup of nothing", r"resume_from is empty; evaluate_soup needs", preset="tiny_soup"),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 import main
 from alignprop.models.configs import find_config
-from alignprop.settings.command_line import PRESET
+from alignprop.settings.command_line import PRESET, with_lists
 from alignprop.settings.resolve import flatten
 from config.align_prop import TINY, get_config
 from tests.helpers.docs_commands import ROOT, blocks
@@ -42,7 +42,7 @@ esac
 def parsed(arguments) -> flags.FlagValues:
     """The flags of main.py, as absl parses them; `sys.argv` is where ml_collections looks for overrides."""
     values = flags.FlagValues()
-    before, sys.argv = sys.argv, ["main.py", *arguments]
+    before, sys.argv = sys.argv, with_lists(["main.py", *arguments])
     try:
         config_flags.DEFINE_config_file("config", PRESET, flag_values=values)
         flags.DEFINE_bool("plan", False, "", flag_values=values)
