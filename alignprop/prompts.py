@@ -1,4 +1,4 @@
-"""Prompt sets: a name or a text file becomes a list of prompts, and prompts are drawn by key, never by order.
+"""Prompt sets: a name or a file becomes a list of prompts, and prompts are drawn by key, never by order.
 
 ``simple_animals`` are the 45 animals that DDPO (arXiv 2305.13301) and AlignProp (arXiv 2310.03739) align on.
 ``hps_v2_all`` are the benchmark prompts of HPSv2 (arXiv 2306.09341), 800 in each of four styles.
@@ -16,6 +16,7 @@ import torch
 
 from alignprop.engine.seeding import generator
 from alignprop.settings.errors import ConfigError
+from alignprop.settings.prompt_files import READERS, read_prompt_file
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 HPS_REPO = "zhwang/HPDv2"
@@ -41,26 +42,24 @@ class PromptSet:
 
 
 def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
-    """The prompt set called ``name``, or the lines of the text file at the path ``name``.
-
-    A text file is UTF-8 with one prompt per line; blank lines are skipped, and ``#`` has no special meaning.
+    """The prompt set called ``name``, or what the file at the path ``name`` holds (settings/prompt_files.py).
 
     Args:
         name: a key of ``PROMPT_SETS`` or a path.
         field: the config field that named it, for the error message.
 
     Raises:
-        ConfigError: unknown name; file missing, empty or not UTF-8; HPSv2's prompts out of reach.
+        ConfigError: unknown name; file missing, empty, not UTF-8 or not of its format; HPSv2's prompts out of reach.
     """
     if name in PROMPT_SETS:
         return PROMPT_SETS[name](name, field)
     path = Path(os.path.expanduser(name))
-    if os.path.isfile(path) or "/" in name or name.endswith(".txt"):
+    if os.path.isfile(path) or "/" in name or name.endswith((".txt", *READERS)):
         return _from_file(name, path, field)
     nearest = difflib.get_close_matches(name, PROMPT_SETS, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     raise ConfigError(
-        f"{field} = {name!r} is not a prompt set{hint}; allowed: {', '.join(PROMPT_SETS)} or a text file's path"
+        f"{field} = {name!r} is not a prompt set{hint}; allowed: {', '.join(PROMPT_SETS)} or a file's path"
     )
 
 
@@ -78,15 +77,10 @@ def draw_prompts(source, seed: int, step: int, indices: Iterable[int]) -> tuple[
 
 def _from_file(name: str, path: Path, field: str) -> PromptSet:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{field} = {name!r}: {path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise ConfigError(f"{field} = {name!r}: cannot read {path} ({error.strerror})") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ConfigError(f"{field} = {name!r}: {path} holds no prompt; write one per line")
-    return PromptSet(name, prompts, tuple({} for _ in prompts))
+        prompts, metadata = zip(*read_prompt_file(path), strict=True)
+    except ConfigError as error:
+        raise ConfigError(f"{field} = {name!r}: {error}") from error
+    return PromptSet(name, prompts, metadata)
 
 
 def _asset(filename: str) -> Callable[[str, str], PromptSet]:

@@ -89,6 +89,62 @@ def test_bad_text_files_are_one_plain_line_each(tmp_path):
     assert all(message(str(path)).startswith(f"prompt_fn = '{path}'") for path in (missing, empty, latin))
 
 
+ROWS = [("a red cat, sitting", {"count": "2", "style": 'say "hi"'}), ("two dogs", {"count": "3", "style": ""})]
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("p.csv", 'prompt,count,style\r\n"a red cat, sitting",2,"say ""hi"""\r\n\r\ntwo dogs,3,\r\n'),
+    ("p.csv", 'count,style,text\n2,"say ""hi""","a red cat, sitting"\n3,,two dogs'),
+    ("p.tsv", 'prompt\tcount\tstyle\na red cat, sitting\t2\t"say ""hi"""\ntwo dogs\t3\t\n'),
+    ("p.jsonl", "\n".join(json.dumps({"prompt": p, **m}) for p, m in ROWS) + "\n\n"),
+    ("p.jsonl", "\n".join(json.dumps({"caption": p, "metadata": m}) for p, m in ROWS)),
+    ("p.json", json.dumps([{"prompt": p, **m} for p, m in ROWS], indent=2)),
+])  # fmt: skip
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_rows_have_a_prompt_and_metadata(tmp_path, name, content, mark):
+    (tmp_path / name).write_bytes((mark + content).encode())
+    loaded = load_prompts(str(tmp_path / name))
+    assert list(zip(loaded.prompts, loaded.metadata, strict=True)) == ROWS
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("p.json", '["a cat", "a dog"]'), ("p.jsonl", '"a cat"\n"a dog"\n'), ("p.csv", "prompt\na cat\na dog\n"),
+])  # fmt: skip
+def test_prompts_alone_have_no_metadata(tmp_path, monkeypatch, name, content):
+    (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_prompts(name)
+    assert (loaded.prompts, loaded.metadata) == (("a cat", "a dog"), ({}, {}))
+
+
+@pytest.mark.parametrize(("name", "content", "told"), [
+    ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a dog"\n', "line 2 is not JSON"),
+    ("p.jsonl", '{"prompt": "a cat"}\n\n{"promt": "a dog"}\n', "line 3 has no prompt or text or caption, but promt"),
+    ("p.jsonl", '["a cat"]', "line 1 is a list, not an object with a prompt"),
+    ("p.jsonl", '{"prompt": ["a cat"]}', "line 1: prompt = ['a cat'] is not a text"),
+    ("p.jsonl", '{"prompt": "  "}', "line 1: prompt = '  ' is not a text"),
+    ("p.json", '[\n"a cat",\n]', "is not JSON"),
+    ("p.json", '{"prompt": "a cat"}', "it holds one dict, not a list of prompts"),
+    ("p.json", '["a cat", 3]', "entry 2 is a int"),
+    ("p.csv", "a cat\na dog\n", "line 1 is the header and names no prompt or text or caption, but ['a cat']"),
+    ("p.csv", "prompt,n\na red, old cat,2\n", "line 2 has 3 columns, the header 2"),
+    ("p.csv", 'prompt,n\na cat,2\n"a dog,3\n', "line 3: unexpected end of data"),
+    ("p.csv", "\n\n", "holds no prompt"),
+    ("p.txt", 'a cat\n{"prompt": "a dog"}\n', "line 2 is a JSON object; JSON lines are read from a .jsonl file"),
+    ("p.txt", "a cat\t2\n", "line 1 holds a tab, as tables do; a table is read from a .tsv file"),
+    ("p.yaml", "- a cat\n", ".yaml files are not read; .jsonl, .json, .csv, .tsv and text files are"),
+])  # fmt: skip
+def test_what_does_not_parse_is_told_with_its_place(tmp_path, name, content, told):
+    (tmp_path / name).write_text(content)
+    text = message(str(tmp_path / name))
+    assert text.startswith(f"prompt_fn = '{tmp_path / name}': ") and told in text
+
+
+def test_a_prompt_in_braces_is_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text("{a cat}, [a dog]\n")
+    assert load_prompts(str(tmp_path / "p.txt")).prompts == ("{a cat}, [a dog]",)
+
+
 # ---- the HPSv2 benchmark
 
 

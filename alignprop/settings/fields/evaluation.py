@@ -6,7 +6,8 @@ from alignprop.settings.fields.rules import COUNT, NUMBERS, boolean, choice, int
 FIELDS = (
     Field(
         "prompt_fn", "simple_animals", text(),
-        "The prompts of training: a named prompt set, or a text file with one prompt a line.", (TRAINING,),
+        "The prompts of training: a named prompt set, a text file with one prompt a line, or a .jsonl, .json, .csv or "
+        ".tsv file with a column `prompt`, whose other columns are metadata for the reward.", (TRAINING,),
     ),
     Field("eval_prompt_fn", "eval_simple_animals", text(), "The prompts of evaluations, likewise."),
     Field(

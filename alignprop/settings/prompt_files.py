@@ -1,0 +1,127 @@
+"""Files of prompts: text with one a line, or rows with a prompt and metadata (.jsonl, .json, .csv, .tsv)."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from alignprop.settings.errors import ConfigError
+
+COLUMNS = ("prompt", "text", "caption")  # what the column of the prompts may be called
+Rows = list[tuple[str, dict]]
+"""Prompts with their metadata."""
+
+
+def read_prompt_file(path: Path) -> Rows:
+    """
+    In a row the prompt stands under one of COLUMNS. Its metadata are the other columns, and what an object under
+    "metadata" holds.
+
+    Raises:
+        ConfigError: the file cannot be read, is not UTF-8, or a line or entry of it has no prompt.
+    """
+    if path.suffix in UNREAD:
+        raise ConfigError(f"{path}: {path.suffix} files are not read; {', '.join(READERS)} and text files are")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror})") from None
+    try:
+        rows = READERS.get(path.suffix, _text)(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not rows:
+        raise ConfigError(f"{path} holds no prompt; write one per line")
+    return rows
+
+
+# Each raises ValueError with the place of what is wrong.
+
+
+def _text(text: str) -> Rows:
+    """A prompt a line; blank lines are skipped, and `#` has no special meaning."""
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for number, line in lines:
+        if "\t" in line:
+            raise ValueError(f"line {number} holds a tab, as tables do; a table is read from a .tsv file")
+        if line[0] == "{" and _is_json(line):
+            raise ValueError(f"line {number} is a JSON object; JSON lines are read from a .jsonl file")
+    return [(line, {}) for _, line in lines]
+
+
+def _json_lines(text: str) -> Rows:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON ({error.msg})") from None
+            rows.append(_row(entry, f"line {number}"))
+    return rows
+
+
+def _json(text: str) -> Rows:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} is not JSON ({error.msg})") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"it holds one {type(entries).__name__}, not a list of prompts")
+    return [_row(entry, f"entry {number}") for number, entry in enumerate(entries, start=1)]
+
+
+def _table(delimiter: str, text: str) -> Rows:
+    """With a header; a cell in quotes may hold the delimiter and line breaks."""
+    lines, rows, header = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True), [], []
+    try:
+        for cells in lines:
+            place = f"line {lines.line_num}"
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+                if not any(name in header for name in COLUMNS):
+                    raise ValueError(f"{place} is the header and names no {' or '.join(COLUMNS)}, but {header}")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(f"{place} has {len(cells)} columns, the header {len(header)}")
+            rows.append(_row(dict(zip(header, cells, strict=True)), place))
+    except csv.Error as error:
+        raise ValueError(f"line {lines.line_num}: {error}") from None
+    return rows
+
+
+def _row(entry, place: str) -> tuple[str, dict]:
+    if isinstance(entry, str):
+        entry = {"prompt": entry}
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} is a {type(entry).__name__}, not an object with a prompt, nor a text")
+    name = next((name for name in COLUMNS if name in entry), None)
+    if name is None:
+        raise ValueError(f"{place} has no {' or '.join(COLUMNS)}, but {', '.join(entry) or 'nothing'}")
+    if not isinstance(entry[name], str) or not entry[name].strip():
+        raise ValueError(f"{place}: {name} = {entry[name]!r} is not a text with something in it")
+    nested = entry.get("metadata")
+    metadata = {key: value for key, value in entry.items() if key != name}
+    if isinstance(nested, dict):
+        del metadata["metadata"]
+        metadata |= nested
+    return entry[name].strip(), metadata
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+READERS = {
+    ".jsonl": _json_lines, ".json": _json, ".csv": lambda text: _table(",", text),
+    ".tsv": lambda text: _table("\t", text),
+}  # fmt: skip
+UNREAD = (".yaml", ".yml", ".toml", ".xml", ".parquet", ".arrow", ".xlsx")
