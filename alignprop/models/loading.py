@@ -2,11 +2,14 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import safe_open
 
 from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.base import ENCODERS
@@ -90,6 +93,7 @@ def load_pipeline(
         if Path(name).suffix in SINGLE_FILE:
             options = {part: None for part in options if part in ("safety_checker", "feature_extractor")}
             pipeline = cls.pipeline_class().from_single_file(name, config=config, dtype=stored, **options)
+            pipeline.scheduler = follow(pipeline.scheduler, said_by(name), name)
         else:
             pipeline = cls.pipeline_class().from_pretrained(name, revision=revision, dtype=stored, **options)
     except Exception as error:
@@ -103,6 +107,37 @@ def load_pipeline(
         if module is not None and module.dtype != precision:
             module.to(dtype=precision)
     return pipeline
+
+
+def said_by(path: str) -> dict:
+    """What a `.safetensors` file says of how it was trained, as fields of a scheduler's configuration.
+
+    Trainers leave empty tensors `v_pred` and `ztsnr` in it (as ComfyUI reads them), or "modelspec.prediction_type" in
+    its header (the standard of Stability AI).
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        keys, header = set(file.keys()), file.metadata() or {}
+    spelled = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+    kind = "v_prediction" if "v_pred" in keys else spelled.get(header.get("modelspec.prediction_type", ""))
+    said = {"prediction_type": kind} if kind else {}
+    if "ztsnr" in keys:  # noise at the last timestep is pure, and so the chain has to begin there
+        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return said
+
+
+def follow(scheduler, said: dict, name: str):
+    """The scheduler with what the file `name` says of itself; another one than its configuration's is told."""
+    other = {field: value for field, value in said.items() if scheduler.config.get(field) != value}
+    if not other or type(scheduler).__name__.startswith("FlowMatch"):
+        return scheduler
+    if os.environ.get("RANK", "0") == "0":
+        found = ", ".join(f"{field} = {value!r}" for field, value in other.items())
+        given = ", ".join(repr(scheduler.config.get(field)) for field in other)
+        print(f"pretrained.model = {name!r} says {found}, its configuration {given}; the file counts", file=sys.stderr)
+    cls = type(scheduler) if all(field in scheduler.config for field in other) else DDIMScheduler
+    return cls.from_config(scheduler.config, **other)
 
 
 def load_vae(name: str, cls: type):

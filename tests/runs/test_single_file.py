@@ -1,8 +1,10 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safetensors.torch import load_file
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
+from alignprop.method.samplers import build_sampler
+from alignprop.models.loading import follow, load_model, said_by
 from tests.helpers.single_file import make_pipeline, write_single_file
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -83,3 +85,45 @@ def test_single_file_is_the_folder(folder, tmp_path, kind):
         assert wanted.keys() == found.keys()
         assert all(torch.equal(wanted[key], found[key]) for key in wanted), part
     assert torch.equal(picture(loaded), picture(expected))
+
+
+def marked(folder, path, keys=(), header=None):
+    """A single file in which a trainer has left some empty tensors, or a header."""
+    state = load_file(write_single_file(folder, path))
+    save_file(state | {key: torch.zeros(0) for key in keys}, path, header)
+    return str(path)
+
+
+@pytest.mark.parametrize(("keys", "header", "expected"), [
+    (["v_pred"], None, {"prediction_type": "v_prediction"}),
+    ([], {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
+    (["v_pred", "ztsnr"], None,
+     {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+])  # fmt: skip
+def test_what_a_file_says_of_itself_counts(tmp_path, capsys, keys, header, expected):
+    """Its configuration is that of an epsilon model, as for any file of Stable Diffusion 1.x."""
+    folder = make_pipeline(tmp_path / "epsilon")
+    model = load_model(marked(folder, tmp_path / "model.safetensors", keys, header), config=str(folder))
+    assert {name: model.scheduler.config[name] for name in expected} == expected
+    told = capsys.readouterr().err
+    assert "says prediction_type = 'v_prediction'" in told and "its configuration 'epsilon'" in told
+    sampler = build_sampler(model.scheduler, 4, 0.0)
+    same = DDIMScheduler.from_config(load_model(str(folder)).scheduler.config, **expected)
+    assert torch.equal(sampler.b, build_sampler(same, 4, 0.0).b)
+    assert ("ztsnr" in keys) == (sampler.timesteps[0] == 999)
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, EulerDiscreteScheduler])
+def test_a_scheduler_that_cannot_begin_at_pure_noise_gives_way(scheduler):
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    followed = follow(scheduler(beta_schedule="scaled_linear"), said, "x")
+    assert {name: followed.config[name] for name in said} == said
+    assert followed.config.beta_schedule == "scaled_linear"
+
+
+def test_a_file_that_agrees_or_says_nothing_is_silent(folder, tmp_path, capsys):
+    for keys, header in (([], None), (["v_pred"], None), ([], {"modelspec.prediction_type": "v"})):
+        model = load_model(marked(folder, tmp_path / "model.safetensors", keys, header), config=str(folder))
+        assert model.scheduler.config.prediction_type == "v_prediction"
+    assert said_by("model.ckpt") == {}
+    assert "says" not in capsys.readouterr().err
