@@ -5,6 +5,7 @@ import os
 
 from ml_collections import ConfigDict
 
+from alignprop.settings.elsewhere import answer_for
 from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
 from alignprop.settings.json_files import write_json
@@ -94,9 +95,9 @@ def _fill_memory(c: ConfigDict, policy: MemoryPolicy) -> None:
 def check_name(field: str) -> None:
     """Raises: ConfigError with the nearest name, if the configuration has no such field."""
     if field not in FIELDS and field not in DERIVED:
-        near = difflib.get_close_matches(field, FIELDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; docs/config.md has them all"
-        raise ConfigError(f"{field} is not a field of the configuration{hint}")
+        near = difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.75)  # less is a likeness of letters only
+        hint = f"did you mean {near[0]!r}?" if near else "docs/config.md has them all"
+        raise ConfigError(f"{field} is not a field of the configuration; {answer_for(field) or hint}")
 
 
 def _check_fields(c: ConfigDict) -> None:
