@@ -159,8 +159,12 @@ class TrainingLoop:
             run.report(evaluation, self.global_step, epoch=self.global_step // self.config.train.steps_per_epoch)
         return evaluation
 
-    def save(self) -> None:
-        """Writes checkpoints/checkpoint_<step>, unless it is there: the one that this run continues from."""
+    def save(self, for_a_stop: bool = False) -> None:
+        """Writes checkpoints/checkpoint_<step>, unless it is there: the one that this run continues from.
+
+        Args:
+            for_a_stop: a run that nobody stops would not save here.
+        """
         run = self.run
         run.records.wait()  # a checkpoint says that all rows before it are written
         if on_main(lambda: self.global_step in map(step_of, checkpoints_of(run.folder))):
@@ -173,7 +177,7 @@ class TrainingLoop:
         }
         if run.is_main:
             write_weights = partial(self.weights.write, state=state)
-            write_checkpoint(run.folder, self.global_step, state, write_weights, run.base)
+            write_checkpoint(run.folder, self.global_step, state, write_weights, run.base, for_a_stop)
 
     def _save_and_evaluate(self) -> None:
         """What is due after this step and not done yet: a run may have been interrupted between any two of them."""
@@ -183,7 +187,7 @@ class TrainingLoop:
         if within_epoch and not last:
             return
         # Saved first, because evaluating takes long enough to be interrupted.
-        if step and (last or epoch % c.save_freq == 0):
+        if self._saves_at(step):
             self.save()
         due = not step or last or (c.eval_freq and epoch % c.eval_freq == 0)
         if due and not run.is_evaluated(step):
@@ -192,6 +196,11 @@ class TrainingLoop:
         if self.reason_to_stop:
             self.save()
         run.prune_checkpoints()
+
+    def _saves_at(self, step: int) -> bool:
+        """Whether a run saves after this step that is neither stopped nor ended early."""
+        epoch, within_epoch = divmod(step, self.config.train.steps_per_epoch)
+        return step > 0 and not within_epoch and (epoch % self.config.save_freq == 0 or step >= self.last_step)
 
     def _warn_of_nothing_to_learn(self, row: dict) -> None:
         """Once for each of two causes: a run of such steps ends well and has trained nothing."""
@@ -213,7 +222,7 @@ class TrainingLoop:
         return self.run.any_process(bool(self.stop_requests))
 
     def _stop(self) -> None:
-        self.save()
+        self.save(for_a_stop=not self._saves_at(self.global_step))
         self.run.finish(
             f"stopped after optimizer step {self.global_step} of {self.last_step} and saved; go on with the same "
             f"command and --config.resume_from={self.run.folder}"

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from alignprop.runs.manifest import MANIFEST, STATE_FILE, damage_of, write_manifest
+from alignprop.runs.manifest import MANIFEST, STATE_FILE, damage_of, is_for_a_stop, write_manifest
 from alignprop.settings.errors import ConfigError
 
 
@@ -89,13 +89,16 @@ def run_folder_of(checkpoint: Path) -> Path | None:
     return path.parents[1] if is_a_runs else None
 
 
-def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable[[Path], None], base: dict) -> Path:
+def write_checkpoint(
+    run_folder, step: int, state: dict, write_weights: Callable[[Path], None], base: dict, for_a_stop: bool = False
+) -> Path:
     """Writes a checkpoint into a temporary folder, flushes it to the disk and renames it: it is whole or absent.
 
     Args:
         state: nested dicts and lists of tensors, numbers and strings.
         write_weights: writes the usable weights into the folder that it is given.
         base: what `base_model` says of the model.
+        for_a_stop: a run that nobody interrupts would not save here.
 
     Raises:
         ConfigError: it could not be written, for example onto a full disk. Earlier checkpoints are as they were.
@@ -107,7 +110,7 @@ def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable
         temporary.mkdir(parents=True)
         write_weights(temporary)
         torch.save(state, temporary / STATE_FILE)
-        write_manifest(temporary, base)
+        write_manifest(temporary, base, for_a_stop)
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         temporary.rename(final)
@@ -128,6 +131,9 @@ def write_checkpoint(run_folder, step: int, state: dict, write_weights: Callable
 def prune(run_folder, limit: int, keep: Collection[Path], held_out: dict[int, float]) -> None:
     """Links `best` and deletes the oldest checkpoints.
 
+    One that was made for a stop does not count, and goes when the next other one is there: so a run that is often
+    interrupted keeps what any run keeps.
+
     Args:
         limit: how many of the newest to keep; 0 keeps all.
         keep: never deleted, nor is the best.
@@ -142,8 +148,11 @@ def prune(run_folder, limit: int, keep: Collection[Path], held_out: dict[int, fl
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(best.name)
             os.replace(temporary, link)
-    kept = {path.resolve() for path in keep} | {best and best.resolve()}
-    for old in checkpoints[:-limit] if limit else ():
+    regular = [path for path in checkpoints if not is_for_a_stop(path)]
+    after = step_of(regular[-1]) if regular else -1
+    newest = [*regular[-limit:], *(path for path in checkpoints if step_of(path) > after)]
+    kept = {path.resolve() for path in (*keep, *newest)} | {best and best.resolve()}
+    for old in checkpoints:
         if old.resolve() not in kept:
             # Half-deleted, it must not look like a checkpoint; on a network somebody may be reading it.
             shutil.rmtree(old.rename(old.with_name(f"deleting_{step_of(old)}")), ignore_errors=True)

@@ -14,14 +14,27 @@ MANIFEST = "manifest.json"
 STATE_FILE = "training_state.pt"
 
 
-def write_manifest(checkpoint: Path, base: dict) -> None:
-    """Lists every file that `checkpoint` holds now. `base` is what `base_model` says of the model."""
+def write_manifest(checkpoint: Path, base: dict, for_a_stop: bool = False) -> None:
+    """Lists every file that `checkpoint` holds now.
+
+    Args:
+        base: what `base_model` says of the model.
+        for_a_stop: it was made because the run was asked to stop, at a step where none is due.
+    """
     files = {
         str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file()
     }
-    write_json(checkpoint / MANIFEST, {"base_model": base, "files": files})
+    write_json(checkpoint / MANIFEST, {"base_model": base, "files": files, "for_a_stop": for_a_stop})
+
+
+def is_for_a_stop(checkpoint: Path) -> bool:
+    """Whether a checkpoint was made for a stop alone; a damaged or an older one counts as any other."""
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text()).get("for_a_stop", False)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def damage_of(checkpoint: Path) -> str:

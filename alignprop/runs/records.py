@@ -118,8 +118,8 @@ class Records:
         return [row for row in self.metrics.rows() if row["kind"] == "eval"]
 
     def prune_checkpoints(self, measure: Callable[[dict], float | None]) -> None:
-        """Keeps the newest, the best, and the one that this run continued from; in the background, where the evaluation
-        that may tell the best is still being reported.
+        """Keeps the newest, the best, and one that `resume_from` names; in the background, where the evaluation that
+        may tell the best is still being reported.
 
         Args:
             measure: what decides, of an evaluation's row; None where that does not have it.
@@ -129,7 +129,9 @@ class Records:
     def _prune(self, measure: Callable[[dict], float | None]) -> None:
         measured = {row["step"]: measure(row) for row in self.metrics.rows() if row["kind"] == "eval"}
         held_out = {step: value for step, value in measured.items() if value is not None}
-        keep = [self.started_from] if self.started_from else []
+        # Named, and not just the latest: a person may want to start from there once more.
+        named = self.started_from and Path(self.config.resume_from).name in (self.started_from.name, "best")
+        keep = [self.started_from] if named else []
         prune(self.folder, self.config.num_checkpoint_limit, keep, held_out)
 
     def _draw(self, evaluation: Evaluation, row: dict) -> None:

@@ -79,13 +79,10 @@ def flat(value, name="") -> dict:
     return {name: value.numpy().tobytes() if isinstance(value, torch.Tensor) else value}
 
 
-def contents(run: Path, like: Path) -> dict:
-    """Everything that a run left, but for where it lies and how long its steps took.
-
-    Of its checkpoints those that the run `like` has too: the one that a run continued from is never deleted.
-    """
-    found, more = {}, {path.name for path in checkpoints_of(run)} - {path.name for path in checkpoints_of(like)}
-    for path in sorted(path for path in run.rglob("*") if path.is_file() and path.parent.name not in more):
+def contents(run: Path) -> dict:
+    """Everything that a run left, but for where it lies and how long its steps took."""
+    found = {}
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -111,13 +108,13 @@ def main() -> None:
     whole = logs / "undisturbed"
     if start(whole).wait() != 0:
         sys.exit(f"the undisturbed run failed: {whole.with_suffix('.log')}")
-    expected, lifetime, differences = contents(whole, whole), (time.monotonic() - began) / 2, []
+    expected, lifetime, differences = contents(whole), (time.monotonic() - began) / 2, []
     with tqdm(total=options.kills, desc="kills") as progress:
         while counts["kills"] < options.kills:
             counts["runs"] += 1
             run = logs / f"disturbed_{counts['runs']}"
             differences += live(run, options.kills, lifetime, rng, counts, progress)
-            found = contents(run, whole)
+            found = contents(run)
             differences += [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
     first = ("kills", "kills inside a save", "resumes", "checkpoints found damaged")
     for name in dict.fromkeys([*first, *sorted(counts)]):

@@ -84,10 +84,11 @@ def test_asked_to_stop_anywhere_a_run_saves_and_goes_on_as_if_nothing_had_been(t
 
 
 def assert_same_run(parts, whole):
-    """Rows, files and pictures."""
+    """Rows, checkpoints, files and pictures."""
+    kept = [[path.name for path in checkpoints_of(t.run.folder)] for t in (whole, parts)]
+    assert kept[0] == kept[1] == ["checkpoint_3", "checkpoint_6"]
     assert rows(parts) == rows(whole) and [r["step"] for r in rows(parts, "eval")] == [0, 3, 6]
     newest = [checkpoints_of(t.run.folder)[-1] for t in (whole, parts)]
-    assert newest[0].name == newest[1].name == "checkpoint_6"
     assert (newest[0] / LORA_FILE).read_bytes() == (newest[1] / LORA_FILE).read_bytes()
     pictures = [sorted((p.name, p.read_bytes()) for p in t.run.folder.rglob("*.png")) for t in (whole, parts)]
     assert pictures[0] == pictures[1]

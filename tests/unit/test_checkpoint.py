@@ -18,8 +18,9 @@ from alignprop.settings.errors import ConfigError
 BASE = {"name": "base", "weights": [1.0]}
 
 
-def write(run, step):
-    return write_checkpoint(run, step, {"global_step": step}, lambda folder: (folder / "weights").touch(), BASE)
+def write(run, step, for_a_stop=False):
+    touch = lambda folder: (folder / "weights").touch()  # noqa: E731
+    return write_checkpoint(run, step, {"global_step": step}, touch, BASE, for_a_stop)
 
 
 def names(run):
@@ -80,6 +81,23 @@ def test_the_best_and_the_one_resumed_from_stay(tmp_path):
     assert find_checkpoint(str(tmp_path / "checkpoints" / "best"), "") == paths[3].resolve()
     prune(tmp_path, limit=1, keep=[], held_out={3: 0.7, 6: 0.8})
     assert names(tmp_path) == ["best", "checkpoint_6"]
+
+
+def test_a_checkpoint_that_was_made_for_a_stop_displaces_no_other(tmp_path):
+    for step in (2, 4, 5, 6, 8, 9):
+        write(tmp_path, step, for_a_stop=step in (5, 9))
+    prune(tmp_path, limit=3, keep=[], held_out={})
+    assert names(tmp_path) == ["checkpoint_4", "checkpoint_6", "checkpoint_8", "checkpoint_9"]
+    write(tmp_path, 10)
+    prune(tmp_path, limit=3, keep=[], held_out={})
+    assert names(tmp_path) == ["checkpoint_10", "checkpoint_6", "checkpoint_8"]
+    write(tmp_path, 11, for_a_stop=True)
+    write(tmp_path, 12)
+    prune(tmp_path, limit=0, keep=[], held_out={11: 1.0})
+    steps = [f"checkpoint_{step}" for step in (10, 11, 12, 6, 8)]
+    assert names(tmp_path) == ["best", *steps]  # 11 is the best
+    prune(tmp_path, limit=0, keep=[], held_out={12: 1.0})
+    assert "checkpoint_11" not in names(tmp_path)
 
 
 def test_cleaning_up_after_any_interruption(tmp_path):
