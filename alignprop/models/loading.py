@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import safe_open
 
@@ -68,7 +74,7 @@ def family_of(name: str, revision: str | None = None, config: str | None = None)
 
 
 def load_pipeline(
-    cls, name: str, *, revision=None, config=None, dtype=torch.float32, full=False, vae=None, without=()
+    cls, name: str, *, revision=None, variant=None, config=None, dtype=torch.float32, full=False, vae=None, without=()
 ):  # fmt: skip
     """A diffusers pipeline with the modules that training needs.
 
@@ -76,6 +82,7 @@ def load_pipeline(
         cls: the family's Model (latent.py).
         name: hub name, local folder, or a single `.safetensors` or `.ckpt` file.
         revision: branch, tag or commit on the hub; None is the newest.
+        variant: of the weights' files, such as "fp16"; None is the plain ones or, where a part has none, what it has.
         config: for a single file, the hub name or folder of a pipeline of the same layout, which supplies the
             configuration and the tokenizer; None lets diffusers choose from the file's keys.
         dtype: of the weights.
@@ -95,7 +102,10 @@ def load_pipeline(
             pipeline = cls.pipeline_class().from_single_file(name, config=config, dtype=stored, **options)
             pipeline.scheduler = follow(pipeline.scheduler, said_by(name), name)
         else:
-            pipeline = cls.pipeline_class().from_pretrained(name, revision=revision, dtype=stored, **options)
+            variant = variant or (only_variant(name) if os.path.isdir(name) else None)
+            pipeline = cls.pipeline_class().from_pretrained(
+                name, revision=revision, variant=variant, dtype=stored, **options
+            )
     except Exception as error:
         raise could_not_load("pretrained.model", name, error) from error
     if vae is not None:
@@ -107,6 +117,29 @@ def load_pipeline(
         if module is not None and module.dtype != precision:
             module.to(dtype=precision)
     return pipeline
+
+
+def only_variant(folder: str) -> str | None:
+    """The variant, such as "fp16", that some part of a pipeline's folder has weights of and no plain ones; it is told.
+
+    diffusers then takes it for every part that has it, and plain files for the others.
+    """
+    pattern = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+    variants: dict[str, set[str]] = {}
+    for path in Path(folder).glob("*/*"):
+        if match := pattern.fullmatch(path.name):
+            variants.setdefault(path.parent.name, set()).add(match[1] or "")
+    lacking = {part: found for part, found in variants.items() if "" not in found}
+    if not lacking:
+        return None
+    every = sorted({variant for found in lacking.values() for variant in found})
+    variant = max(every, key=lambda v: sum(v in found for found in lacking.values()))
+    if os.environ.get("RANK", "0") == "0":
+        parts = ", ".join(sorted(lacking))
+        print(
+            f"pretrained.model = {folder!r}: the variant {variant!r} of {parts}, without plain files", file=sys.stderr
+        )
+    return variant
 
 
 def said_by(path: str) -> dict:

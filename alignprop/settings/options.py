@@ -16,6 +16,7 @@ def model_options(config: ConfigDict) -> dict:
     c, source = config, config.pretrained
     return {
         "revision": source.revision,
+        "variant": source.variant,
         "config": source.config,
         "vae": source.vae,
         "without": components_left_out(c),

@@ -127,3 +127,41 @@ def test_a_file_that_agrees_or_says_nothing_is_silent(folder, tmp_path, capsys):
         assert model.scheduler.config.prediction_type == "v_prediction"
     assert said_by("model.ckpt") == {}
     assert "says" not in capsys.readouterr().err
+
+
+# ---- folders of which some parts have variants alone
+
+
+def varied(folder, tmp_path, *parts, variant="fp16", **sharded):
+    """A copy in which these parts have files of a variant only."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "copy")
+    for part in parts:
+        for file in (tmp_path / "copy" / part).glob("*.safetensors"):
+            file.unlink()
+        getattr(pipeline, part).save_pretrained(tmp_path / "copy" / part, variant=variant, **sharded)
+    return str(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(("parts", "options"), [
+    (PARTS, {}), (("unet",), {}), (("vae", "text_encoder"), {"variant": "bf16"}),
+    (("unet",), {"max_shard_size": "1MB"}),
+])  # fmt: skip
+def test_a_folder_with_a_variant_alone_is_loaded(folder, tmp_path, capsys, parts, options):
+    model = load_model(varied(folder, tmp_path, *parts, **options))
+    expected = load_model(str(folder))
+    for ours, theirs in zip((model.denoiser, model.decoder), (expected.denoiser, expected.decoder), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    told = capsys.readouterr().err
+    assert f"the variant {options.get('variant', 'fp16')!r} of {', '.join(sorted(parts))}, without plain files" in told
+
+
+def test_plain_files_are_taken_unless_a_variant_is_asked_for(folder, tmp_path, capsys):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path)
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias.fill_(3.0)
+    pipeline.unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    assert "without plain files" not in capsys.readouterr().err
+    assert (load_model(str(tmp_path)).denoiser.conv_in.bias != 3).all()
+    assert (load_model(str(tmp_path), variant="fp16").denoiser.conv_in.bias == 3).all()

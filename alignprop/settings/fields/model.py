@@ -20,6 +20,11 @@ FIELDS = (
         "The branch, tag or commit of the hub's repository. None: the newest.", (HUB_NAME,),
     ),
     Field(
+        "pretrained.variant", None, optional(text()),
+        "Which of several sets of weights a folder or repository has, such as 'fp16'. None: the plain files, or, where "
+        "there are none, the variant that is there.", (PIPELINE,),
+    ),
+    Field(
         "pretrained.config", None, optional(text()),
         "For a single file: the pipeline folder that has its configuration.", (SINGLE_FILE,),
     ),
