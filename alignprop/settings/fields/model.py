@@ -21,8 +21,8 @@ FIELDS = (
     ),
     Field(
         "pretrained.variant", None, optional(text()),
-        "Which of several sets of weights a folder or repository has, such as 'fp16'. None: the plain files, or, where "
-        "there are none, the variant that is there.", (PIPELINE,),
+        "Which of several sets of weights a folder or repository has, such as 'fp16'. None: the plain files; in a "
+        "folder with none of some part, the variant that is there.", (PIPELINE,),
     ),
     Field(
         "pretrained.config", None, optional(text()),

@@ -45,7 +45,7 @@ FIELDS = (
     ),
     Field(
         "num_checkpoint_limit", 5, integer(0),
-        "How many of the newest checkpoints are kept, besides the best one and the one that the run continued from. "
+        "How many of the newest checkpoints are kept, besides the best one and one that resume_from names. "
         "0 keeps all.", (TRAINING,),
     ),
     Field(
