@@ -80,16 +80,22 @@ def build_run(
         use_channels_last(model)
 
     run = Run(c, accelerator, records, eval_prompts, judges, model, base, checkpoint, best_by, stop_when)
-    if c.per_gpu_capacity != config.per_gpu_capacity:
-        run.say(
-            f"per_gpu_capacity = {config.per_gpu_capacity}: micro-batches have {c.per_gpu_capacity} samples, the most "
-            f"that divide a step of {c.train.total_batch_size} on {state.num_processes} process(es)"
-        )
-    if c.guidance_scale != 1 and not model.takes_guidance:
-        run.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
+    _tell_what_differs(run, config)
     run.use(on_main(lambda: choose_policy(c, model, judges, accelerator, run.say)))
     run.try_judges(needs_gradient)
     return run
+
+
+def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
+    """Says where the run does something else than the unresolved configuration has."""
+    c = run.config
+    if c.per_gpu_capacity != asked.per_gpu_capacity:
+        run.say(
+            f"per_gpu_capacity = {asked.per_gpu_capacity}: micro-batches have {c.per_gpu_capacity} samples, the most "
+            f"that divide a step of {c.train.total_batch_size} on {run.accelerator.num_processes} process(es)"
+        )
+    if c.guidance_scale != 1 and not run.model.takes_guidance:
+        run.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
 
 
 @dataclass
