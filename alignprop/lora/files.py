@@ -1,19 +1,18 @@
 """LoRA files: diffusers' own `pytorch_lora_weights.safetensors`, and what else is read."""
 
-import json
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alignprop.lora import kohya
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.foreign import read_foreign
+from alignprop.lora.layouts import Factors, diffusers_name, parse, place
+from alignprop.lora.scales import PEFT_FILE, stated_scales
 from alignprop.settings.errors import ConfigError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_PAIR = re.compile(r"\.lora_[AB]\.weight$")
 
 
 def save_lora(model, weights: LoraWeights, folder) -> None:
@@ -22,35 +21,62 @@ def save_lora(model, weights: LoraWeights, folder) -> None:
 
 
 def read_lora(path, model=None) -> LoraWeights:
-    """Reads an adapter from a file or from the folder that holds `pytorch_lora_weights.safetensors`.
+    """Reads an adapter from a file, or from a folder that holds one.
 
-    Also reads the attention-processor keys (`….processor.to_q_lora.down.weight`) of AlignProp's released
-    checkpoints, which diffusers' `load_lora_weights` silently ignores, kohya's format (kohya.py), and what else
-    diffusers converts for the model's pipeline (foreign.py).
+    Its layout may be any of lora/layouts.py, and any other that diffusers converts for the model's pipeline
+    (foreign.py). Among them are the attention-processor keys (`….processor.to_q_lora.down.weight`) of AlignProp's
+    released checkpoints, which diffusers' `load_lora_weights` silently ignores.
 
     Args:
-        model: that it is for, on any device; what the names of other tools mean depends on it.
+        model: that it is for, on any device. Without one, layers have to be named as diffusers does.
 
     Raises:
-        ConfigError: no such file, not a whole safetensors file, no LoRA tensors in it, numbers that are not finite, or
-            an alpha per layer in the header of diffusers' format.
+        ConfigError: no such file, not a whole safetensors file, numbers that are not finite, not a LoRA, or not of
+            this model.
+    """
+    path = find_lora(path)
+    source = repr(str(path))
+    raw, metadata = _read_tensors(path)
+    layers = parse(raw, source)
+    scales = stated_scales(layers, metadata, path)
+    layers = {name: replace(factors, scale=scales[name]) for name, factors in layers.items()}
+    if model is None:
+        return _weights({diffusers_name(name): factors for name, factors in layers.items()})
+    placed, unknown = place(layers, model, source)
+    if unknown and model.denoiser_name == "unet":  # of which diffusers knows no other names than we do
+        raise ConfigError(
+            f"{source}: {len(layers) - len(unknown)} of its {len(layers)} layers are this model's, {len(unknown)} are "
+            f"not, for example {unknown[0]!r} — is it from another base model?"
+        )
+    theirs = {key: raw[key] for name in unknown for key in layers[name].keys}
+    return _weights(placed | (read_foreign(theirs, model, source) if theirs else {}))
+
+
+def find_lora(path) -> Path:
+    """The LoRA file that a path is of: itself, or the one in that folder.
+
+    Raises:
+        ConfigError: there is none, or one has to be chosen.
     """
     path = Path(path)
-    path = path / LORA_FILE if path.is_dir() else path
-    raw, metadata = _read_tensors(path)
-    if model is not None and kohya.is_kohya(raw):
-        return LoraWeights(kohya.unpack(raw, model), 1.0)
-    tensors = {_canonical_key(name): tensor for name, tensor in raw.items()}
-    if model is not None and raw and any(map(_is_foreign, tensors)):
-        raw = tensors = read_foreign(raw, model, repr(str(path)))
-    unknown = [name for name in raw if not _PAIR.search(_canonical_key(name))]
-    single = [name for name in tensors if _PAIR.search(name) and _partner(name) not in tensors]
-    if unknown or single or not raw:
-        raise ConfigError(
-            f"{str(path)!r}: {len(raw) - len(unknown) - len(single)} of its {len(raw)} keys are pairs of LoRA factors, "
-            f"{len(unknown) + len(single)} are not, for example {(unknown + single + ['none at all'])[0]!r}"
-        )
-    return LoraWeights(tensors, _read_scale(metadata, path))
+    if not path.is_dir():
+        return path
+    known = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
+    found = known or sorted(path.glob("*.safetensors")) or [path / LORA_FILE]
+    if len(found) > 1 and not known:
+        raise ConfigError(f"{str(path)!r} holds several files, name one: {', '.join(file.name for file in found)}")
+    return found[0]
+
+
+def _weights(layers: dict[str, Factors]) -> LoraWeights:
+    """With one scale for all layers where they have the same, and else with each one's in its B."""
+    scales = {factors.scale for factors in layers.values()}
+    common = scales.pop() if len(scales) == 1 else 1.0
+    tensors = {}
+    for name, factors in layers.items():
+        up = factors.up if factors.scale == common else factors.scale * factors.up
+        tensors |= {f"{name}.lora_A.weight": factors.down, f"{name}.lora_B.weight": up}
+    return LoraWeights(tensors, common)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -79,38 +105,3 @@ def check_finite(tensors: dict[str, torch.Tensor], source: str) -> None:
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise ConfigError(f"{source}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, such as {bad[0]!r}")
-
-
-def _is_foreign(name: str) -> bool:
-    """Whether a tensor's name, made canonical, is still one of another tool's layout."""
-    return not _PAIR.search(name) or name.startswith(("diffusion_model.", "double_blocks.", "single_blocks."))
-
-
-def _partner(name: str) -> str:
-    """The other factor's key."""
-    a, b = "lora_A.weight", "lora_B.weight"
-    return name.removesuffix(a) + b if name.endswith(a) else name.removesuffix(b) + a
-
-
-def _canonical_key(name: str) -> str:
-    name = re.sub(r"^(unet|transformer)\.", "", name)
-    name = re.sub(r"\.processor\.(to_[qkv])_lora\.", r".\1.lora.", name)
-    name = re.sub(r"\.processor\.to_out_lora\.", ".to_out.0.lora.", name)
-    if name.startswith("text_encoder"):
-        name = re.sub(r"^(text_encoder\w*)\.(?!text_model\.|text_projection\.)", r"\1.text_model.", name)
-        name = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora.", name).replace(".lora_linear_layer.", ".lora.")
-    return name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
-
-
-def _read_scale(metadata: dict[str, str], path: Path) -> float:
-    """alpha / rank as diffusers writes it into a file's header; files without it mean alpha = rank."""
-    try:
-        packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        parts = [name.removesuffix("r") for name in packed.keys() if name.split(".")[-1] == "r"]  # noqa: SIM118
-        scales = {packed[f"{part}lora_alpha"] / packed[f"{part}r"] for part in parts} or {1.0}
-        patterns = [packed.get(f"{part}{kind}_pattern") for part in parts for kind in ("rank", "alpha")]
-    except (ValueError, AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{str(path)!r}: the lora_adapter_metadata in its header is damaged") from error
-    if any(patterns) or len(scales) > 1:
-        raise ConfigError(f"{str(path)!r}: an alpha / rank of its own for each layer or part is not supported")
-    return scales.pop()

@@ -58,18 +58,20 @@ def known_layers(model) -> dict[str, tuple[str, ...]]:
     layers |= {PREFIX + name: modules for name, modules in form.names(model.denoiser).items()}
     networks = adaptable_networks(model)
     for part, prefix in form.encoders(model.denoiser).items():
-        for module in _flat_names(networks[part]).values() if part in networks else ():
+        for module in flat_names(networks[part]).values() if part in networks else ():
             name = name_in_file(model, part, module)
             layers[prefix + split_name(name)[1].replace(".", "_")] = (name,)
     return layers
 
 
-def plain_layers(denoiser) -> dict[str, tuple[str, ...]]:
-    """The denoiser's own names with underscores, which some trainers write."""
-    return {PREFIX + name: (module,) for name, module in _flat_names(denoiser).items()}
+def released_names(denoiser) -> dict[str, tuple[str, ...]]:
+    """{the released checkpoint's name of a layer, with underscores: the modules that it stacks}, where it is known."""
+    if hasattr(denoiser, "single_transformer_blocks") and find_format(denoiser):
+        return _double_stream_names(denoiser)
+    return _original_unet_names(denoiser) if hasattr(denoiser, "down_blocks") else {}
 
 
-def _flat_names(module) -> dict[str, str]:
+def flat_names(module) -> dict[str, str]:
     """{name with underscores: module} of every layer with a weight matrix or kernel, whether it is adapted or not."""
     layers = {name: getattr(layer, "weight", None) for name, layer in module.named_modules()}
     plain = (name for name in layers if not re.search(r"\.(base_layer|lora_)", name))
@@ -77,11 +79,14 @@ def _flat_names(module) -> dict[str, str]:
 
 
 def _unet_names(unet) -> dict[str, tuple[str, ...]]:
-    flat = _flat_names(unet)
-    if not _is_xl(unet):
-        return {name: (module,) for name, module in flat.items()}
+    if _is_xl(unet):
+        return _original_unet_names(unet)
+    return {name: (module,) for name, module in flat_names(unet).items()}
+
+
+def _original_unet_names(unet) -> dict[str, tuple[str, ...]]:
     layers = unet.config.layers_per_block
-    return {_original_unet_name(module, layers).replace(".", "_"): (module,) for module in flat.values()}
+    return {_original_unet_name(module, layers).replace(".", "_"): (module,) for module in flat_names(unet).values()}
 
 
 _OUTSIDE = {
