@@ -12,6 +12,8 @@ from alignprop.engine.processes import on_main
 from alignprop.engine.sharding import is_fsdp
 from alignprop.engine.speed import compile_blocks
 from alignprop.evaluation.evaluate import Evaluation
+from alignprop.lora.factors import LoraWeights
+from alignprop.lora.files import read_lora
 from alignprop.memory.checkpointing import apply_policy
 from alignprop.memory.planner import next_choice
 from alignprop.prompts import load_prompts
@@ -60,7 +62,10 @@ class TrainingLoop:
                 run.say(f"{field} = {config[field]!r} is not used: {c[field]} takes its place")
 
         with run.residency("denoise"):  # the adapter is made where its layers are, and stays there
-            self.weights = TrainedWeights(run.model, c, run.accelerator)
+            start = read_lora(run.start, run.model) if run.start else None
+            self.weights = TrainedWeights(run.model, c, run.accelerator, start)
+        if start:
+            self._say_start(start)
         apply_policy(run.model, run.choice.memory)
         if c.compile:
             compile_blocks(run.model.denoiser)
@@ -263,6 +268,14 @@ class TrainingLoop:
         run.rollout.adjoint_norms.take()
         torch.cuda.empty_cache()  # what a policy left must not look like what the next one needs
         return (error_text or "another process ran out of memory") if run.any_process(bool(error_text)) else ""
+
+    def _say_start(self, start: LoraWeights) -> None:
+        ranks, trained = {start.rank(module) for module in start.modules}, len(self.weights.parameters) // 2
+        found = ", ".join(map(str, sorted(ranks)))
+        self.run.say(
+            f"starting from {str(self.run.start)!r}: rank {found} in {len(start.modules)} of the {trained} layers that "
+            f"are trained with lora_rank = {self.config.lora_rank}; all else begins at no change"
+        )
 
     def _restore(self) -> None:
         checkpoint = self.run.checkpoint

@@ -60,6 +60,7 @@ def build_run(
     eval_prompts = _load_eval_prompts(c, prompts)
     best_by, stop_when = _check_guards(c, measured(c, eval_prompts, reward_function))
     checkpoint = _find_checkpoint(c)
+    start = _find_start(c) if not checkpoint else None
     records = Records(on_main(lambda: choose_folder(c, checkpoint)), c, checkpoint)
     if c.task == "train" and c.hub.repo:
         on_main(lambda: check_hub(c.hub.repo, c.hub.private))
@@ -73,13 +74,14 @@ def build_run(
     model = model or load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
     model.device = accelerator.device
     base = base_model(c.pretrained.model, model.denoiser)
-    if checkpoint:
-        check_base(checkpoint, base)
+    for path, named_by in ((checkpoint, "resume_from"), (start, "init_lora")):
+        if path:
+            check_base(path, base, named_by)
     on_one_cpu = accelerator.device.type == "cpu" and not is_fsdp(accelerator)
     if on_one_cpu if c.channels_last is None else c.channels_last:
         use_channels_last(model)
 
-    run = Run(c, accelerator, records, eval_prompts, judges, model, base, checkpoint, best_by, stop_when)
+    run = Run(c, accelerator, records, eval_prompts, judges, model, base, checkpoint, start, best_by, stop_when)
     _tell_what_differs(run, config)
     run.use(on_main(lambda: choose_policy(c, model, judges, accelerator, run.say)))
     run.try_judges(needs_gradient)
@@ -94,6 +96,8 @@ def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
             f"per_gpu_capacity = {asked.per_gpu_capacity}: micro-batches have {c.per_gpu_capacity} samples, the most "
             f"that divide a step of {c.train.total_batch_size} on {run.accelerator.num_processes} process(es)"
         )
+    if c.init_lora and run.checkpoint and c.task == "train":
+        run.say(f"init_lora = {c.init_lora!r} is not used: the run continues from a checkpoint")
     if c.guidance_scale != 1 and not run.model.takes_guidance:
         run.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
 
@@ -106,6 +110,7 @@ class Run:
         config: resolved; nothing changes it. What "auto" came to is in `choice`.
         base: what a checkpoint says of the base model (runs/manifest.py).
         checkpoint: the one that `resume_from` names, if any.
+        start: where it is a new run, the LoRA that `init_lora` names, if any.
         best_by, stop_when: the measure that decides the best checkpoint; the conditions that end training.
         choice: the memory policy and the samples in a micro-batch.
         residency, rollout, evaluator: what depends on them.
@@ -119,6 +124,7 @@ class Run:
     model: Model
     base: dict
     checkpoint: Path | None
+    start: Path | None
     best_by: str
     stop_when: list
     choice: Choice = field(init=False)
@@ -261,3 +267,15 @@ def _find_checkpoint(c: ConfigDict) -> Path | None:
     if not checkpoint and c.task != "train":
         raise ConfigError(f"resume_from = {c.resume_from!r}, but run_name = {c.run_name!r} has no checkpoint")
     return checkpoint
+
+
+def _find_start(c: ConfigDict) -> Path | None:
+    """The LoRA of `init_lora`."""
+    if c.task != "train" or not c.use_lora or not c.init_lora:
+        return None
+    if c.init_lora == "latest":
+        raise ConfigError("init_lora = 'latest' must name a LoRA; 'latest' is for resume_from")
+    start = on_main(lambda: find_checkpoint(c.init_lora, c.log_dir, "init_lora"))
+    if (start / "denoiser").is_dir():
+        raise ConfigError(f"init_lora = {c.init_lora!r} has no LoRA, but whole weights, in its folder denoiser/")
+    return start

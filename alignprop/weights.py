@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from alignprop.engine.sharding import DTensor, gather, shard, spread, whole_copy
-from alignprop.lora.adapters import add_adapter, get_adapter, trained_parameters, update_adapter
+from alignprop.lora.adapters import add_adapter, get_adapter, start_from, trained_parameters, update_adapter
+from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import check_finite, read_lora, save_lora
 from alignprop.models.base import Model
 from alignprop.settings.errors import ConfigError
@@ -39,6 +40,7 @@ class TrainedWeights:
         model: its denoiser gets a LoRA, and its text encoders if they are to, or the denoiser is trained whole.
         config: a resolved configuration.
         accelerator: supplies the loss scaler and clips over all processes.
+        start: the LoRA that training starts from; None: one that changes nothing.
 
     Attributes:
         parameters: the trained tensors.
@@ -47,11 +49,13 @@ class TrainedWeights:
         skipped: optimizer steps that were not made because something was not finite; `skipped_in_a_row`, lately.
     """
 
-    def __init__(self, model: Model, config: ConfigDict, accelerator: Accelerator):
+    def __init__(self, model: Model, config: ConfigDict, accelerator: Accelerator, start: LoraWeights | None = None):
         self.model, self.config, self.accelerator = model, config, accelerator
         c, denoiser = config, model.denoiser
         if c.use_lora:
             add_adapter(model, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.seed, c.train_text_encoder)
+            if start:
+                start_from(model, start)
         else:
             denoiser.float().requires_grad_(True)
         self.parameters = list(trained_parameters(model).values())

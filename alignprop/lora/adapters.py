@@ -12,6 +12,7 @@ from alignprop.lora.factors import (
     get_lora,
     has_lora,
     set_lora,
+    start_lora,
     trainable_parameters,
     update_lora,
 )
@@ -87,6 +88,19 @@ def update_adapter(model: Model, weights: LoraWeights) -> None:
             )
         if part in loras:
             update_lora(module, loras[part])
+
+
+def start_from(model: Model, weights: LoraWeights) -> None:
+    """Gives the trainable adapter that the model already has the ΔW of `weights`.
+
+    Raises:
+        ConfigError: they have layers that the adapter has not, or a larger rank, or are of another model.
+    """
+    for part, lora in split(model, weights).items():
+        module = adaptable_networks(model)[part]
+        if not has_lora(module):
+            raise ConfigError(f"init_lora has a LoRA of the {part}, and this run has train_text_encoder = False")
+        start_lora(module, lora)
 
 
 def split(model: Model, weights: LoraWeights) -> dict[str, LoraWeights]:

@@ -142,6 +142,34 @@ def update_lora(network, weights: LoraWeights) -> None:
     set_peft_model_state_dict(network, weights.tensors, adapter_name=ADAPTER)
 
 
+def start_lora(network, weights: LoraWeights) -> None:
+    """Gives the trainable adapter that the network already has the ΔW of `weights`; layers that these lack stay as
+    they are, and where the adapter's rank is larger, the further ranks add nothing yet.
+
+    Raises:
+        ConfigError: they have layers that the adapter has not, or a larger rank.
+    """
+    from peft import set_peft_model_state_dict
+
+    own = get_lora(network)
+    if others := sorted({*weights.modules} - {*own.modules}):
+        endings = sorted({re.sub(r"^.*?(\w+(\.\d+)?)$", r"\1", module) for module in weights.modules})
+        raise ConfigError(
+            f"init_lora: {len(others)} of its {len(weights.modules)} layers have no LoRA in this run, for example "
+            f"{others[0]!r}; with lora_target_modules={','.join(endings)} they have"
+        )
+    largest, rank = max(map(weights.rank, weights.modules)), own.rank(own.modules[0])
+    if largest > rank:
+        raise ConfigError(f"init_lora has rank {largest}, and lora_rank = {rank} must be at least that")
+    tensors = dict(own.tensors)
+    for module in weights.modules:
+        a, b, filled = f"{module}.lora_A.weight", f"{module}.lora_B.weight", weights.rank(module)
+        tensors[a] = torch.cat([weights.tensors[a], tensors[a][filled:]])
+        scaled = weights.tensors[b] if weights.scale == own.scale else weights.scale / own.scale * weights.tensors[b]
+        tensors[b] = torch.cat([scaled, torch.zeros_like(tensors[b][:, filled:])], dim=1)
+    set_peft_model_state_dict(network, tensors, adapter_name=ADAPTER)
+
+
 def check_modules(network, weights: LoraWeights, what: str = "model") -> None:
     """Raises: ConfigError, unless every factor has a place in the network, called `what`, of its shape."""
     layers = {name: getattr(layer, "weight", None) for name, layer in network.named_modules()}

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from alignprop.lora.fetch import fetch_lora, is_hub_name
 from alignprop.runs.manifest import MANIFEST, STATE_FILE, damage_of, is_for_a_stop, write_manifest
 from alignprop.settings.errors import ConfigError
 
@@ -38,8 +39,8 @@ def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from", 
     """The whole checkpoint that a person means.
 
     Args:
-        resume_from: a checkpoint folder or LoRA file; a run folder, for its newest; or "latest", for the newest whole
-            one of `run_name`, or of all runs in `log_dir` where that is empty.
+        resume_from: a checkpoint folder or LoRA file; a run folder, for its newest; a LoRA's hub name; or "latest", for
+            the newest whole one of `run_name`, or of all runs in `log_dir` where that is empty.
 
     Returns:
         Its path. None for the "latest" of a named run that has none yet: the run is to start.
@@ -52,6 +53,8 @@ def find_checkpoint(resume_from: str, log_dir: str, field: str = "resume_from", 
     path = Path(os.path.expanduser(resume_from))
     path = path.resolve() if os.path.islink(path) else path  # `best` is one
     if not os.path.exists(path):  # Path.exists raises for a name that is too long
+        if is_hub_name(resume_from):
+            return fetch_lora(resume_from, field)
         raise ConfigError(f"{field} = {resume_from!r} does not exist; give a checkpoint, a run folder or 'latest'")
     if checkpoints := checkpoints_of(path):
         path = checkpoints[-1]
@@ -183,7 +186,10 @@ def read_state(checkpoint: Path) -> dict:
     """
     path = checkpoint / STATE_FILE
     if not path.is_file():
-        raise ConfigError(f"resume_from = {str(checkpoint)!r} holds no {STATE_FILE}, which training continues from")
+        raise ConfigError(
+            f"resume_from = {str(checkpoint)!r} holds no {STATE_FILE}, which training continues from; to start a new "
+            "run with this LoRA, give it as init_lora"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file

@@ -1,6 +1,7 @@
-"""A stand-in for the hub's HTTP API, as far as publishing a model needs it.
+"""A stand-in for the hub's HTTP API, as far as publishing and fetching a model need it.
 
-That is: whom a token belongs to, making repositories, and commits, whose large files come before them, as in Git LFS.
+That is: whom a token belongs to, making repositories, and commits, whose large files come before them, as in Git LFS;
+what files a repository has, and their contents.
 """
 
 import base64
@@ -69,6 +70,9 @@ class FakeHub:
             return self._create(user, json.loads(body))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             return self._info(user, found[1])
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main", path):
+            files = self.repositories[found[1]].files
+            return 200, [{"type": "file", "path": p, "size": len(f), "oid": "0" * 40} for p, f in files.items()]
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self._batch(json.loads(body)) if self._may_write(user, found[1]) else self._forbidden()
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path):
@@ -76,6 +80,17 @@ class FakeHub:
                 return self._forbidden()
             return self._preupload(json.loads(body)) if found[2] == "preupload" else self._commit(found[1], body)
         return 404, {"error": f"no {path}"}
+
+    def file(self, path: str) -> tuple[int, bytes, dict[str, str]] | None:
+        """Status, content and headers of a file's address; None for other addresses."""
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path)
+        if not found:
+            return None
+        repo, name = self.repositories.get(found[1]), found[2]
+        if repo is None or name not in repo.files:
+            return 404, b"", {"X-Error-Code": "EntryNotFound" if repo else "RepoNotFound"}
+        digest = hashlib.sha256(repo.files[name]).hexdigest()
+        return 200, repo.files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": "2" * 40}
 
     def _may_write(self, user: dict, repo: str) -> bool:
         names = [user["name"], *(one["name"] for one in user["orgs"])]
@@ -130,6 +145,8 @@ def running(hub: FakeHub):
             token = authorization.removeprefix("Bearer ") if authorization else None
             path = self.path.partition("?")[0]
             hub.requests.append((self.command, path, token))
+            if found := hub.file(path):
+                return self._send_file(*found)
             status, content = hub.answer(self.command, path, token, self._body())
             text = json.dumps(content).encode()
             self.send_response(status)
@@ -141,7 +158,15 @@ def running(hub: FakeHub):
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_POST = do_PUT = handle_any
+        do_HEAD = do_GET = do_POST = do_PUT = handle_any
+
+        def _send_file(self, status: int, content: bytes, headers: dict[str, str]):
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
@@ -178,4 +203,6 @@ def logged_in(name: str, token: str, monkeypatch, folder, organisations=()):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no_login"))
     with running(hub):
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        address = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         yield hub

@@ -60,4 +60,10 @@ FIELDS = (
         "The endings of the names of the layers that get a LoRA. None: the attention layers that are usual for the "
         "model's family. A text encoder always gets one in its attention layers.", (TRAINING, LORA),
     ),
+    Field(
+        "init_lora", "", text(empty=True),
+        "The LoRA that a new run starts from: a file, a folder, a checkpoint, a run folder (its newest checkpoint is "
+        "taken) or a hub name, as 'user/name' or 'user/name/file.safetensors'. Its rank may be smaller than lora_rank. "
+        "Empty: a LoRA that changes nothing.", (TRAINING, LORA),
+    ),
 )  # fmt: skip

@@ -38,7 +38,8 @@ FIELDS = (
     ),
     Field(
         "resume_from", "", text(empty=True),
-        "A checkpoint, a run folder (its newest checkpoint is taken) or 'latest'. Empty: a new run, or the base model.",
+        "A checkpoint, a run folder (its newest checkpoint is taken) or 'latest'; where nothing is trained also a LoRA "
+        "of any origin, as for init_lora. Empty: a new run, or the base model.",
     ),
     Field(
         "save_freq", 1, COUNT, "Epochs between checkpoints. The last epoch is always saved.", (TRAINING,),
