@@ -18,7 +18,7 @@ from alignprop.engine.seeding import generator
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.prompt_files import READERS, read_prompt_file
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parent / "assets"
 HPS_REPO = "zhwang/HPDv2"
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPS_HELD_OUT = 50  # of each style

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from alignprop.settings.defaults import default_config
 from alignprop.settings.errors import one_of
 
-TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+TINY = Path(__file__).resolve().parent.parent / "alignprop" / "assets" / "tiny"
 
 
 def base() -> ConfigDict:

@@ -16,7 +16,7 @@ from torch import nn
 
 from rewards.errors import RewardError
 
-FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "judge"
+FOLDER = Path(__file__).resolve().parent.parent / "alignprop" / "assets" / "tiny" / "judge"
 CONTENT = ("count", "colour", "shape", "background")
 _CAPTION = re.compile(r"(a|an|two|three) (\w+) (\w+?)s? on an? (\w+) background")
 

@@ -179,7 +179,7 @@ def configuration(arguments: list[str], num_processes: int) -> ConfigDict:
     return config
 
 
-ANIMALS = (Path(__file__).resolve().parent.parent / "assets" / "prompts" / "simple_animals.txt").read_text().split()
+ANIMALS = (Path(__file__).resolve().parent.parent / "alignprop" / "assets" / "prompts" / "simple_animals.txt").read_text().split()
 
 
 def prompt_function():

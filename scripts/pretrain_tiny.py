@@ -17,7 +17,7 @@ Stages, in order:
 
 A finished stage is skipped and an interrupted one goes on where it was saved, so the same command resumes.
 With a second core, ``--stages judge,clip`` may run beside ``--stages vae`` and ``--stages images,decoder,aesthetic``
-beside ``--stages unet``. The result is described in assets/tiny/README.md.
+beside ``--stages unet``. The result is described in alignprop/assets/tiny/README.md.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def run_stage(name: str, work: Path, out: Path, scale: float, unet_minutes: floa
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny", help="where the model is written")
+    parser.add_argument("--out", type=Path, default=ROOT / "alignprop" / "assets" / "tiny", help="where the model is written")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "tiny", help="drawn scenes, states of training")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated; default: all, in order")
     parser.add_argument("--unet_minutes", type=float, default=65.0, help="upper bound of the longest stage")

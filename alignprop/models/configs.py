@@ -1,8 +1,8 @@
 """What a model is made of, as facts to build it from: its classes and their configurations, without any weights.
 
-They come from a pipeline's folder, from the Hugging Face cache, or from `assets/configs/`, which has what the released
-models' own files say, as far as it differs from the defaults of the diffusers or transformers class. The facts of a
-text-to-image model are
+They come from a pipeline's folder, from the Hugging Face cache, or from `alignprop/assets/configs/`, which has what the
+released models' own files say, as far as it differs from the defaults of the diffusers or transformers class. The facts
+of a text-to-image model are
 
     {"family": …, "denoiser": {…}, "vae": {…}, "text_encoders": [{…}, …], "scheduler": {…}, "pipeline": {…}}
 
@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from alignprop.models import FAMILIES
 from alignprop.settings.errors import ConfigError
 
-BUNDLED = Path(__file__).resolve().parent.parent.parent / "assets" / "configs"
+BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "configs"
 TOWERS = {"clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTextRetrieval"}
 
 

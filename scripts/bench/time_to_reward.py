@@ -4,7 +4,7 @@
     python scripts/bench/time_to_reward.py --json out.json    and writes every measurement
     python scripts/bench/time_to_reward.py --figure out.png   and draws the held-out reward against seconds
 
-Both sides train a LoRA of rank 4 on the bundled model (assets/tiny), towards the reward of preset `quickstart`
+Both sides train a LoRA of rank 4 on the bundled model (alignprop/assets/tiny), towards the reward of preset `quickstart`
 (aesthetic + 40 × CLIP, the same code), on its training prompts, with guidance 3 and 8 pictures in an optimizer step,
 in float32 on one thread. The adapter's initialisation, loss, optimizer and estimator are each side's own. TRL's are
 its defaults, with its randomized truncation over the whole chain, except where a row says otherwise; its sampler has

@@ -192,7 +192,7 @@ def small_trainer(trainer, stand_ins):
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=title)
 def test_python_runs(page, code, stand_ins, stand, monkeypatch):
-    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "assets/tiny/pipeline")
+    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "alignprop/assets/tiny/pipeline")
     code = re.sub(r"checkpoint_\d+", "checkpoint_1", code)  # the only one of the run that is here
     program = compile(code, page, "exec")
     if code.startswith("from trl import"):  # it is not installed

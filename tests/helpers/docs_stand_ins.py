@@ -25,7 +25,7 @@ SMALL = {
     "train.total_batch_size": 2, "train.total_samples_per_epoch": 2, "mixed_precision": "no",
 }  # fmt: skip
 PROJECT = (
-    "alignprop", "assets", "config", "main.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt",
+    "alignprop", "config", "main.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt",
     "requirements-hps.txt", "rewards", "scripts", "tests",
 )  # fmt: skip
 # In the place of .venv/bin/python: this interpreter, which has everything already and gets nothing installed.

@@ -450,7 +450,7 @@ def test_flags_that_change_no_result_are_passed_over(capsys):
 
 
 def test_the_script_trains_the_bundled_model(tmp_path, capsys):
-    tiny = ROOT / "assets" / "tiny"
+    tiny = ROOT / "alignprop" / "assets" / "tiny"
     like_trl.main([
         "--num_epochs=1", "--train_batch_size=2", "--sample_num_steps=2", "--mixed_precision=no", "--log_image_freq=1",
         f"--pretrained_model={tiny / 'pipeline'}", f"--logdir={tmp_path}", "--run_name=r",
