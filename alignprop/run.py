@@ -98,6 +98,9 @@ def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
         )
     if c.init_lora and run.checkpoint and c.task == "train":
         run.say(f"init_lora = {c.init_lora!r} is not used: the run continues from a checkpoint")
+    for option in ("clip_sample", "thresholding"):
+        if run.model.scheduler.config.get(option):
+            run.say(f"warning: {option} of the model's scheduler is not used: a step has to be linear")
     if c.guidance_scale != 1 and not run.model.takes_guidance:
         run.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
 

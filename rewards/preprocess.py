@@ -57,7 +57,15 @@ class ClipPreprocess(nn.Module):
         config = config.get("image_processor", config)
         resize_to = config.get("size", size)
         if isinstance(resize_to, dict):
+            if resize_to.get("height") != resize_to.get("width"):
+                raise RewardError(f"{source}: size={resize_to!r} is no square, and the image tower wants one")
             resize_to = resize_to.get("shortest_edge") or resize_to.get("height") or size
+        steps = {"do_resize": True, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255}
+        if cls.crops:
+            steps["do_center_crop"] = True
+        for name, usual in steps.items():
+            if config.get(name) is not None and abs(config[name] - usual) > 1e-6:
+                raise RewardError(f"{source}: {name}={config[name]!r} is not supported; it must be {usual!r}")
         resample = config.get("resample", 3)
         if resample not in PIL_FILTERS:
             raise RewardError(f"{source}: resample={resample!r} is not supported; allowed: {PIL_FILTERS}")

@@ -64,13 +64,15 @@ def build_sampler(
         ConfigError: as `ddim_sampler` and `flow_sampler`; the scheduler is of neither kind, such as EDM's.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    on_flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    is_flow = name.startswith("FlowMatch") or on_flow
     is_discrete = hasattr(scheduler, "alphas_cumprod") and config.get("timestep_type", "discrete") == "discrete"
-    if not name.startswith("FlowMatch") and (not is_discrete or config.get("use_flow_sigmas")):
+    if not is_flow and (not is_discrete or config.get("use_flow_sigmas")):
         raise ConfigError(
             f"pretrained.model: the noise levels of its {name} are neither those of discrete-time diffusion nor those "
             "of flow matching, the two kinds of model that can be trained"
         )
-    if not name.startswith("FlowMatch"):
+    if not is_flow:
         return ddim_sampler(scheduler, num_inference_steps, eta, field)
     return add_noise(flow_sampler(scheduler, num_inference_steps, **schedule), eta)
 
@@ -112,8 +114,10 @@ def flow_sampler(scheduler, num_inference_steps: int, **schedule) -> Sampler:
     Raises:
         ConfigError: the shift depends on the size of the picture, and there is no `mu`.
     """
-    # It would add noise of its own.
-    euler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, stochastic_sampling=False)
+    options = {"stochastic_sampling": False}  # it would add noise of its own
+    if "flow_shift" in scheduler.config:  # as solvers for either kind of model call it
+        options["shift"] = scheduler.config.flow_shift
+    euler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **options)
     if euler.config.use_dynamic_shifting and schedule.get("mu") is None:
         raise ConfigError(
             "pretrained.model: its scheduler shifts the noise levels with the size of the picture "
@@ -143,7 +147,8 @@ def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0, field: s
         field: the name of `num_inference_steps` in messages.
 
     Raises:
-        ConfigError: the prediction type is unknown to DDIM, or the model has no timesteps for so many steps.
+        ConfigError: the prediction type is unknown to DDIM, or says nothing at the first step; or the model has no
+            timesteps for so many steps.
     """
     # A clipped or thresholded x̂0 would make the step non-linear; latent diffusion models do neither.
     try:
@@ -180,4 +185,9 @@ def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0, field: s
     rounded = a.isnan()
     a, b = (torch.where(rounded, alpha[1:] * x, y) for x, y in ((p, a), (q, b)))
     s = torch.where(rounded, sigma[1:], s)
+    if not all(numbers.isfinite().all() for numbers in (a, b, s, p, q)):
+        raise ConfigError(
+            "pretrained.model: its scheduler begins with pure noise (rescale_betas_zero_snr), of which a network that "
+            f"predicts {ddim.config.prediction_type!r} says nothing; such a chain needs 'v_prediction' or 'sample'"
+        )
     return Sampler(timesteps=ddim.timesteps.long(), a=a, b=b, s=s, p=p, q=q, alpha=alpha, sigma=sigma)

@@ -6,6 +6,7 @@ from alignprop.models.base import Conditioning
 from alignprop.models.latent import LatentDiffusion, even_sigmas, resolution_shift
 
 T5_TOKENS = 512  # the pipeline's own default
+RESOLUTION = 1024  # likewise
 
 
 class Flux(LatentDiffusion):
@@ -37,8 +38,8 @@ class Flux(LatentDiffusion):
         return self.pipeline.tokenizer_2, T5_TOKENS
 
     def latent_size(self, resolution: int | None) -> tuple[int, int]:
-        # The transformer takes any number of tokens; the size that it was trained for is the VAE's.
-        size = resolution or self.decoder.config.sample_size
+        # The transformer takes any number of tokens; the size that it was trained for is the VAE's, if that has one.
+        size = resolution or self.decoder.config.get("sample_size") or RESOLUTION
         return (2 * (size // (2 * self.vae_factor)),) * 2
 
     def schedule(self, num_inference_steps: int) -> dict:

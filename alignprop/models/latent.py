@@ -94,7 +94,9 @@ class LatentDiffusion(TextConditioned):
     def latent_size(self, resolution: int | None) -> tuple[int, int]:
         """Height and width of x[0] for pictures of `resolution` pixels a side; None is the model's own size."""
         if resolution is None:
-            size = self.denoiser.config.sample_size
+            size = self.denoiser.config.get("sample_size")
+            if not size:
+                raise ConfigError("resolution = None: the model's files name no size (sample_size), so give one")
             return (size, size) if isinstance(size, int) else tuple(size)
         return (resolution // self.vae_factor,) * 2
 
@@ -124,7 +126,7 @@ class LatentDiffusion(TextConditioned):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.decoder.config
-        latents = latents.to(self.decoder.dtype) / config.scaling_factor + (config.shift_factor or 0)
+        latents = latents.to(self.decoder.dtype) / config.scaling_factor + (config.get("shift_factor") or 0)
         return self.pictures(latents)
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:

@@ -2,18 +2,17 @@
 
 import json
 import os
-import re
-import sys
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import safe_open
 
 from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.base import ENCODERS
+from alignprop.models.said import follow, only_variant, said_by
+from alignprop.models.whole import refuse_gaps, set_precision, whole_parts
 from alignprop.settings.errors import ConfigError
 
 PRECISIONS = {
@@ -88,96 +87,77 @@ def load_pipeline(
     Raises:
         ConfigError: nothing loadable under that name, or a part that cannot be left out.
     """
-    options = {part: None for part in (*cls.unused, *cls.modules_of(without))} | cls.load_options
+    left_out = cls.modules_of(without)
+    options = {part: None for part in (*cls.unused, *left_out)} | cls.load_options
     stored = torch.float32 if full else dtype
     try:
         check_reachable(name, revision)
-        if Path(name).suffix in SINGLE_FILE:
-            options = {part: None for part in options if part in ("safety_checker", "feature_extractor")}
-            pipeline = cls.pipeline_class().from_single_file(name, config=config, dtype=stored, **options)
-            pipeline.scheduler = follow(pipeline.scheduler, said_by(name), name)
-        else:
-            variant = variant or (only_variant(name) if os.path.isdir(name) else None)
-            pipeline = cls.pipeline_class().from_pretrained(
-                name, revision=revision, variant=variant, dtype=stored, **options
-            )
+        with whole_parts():
+            if Path(name).suffix in SINGLE_FILE:
+                absent = dict.fromkeys(("safety_checker", "feature_extractor", *left_out))
+                options = {part: None for part in options if part in absent}
+                pipeline = cls.pipeline_class().from_single_file(name, config=config, dtype=stored, **options)
+                pipeline.scheduler = follow(pipeline.scheduler, said_by(name), name)
+            else:
+                variant = variant or (only_variant(name) if os.path.isdir(name) else None)
+                pipeline = cls.pipeline_class().from_pretrained(
+                    name, revision=revision, variant=variant, dtype=stored, **options
+                )
+        refuse_gaps(pipeline)
     except Exception as error:
         raise could_not_load("pretrained.model", name, error) from error
+    fit_tokenizers(pipeline, name, left_out)
     if vae is not None:
-        pipeline.vae = load_vae(vae, type(pipeline.vae))
+        pipeline.vae = load_vae(vae, pipeline.vae)
     half_overflows = dtype == torch.float16 and pipeline.vae.config.get("force_upcast")
     wanted = {"vae": torch.float32 if half_overflows else dtype, **dict.fromkeys(ENCODERS, dtype)}
     for part, precision in wanted.items():
         module = getattr(pipeline, part, None)
         if module is not None and module.dtype != precision:
-            module.to(dtype=precision)
+            set_precision(module, precision)
     return pipeline
 
 
-def only_variant(folder: str) -> str | None:
-    """The variant, such as "fp16", that some part of a pipeline's folder has weights of and no plain ones; it is told.
+def fit_tokenizers(pipeline, name: str, left_out) -> None:
+    """Has each tokenizer cut prompts where its text encoder ends, also where its files name no length, or a longer one.
 
-    diffusers then takes it for every part that has it, and plain files for the others.
-    """
-    pattern = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
-    variants: dict[str, set[str]] = {}
-    for path in Path(folder).glob("*/*"):
-        if match := pattern.fullmatch(path.name):
-            variants.setdefault(path.parent.name, set()).add(match[1] or "")
-    lacking = {part: found for part, found in variants.items() if "" not in found}
-    if not lacking:
-        return None
-    every = sorted({variant for found in lacking.values() for variant in found})
-    variant = max(every, key=lambda v: sum(v in found for found in lacking.values()))
-    if os.environ.get("RANK", "0") == "0":
-        parts = ", ".join(sorted(lacking))
-        print(
-            f"pretrained.model = {folder!r}: the variant {variant!r} of {parts}, without plain files", file=sys.stderr
-        )
-    return variant
+    Args:
+        left_out: the parts that may be absent.
 
-
-def said_by(path: str) -> dict:
-    """What a `.safetensors` file says of how it was trained, as fields of a scheduler's configuration.
-
-    Trainers leave empty tensors `v_pred` and `ztsnr` in it (as ComfyUI reads them), or "modelspec.prediction_type" in
-    its header (the standard of Stability AI).
-    """
-    if Path(path).suffix != ".safetensors":
-        return {}
-    with safe_open(path, framework="pt") as file:
-        keys, header = set(file.keys()), file.metadata() or {}
-    spelled = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-    kind = "v_prediction" if "v_pred" in keys else spelled.get(header.get("modelspec.prediction_type", ""))
-    said = {"prediction_type": kind} if kind else {}
-    if "ztsnr" in keys:  # noise at the last timestep is pure, and so the chain has to begin there
-        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return said
-
-
-def follow(scheduler, said: dict, name: str):
-    """The scheduler with what the file `name` says of itself; another one than its configuration's is told."""
-    other = {field: value for field, value in said.items() if scheduler.config.get(field) != value}
-    if not other or type(scheduler).__name__.startswith("FlowMatch"):
-        return scheduler
-    if os.environ.get("RANK", "0") == "0":
-        found = ", ".join(f"{field} = {value!r}" for field, value in other.items())
-        given = ", ".join(repr(scheduler.config.get(field)) for field in other)
-        print(f"pretrained.model = {name!r} says {found}, its configuration {given}; the file counts", file=sys.stderr)
-    cls = type(scheduler) if all(field in scheduler.config for field in other) else DDIMScheduler
-    return cls.from_config(scheduler.config, **other)
-
-
-def load_vae(name: str, cls: type):
-    """
     Raises:
-        ConfigError: `name` is no VAE of that class.
+        ConfigError: a tokenizer or a text encoder is absent.
+    """
+    for part in pipeline.components:
+        if part.startswith(("tokenizer", "text_encoder")) and getattr(pipeline, part) is None and part not in left_out:
+            raise ConfigError(f"pretrained.model = {name!r} has no {part}, which a {type(pipeline).__name__} needs")
+    for part in ENCODERS:
+        tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"), None)
+        longest = getattr(getattr(getattr(pipeline, part, None), "config", None), "max_position_embeddings", None)
+        if tokenizer is not None and longest:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+
+
+def load_vae(name: str, other):
+    """A VAE in the place of another one.
+
+    Raises:
+        ConfigError: `name` is no VAE, or its latents have another number of channels.
     """
     try:
         check_reachable(name, None, "config.json")
-        return cls.from_pretrained(name)
+        named = type(other).load_config(name).get("_class_name", "")
+        cls = getattr(diffusers, named) if named.startswith("Autoencoder") else type(other)
+        with whole_parts():
+            vae = cls.from_pretrained(name)
     except Exception as error:
         raise could_not_load("pretrained.vae", name, error) from error
+    channels = vae.config.latent_channels
+    if channels != other.config.latent_channels:
+        raise ConfigError(
+            f"pretrained.vae = {name!r} has latents of {channels} channels, and this model's have "
+            f"{other.config.latent_channels}"
+        )
+    return vae
 
 
 def check_reachable(name: str, revision: str | None, filename: str = INDEX) -> None:
@@ -193,9 +173,11 @@ def check_reachable(name: str, revision: str | None, filename: str = INDEX) -> N
 def could_not_load(field: str, name: str, error: Exception) -> ConfigError:
     where = "this folder or file" if os.path.exists(name) else f"a local path, {HF_HUB_CACHE}, the hub"
     reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    advice = "give a local pipeline folder or a single .safetensors file, or set HF_HOME to a cache that holds it"
+    if os.path.exists(name):
+        advice = "give a pipeline's folder, or a single file that holds denoiser, VAE and text encoders"
     return ConfigError(
-        f"{field} = {name!r} could not be loaded (tried {where}): {type(error).__name__}: {reason} — "
-        "give a local pipeline folder or a single .safetensors file, or set HF_HOME to a cache that holds it"
+        f"{field} = {name!r} could not be loaded (tried {where}): {type(error).__name__}: {reason} — {advice}"
     )
 
 

@@ -56,7 +56,7 @@ class StableDiffusionXL(UNetDiffusion):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.decoder.config
-        if not config.latents_mean:
+        if not config.get("latents_mean"):
             return super().decode(latents)
         # Of the models with normalised latents, such as Playground v2.5.
         mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))

@@ -4,6 +4,7 @@ Weight files are rewritten one by one, so that the model need not fit into memor
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -40,6 +41,8 @@ def pipeline_folder(name: str, revision: str | None) -> Path:
 def merge(weights: LoraWeights, base: Path, out: Path) -> None:
     """Writes the pipeline in the folder `base`, with the LoRA in its weights, to the new folder `out`.
 
+    Where a part has files of a variant alone, such as "fp16", they get plain names: anybody's loader finds those.
+
     Raises:
         ConfigError: the base has no such weights in safetensors files.
     """
@@ -62,6 +65,8 @@ def merge(weights: LoraWeights, base: Path, out: Path) -> None:
                 tensors[name] = (tensors[name].float() + weights.delta(module)).to(tensors[name].dtype)
                 absent.discard(module)
         save_file(tensors, out / path.relative_to(base), header)
+    for path in sorted(out.glob("*/*")):
+        _rename(path, base / path.parent.name)
     if absent:
         raise ConfigError(f"the weight files in {str(base)!r} have no {min(absent) + '.weight'!r}; are they whole?")
 
@@ -70,7 +75,7 @@ def merged_deltas(weights: LoraWeights, base: Path, out: Path) -> tuple[Deltas, 
     """W' - W of every adapted layer, as written, and how far its rounding may change it; see `verification.compare`."""
     deltas, steps = {}, {}
     for before, modules in _adapted_files(weights, base).items():
-        after = out / before.relative_to(base)
+        after = out / before.relative_to(base).with_name(_plain_name(before))
         with safe_open(after, framework="pt") as file:
             for module in modules:
                 if (name := _stored_name(module, file.keys())) is not None:
@@ -78,6 +83,26 @@ def merged_deltas(weights: LoraWeights, base: Path, out: Path) -> tuple[Deltas, 
                     steps[module] = merged.abs().max().item() * torch.finfo(merged.dtype).eps
                     deltas[module] = lambda a=after, b=before, n=name: _weight(a, n) - _weight(b, n)
     return deltas, steps.get
+
+
+def _rename(path: Path, base: Path) -> None:
+    """Gives a written file its plain name; `base` is the folder that it was made from."""
+    if (plain := _plain_name(base / path.name)) == path.name:
+        return
+    if path.suffix == ".json":  # which shard has which weight
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["weight_map"] = {weight: _plain_name(base / shard) for weight, shard in index["weight_map"].items()}
+        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+    path.rename(path.with_name(plain))
+
+
+def _plain_name(path: Path) -> str:
+    """A file's name without its variant, where the folder has no plain weights."""
+    names = r"(model|diffusion_pytorch_model)"
+    if any(re.fullmatch(rf"{names}(-\d+-of-\d+)?\.safetensors", other.name) for other in path.parent.iterdir()):
+        return path.name
+    shard = re.sub(rf"^{names}\.\w+?((-\d+-of-\d+)?\.safetensors)$", r"\1\2", path.name)
+    return re.sub(rf"^({names}\.safetensors\.index)\.\w+\.json$", r"\1.json", shard)
 
 
 def _weight(path: Path, name: str) -> torch.Tensor:

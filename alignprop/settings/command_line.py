@@ -24,12 +24,14 @@ def define_flags(argv: list[str]) -> None:
     """Defines `--config`, `--plan` and `--gpu_memory`.
 
     Args:
-        argv: `sys.argv`, where ml_collections looks for overrides. Lists in it are written as Python has them.
+        argv: `sys.argv`, where ml_collections looks for overrides. What a --flagfile has takes its place in it, and
+            lists are written as Python has them.
 
     Raises:
         ConfigError: a field that does not exist, or a list that is given twice.
     """
     with _plain_errors():
+        argv[:] = with_files(argv)
         names = [match[1] for argument in argv[1:] if (match := re.match(r"--?(?:no)?config\.([^=]+)", argument))]
         for name in names:
             check_name(name)
@@ -40,6 +42,11 @@ def define_flags(argv: list[str]) -> None:
         config_flags.DEFINE_config_file("config", PRESET, "Configuration file and preset to run.")
         flags.DEFINE_bool("plan", False, "Print what training will cost with each memory policy, and end.")
         flags.DEFINE_float("gpu_memory", None, "With --plan: GiB of the GPU to plan for.", lower_bound=0.1)
+
+
+def with_files(argv: list[str]) -> list[str]:
+    """The same arguments, with what each --flagfile has in its place."""
+    return [*argv[:1], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
 
 
 def with_lists(argv: list[str]) -> list[str]:
@@ -127,7 +134,7 @@ def _plain_errors():
     except flags.Error as error:
         if "Traceback" in str(error):  # ml_collections puts a TypeError of the file's own into the text
             raise _file_error(str(error)) from error
-        raise ConfigError(_flag_error(" ".join(str(error).split()))) from error
+        raise ConfigError(_flag_error(" ".join(str(error).removeprefix("ERROR:: ").split()))) from error
     except Exception as error:  # whatever a file raises that is no configuration
         raise _file_error("".join(traceback.format_exception(error.__cause__ or error))) from error
 

@@ -186,7 +186,8 @@ ROWS = [
     Row("empty folder", r"resume_from = '{here}/e' holds no checkpoint", {"resume_from": "{here}/e"},
         prepare=lambda here, pipeline: (here / "e").mkdir()),
     Row("no latest", r"resume_from = 'latest', but .* checkpoint", {"resume_from": "latest", "run_name": ""}),
-    Row("LoRA of another model", r"LoRA: 2 of its 6 keys match .*, 4 do not, .*'elsewhere.to_q'", LORA,
+    Row("LoRA of another model",
+        r"'{here}/lora.safetensors': 1 of its 3 layers are this model's, 2 are not, .*'unet.elsewhere.to_q'", LORA,
         preset="tiny_evaluate", prepare=lora(ATTENTION, "elsewhere.to_q", "elsewhere.to_v")),
     Row("truncated LoRA", r".*lora.safetensors' is not a whole safetensors file", LORA, preset="tiny_evaluate",
         prepare=lora(ATTENTION, keep=slice(-9))),
@@ -205,6 +206,9 @@ ROWS = [
         {"pretrained.model": "{here}/model"}, prepare=evil_pipeline("text_encoder", "pytorch_model.bin")),
     Row("pickled single file", r"pretrained.model = '{here}/m.ckpt' could not be loaded",
         {"pretrained.model": "{here}/m.ckpt", "pretrained.config": "{pipeline}"}, prepare=evil("m.ckpt", zipped=True)),
+    Row("field in a flagfile", r"train.lr is not a field of the configuration; here it is train.learning_rate",
+        raw=("--flagfile={here}/f.txt",), files={"f.txt": "--config.train.lr=1"}),
+    Row("no flagfile", r"Unable to open flagfile: .*'{here}/f.txt'", raw=("--flagfile={here}/f.txt",)),
     # models
     Row("no model", r"pretrained.model = 'nobody/nothing' .*tried .*hub.*local pipeline folder.*HF_HOME",
         {"pretrained.model": "nobody/nothing"}),
@@ -286,7 +290,7 @@ def call(row: Row, here: Path, pipeline: Path, run=run_main, **environment) -> s
     dead = TRAINING if row.preset in ("tiny_evaluate", "tiny_soup") else ()
     fields = [f"--config.{k}={v}" for k, v in (TOY | row.fields).items() if k not in dead]
     environment |= SURROUNDINGS | {"PYTHONPATH": str(here), "HF_HOME": str(here.parent / "empty")}
-    return run(filled(f"--config={config}"), *map(filled, fields), *row.raw, environment=environment)
+    return run(filled(f"--config={config}"), *map(filled, fields), *map(filled, row.raw), environment=environment)
 
 
 @pytest.fixture(scope="module")

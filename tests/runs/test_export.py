@@ -311,6 +311,21 @@ def test_the_merged_pipelines_pictures_are_those_of_base_and_lora(tmp_path, dtyp
     assert (plain - with_lora).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("sharded", [{}, {"max_shard_size": "200KB"}])
+def test_a_base_with_a_variant_alone_becomes_a_plain_pipeline(lora, pipelines, tmp_path, sharded):
+    base, out = tmp_path / "base", tmp_path / "out"
+    pipeline = StableDiffusionPipeline.from_pretrained(pipelines["epsilon"])
+    pipeline.save_pretrained(base, variant="fp16", **sharded)
+    assert not list(base.glob("*/diffusion_pytorch_model.safetensors"))
+    assert bool(list(base.glob("unet/*.index.fp16.json"))) == bool(sharded)
+    check = export_lora(lora[0], out, "merged", base=str(base), verify=True)
+    assert check.checked == check.layers == len(lora[1].modules) and not list(out.glob("*/*fp16*"))
+    merged, expected = StableDiffusionPipeline.from_pretrained(out).unet, pipeline.unet
+    for module in lora[1].modules:
+        found, before = (unet.get_submodule(module).weight for unet in (merged, expected))
+        torch.testing.assert_close(found - before, lora[1].delta(module), rtol=1e-4, atol=1e-6)
+
+
 def test_a_base_that_is_no_folder_comes_from_the_hub(lora, pipelines, tmp_path, monkeypatch):
     folder = pipelines["epsilon"]
     asked = []

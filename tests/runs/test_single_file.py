@@ -4,7 +4,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, Stab
 from safetensors.torch import load_file, save_file
 
 from alignprop.method.samplers import build_sampler
-from alignprop.models.loading import follow, load_model, said_by
+from alignprop.models.loading import load_model
+from alignprop.models.said import follow, said_by
 from tests.helpers.single_file import make_pipeline, write_single_file
 
 PARTS = ("unet", "vae", "text_encoder")

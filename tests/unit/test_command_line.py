@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignprop.settings.command_line import with_lists
+from alignprop.settings.command_line import with_files, with_lists
 from alignprop.settings.fields import FIELDS
 from alignprop.settings.resolve import flatten, resolve
 from tests.helpers.docs_stand_ins import parsed
@@ -44,3 +44,9 @@ def test_every_default_is_taken_as_docs_config_md_has_it():
 def test_other_arguments_stay_as_they_are():
     argv = ["main.py", "--plan", "--config.seed=1,2", "--config.mixing_coef_1=None", "--config.guide.window="]
     assert with_lists(argv) == argv
+
+
+def test_a_file_of_flags_is_read_as_if_they_were_typed(tmp_path):
+    (tmp_path / "flags.txt").write_text("--config.seed=7\n--config.lora_target_modules=to_q,to_out.0\n")
+    config = parsed(with_files(["main.py", f"--flagfile={tmp_path / 'flags.txt'}", "--config.num_epochs=3"])[1:]).config
+    assert (config.seed, config.num_epochs, config.lora_target_modules) == (7, 3, ("to_q", "to_out.0"))

@@ -37,7 +37,8 @@ def test_an_answer_names_fields_that_there_are():
     ("negative_prompts", "guidance is against the empty prompt"),
     ("sample_num_steps", "here it is num_inference_steps"),
     ("train.batch_size", "here it is per_gpu_capacity"), ("sample.guidance_scale", "here it is guidance_scale"),
-    ("train.use_8bit_adam", "here it is train.optimizer"),
+    ("train.use_8bit_adam", "here it is train.optimizer"), ("guidance_rescale", "guidance is not rescaled"),
+    ("use_dora", "a plain LoRA is trained"), ("timestep_spacing", "the files of pretrained.model say it"),
 ])  # fmt: skip
 def test_a_name_of_another_program_is_answered(name, answer):
     assert told(name) == f"{name} is not a field of the configuration; {answer}"

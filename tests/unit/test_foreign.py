@@ -209,6 +209,30 @@ def test_a_folder_of_pefts_is_read_with_its_scales(tmp_path, options):
     check_deltas(read_lora(tmp_path / "adapter_model.safetensors", weightless(TINY["sd"])), expected)
 
 
+@pytest.mark.parametrize("options", [
+    {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    {"r": 2, "lora_alpha": 6, "rank_pattern": {"attn2.to_k": 3}, "alpha_pattern": {"attn1.to_q": 5}},
+])  # fmt: skip
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_settings_in_a_header_of_diffusers_count_as_its_loader_has_them(tmp_path, family, options):
+    """As diffusers' training scripts write them."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    model = weightless(TINY[family])
+    model.denoiser.add_adapter(LoraConfig(target_modules=["to_q", "to_k"], **options))
+    for name, parameter in model.denoiser.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator(name))
+    part = model.denoiser_name
+    layers, settings = get_peft_model_state_dict(model.denoiser), _collate_lora_metadata({part: model.denoiser})
+    model.pipeline_class().save_lora_weights(tmp_path, **{f"{part}_lora_layers": layers}, **settings)
+    theirs = diffusers_deltas(tmp_path, weightless(TINY[family]))
+    expected = {module: delta() for module, delta in theirs.items()}
+    check_deltas(read_lora(tmp_path, weightless(TINY[family])), expected)
+    check_deltas(read_lora(tmp_path), expected)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda settings: settings.unlink(), "adapter_config.json, which says its alpha, cannot be read beside it"),
     (lambda settings: settings.write_text("{"), "adapter_config.json beside it is damaged"),

@@ -125,7 +125,12 @@ def test_preprocess_without_a_file_is_openais(tmp_path):
     torch.testing.assert_close(preprocess.mean.flatten(), torch.tensor(CLIP_MEAN))
 
 
-@pytest.mark.parametrize(("change", "part"), [({"resample": 0}, "resample=0"), ({"size": 32}, "32 pixels")])
+@pytest.mark.parametrize(("change", "part"), [
+    ({"resample": 0}, "resample=0"), ({"size": 32}, "32 pixels"),
+    ({"do_normalize": False}, "do_normalize=False"), ({"do_rescale": False}, "do_rescale=False"),
+    ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"), ({"do_center_crop": False}, "do_center_crop=False"),
+    ({"do_resize": False}, "do_resize=False"), ({"size": {"height": 64, "width": 96}}, "is no square"),
+])  # fmt: skip
 def test_unusable_preprocessor_file_is_one_line(change, part, clip_folder, tmp_path):
     folder = tmp_path / "clip"
     shutil.copytree(clip_folder, folder)

@@ -14,6 +14,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     IPNDMScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from alignprop.method.samplers import add_noise, build_sampler, ddim_sampler, flow_sampler
@@ -240,9 +241,25 @@ def noise_of(sampler):
     (IPNDMScheduler(), "the noise levels of its IPNDMScheduler are neither"),
     (EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), "EulerDiscreteScheduler are"),
     (DPMSolverMultistepScheduler(use_flow_sigmas=True), "the noise levels of its DPMSolverMultistepScheduler are"),
-    (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "DPMSolverMultistep"),
     (DDPMScheduler(beta_schedule="sigmoid"), "its scheduler's beta_schedule is unknown to DDIM"),
 ])  # fmt: skip
 def test_a_scheduler_of_another_world_is_refused(of_another_world, message):
     with pytest.raises(ConfigError, match=rf"^pretrained\.model: .*{message}"):
         build_sampler(of_another_world, 5, 0.0)
+
+
+@pytest.mark.parametrize("cls", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_flow_models_other_solvers_name_the_shift_of_its_noise_levels(cls):
+    scheduler = cls(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    found, expected = build_sampler(scheduler, 5, 0.0), flow_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), 5)
+    assert torch.equal(found.sigma, expected.sigma) and torch.equal(found.b, expected.b)
+    assert not torch.equal(found.b, flow_sampler(FlowMatchEulerDiscreteScheduler(), 5).b)
+
+
+def test_pure_noise_needs_a_network_that_says_something_of_the_picture():
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    with pytest.raises(ConfigError, match=r"begins with pure noise .* predicts 'epsilon' says nothing"):
+        build_sampler(DDIMScheduler(**options), 5, 0.0)
+    for kind in ("v_prediction", "sample"):
+        chain = build_sampler(DDIMScheduler(prediction_type=kind, **options), 5, 0.5)
+        assert all(numbers.isfinite().all() for numbers in (chain.a, chain.b, chain.s, chain.p, chain.q))
