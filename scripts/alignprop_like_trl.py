@@ -179,7 +179,8 @@ def configuration(arguments: list[str], num_processes: int) -> ConfigDict:
     return config
 
 
-ANIMALS = (Path(__file__).resolve().parent.parent / "alignprop" / "assets" / "prompts" / "simple_animals.txt").read_text().split()
+PROMPTS = Path(__file__).resolve().parent.parent / "alignprop" / "assets" / "prompts"
+ANIMALS = (PROMPTS / "simple_animals.txt").read_text().split()
 
 
 def prompt_function():

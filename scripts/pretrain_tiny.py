@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any fol
 
 from scripts.tiny import aesthetic, clip, evaluate, judge, scenes, unet, vae, world  # noqa: E402
 
+TINY = ROOT / "alignprop" / "assets" / "tiny"
 STAGES = ("scenes", "judge", "clip", "vae", "unet", "images", "decoder", "aesthetic", "pipeline", "evaluate")
 
 
@@ -65,7 +66,7 @@ def run_stage(name: str, work: Path, out: Path, scale: float, unet_minutes: floa
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "alignprop" / "assets" / "tiny", help="where the model is written")
+    parser.add_argument("--out", type=Path, default=TINY, help="where the model is written")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "tiny", help="drawn scenes, states of training")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated; default: all, in order")
     parser.add_argument("--unet_minutes", type=float, default=65.0, help="upper bound of the longest stage")

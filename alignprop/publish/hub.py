@@ -85,7 +85,7 @@ def push_finished(folder: Path, repo: str, private: bool) -> str:
     try:
         return push(folder, repo, private)
     except ConfigError as error:
-        command = ["python", "scripts/push_to_hub.py", str(folder), "--repo", repo, *(["--private"] if private else [])]
+        command = ["python", "-m", "alignprop", "push", str(folder), "--repo", repo] + ["--private"] * private
         raise ConfigError(
             f"training is done and {str(folder)!r} is complete, but it was not uploaded: {error}; repeat the upload "
             f"with: {shlex.join(command)}"

@@ -4,9 +4,9 @@
     python scripts/bench/time_to_reward.py --json out.json    and writes every measurement
     python scripts/bench/time_to_reward.py --figure out.png   and draws the held-out reward against seconds
 
-Both sides train a LoRA of rank 4 on the bundled model (alignprop/assets/tiny), towards the reward of preset `quickstart`
-(aesthetic + 40 × CLIP, the same code), on its training prompts, with guidance 3 and 8 pictures in an optimizer step,
-in float32 on one thread. The adapter's initialisation, loss, optimizer and estimator are each side's own. TRL's are
+Both sides train a LoRA of rank 4 on the bundled model (alignprop/assets/tiny), towards the reward of preset
+`quickstart` (aesthetic + 40 × CLIP, the same code), on its training prompts, with guidance 3 and 8 pictures in an
+optimizer step, in float32 on one thread. The adapter's initialisation, loss, optimizer and estimator are each side's own. TRL's are
 its defaults, with its randomized truncation over the whole chain, except where a row says otherwise; its sampler has
 quickstart's 20 steps and is, like ours, deterministic, as the evaluation is. So that its learning rate is no handicap,
 it runs with several, and is compared by the fastest of them. The last row gives it our settings too: what remains is

@@ -47,7 +47,8 @@ def test_a_process_that_ends_with_an_error_does_what_was_submitted():
 
 def test_what_finds_mistakes_loads_no_torch():
     settings = sorted((ROOT / "alignprop" / "settings").rglob("*.py"))
-    modules = ["main", "rewards", "rewards.errors", "rewards.registry", "config.align_prop", "config.ddpo"]
+    modules = ["main", "alignprop.command", "rewards", "rewards.errors", "rewards.registry"]
+    modules += ["config.align_prop", "config.ddpo"]
     modules += [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in settings]
     code = f"import sys, {', '.join(modules)}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import alignprop
-import main
+from alignprop import command
 from alignprop.settings.resolve import resolve
 from tests.helpers.docs_commands import (
     COMMANDS,
@@ -71,8 +71,8 @@ def run(arguments, monkeypatch):
     """main.py with these arguments, in this process."""
     values = parsed(arguments)
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
-    monkeypatch.setattr(main.flags, "FLAGS", values)
-    main.main(["main.py"])
+    monkeypatch.setattr(command.flags, "FLAGS", values)
+    command.run_parsed(["main.py"], "main.py")
     return values
 
 

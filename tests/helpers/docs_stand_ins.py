@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-import main
+from alignprop.command import run_task
 from alignprop.models.configs import find_config
 from alignprop.settings.command_line import PRESET, with_lists
 from alignprop.settings.resolve import flatten
@@ -82,7 +82,7 @@ class StandIns:
         config = get_config("quickstart")
         fields = {**self.fields(config), "log_dir": str(self.root), "run_name": "trained", "eval_reward_fn": ""}
         config.update_from_flattened_dict(fields)
-        main.run_task(config)
+        run_task(config)
         return self.root / "trained"
 
     def fields(self, config: ConfigDict) -> dict:

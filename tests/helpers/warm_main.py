@@ -36,7 +36,7 @@ def run(arguments: list[str], environment: dict[str, str], out: str, err: str) -
 
 
 def main() -> None:
-    import main  # noqa: F401, I001 (first, for what it sets for its libraries)
+    import alignprop.command  # noqa: I001 (first, for what it sets for its libraries)
     import diffusers  # noqa: F401
     import torch  # noqa: F401
     import transformers  # noqa: F401

@@ -10,6 +10,7 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from alignprop.command import main
 from alignprop.lora.files import LORA_FILE
 from alignprop.publish.hub import check_hub, push
 from alignprop.run import Run, build_run
@@ -18,7 +19,6 @@ from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields.rules import is_repo_name
 from alignprop.settings.resolve import resolve, save_config
 from alignprop.trainer import AlignPropTrainer
-from scripts import push_to_hub
 from tests.cli.test_main import flags, run_main
 from tests.helpers.fake_hub import Repository, logged_in
 from tests.helpers.training import asks_to_stop, train
@@ -97,10 +97,10 @@ def test_an_upload_that_fails_loses_nothing_and_tells_how_to_repeat_it(toy_confi
     hub.failures = {}
     command = shlex.split(str(told.value).rpartition("repeat the upload with: ")[2])
     folder = str(trainer.run.folder)
-    assert command == ["python", "scripts/push_to_hub.py", folder, "--repo", "me/toy", "--private"]
+    assert command == ["python", "-m", "alignprop", "push", folder, "--repo", "me/toy", "--private"]
     before = everything_in(trainer.run.folder)
-    monkeypatch.setattr("sys.argv", command[1:])
-    push_to_hub.main()
+    monkeypatch.setattr("sys.argv", command[2:])
+    main()
     assert capsys.readouterr().out.endswith(f"uploaded to {hub.url}/me/toy\n")
     weights = checkpoints_of(trainer.run.folder)[-1] / LORA_FILE
     assert hub.repositories["me/toy"].files[LORA_FILE] == weights.read_bytes() and hub.repositories["me/toy"].private

@@ -25,6 +25,8 @@ ROOMS = [
     ["run"],
     ["loop", "tasks"],
     ["trainer", "ddpo"],
+    ["command"],
+    ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WITHOUT_REWARDS = ("settings", "models", "engine", "lora")

@@ -1,0 +1,147 @@
+"""The command line: what `main.py` and the installed command `alignprop` do.
+
+    python main.py --config config/align_prop.py:hps --config.train.learning_rate=5e-4
+    alignprop train --config hps --config.train.learning_rate=5e-4
+
+`alignprop` begins with what is to be done: a task of the configuration, `plan`, or a tool of publish/commands.py. Its
+presets need no file: those that come with it have their names.
+"""
+
+import os
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+# They warn of features that nothing here uses, and of what we say ourselves.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+from absl import app, flags
+
+from alignprop.settings.command_line import check_flags, define_flags, parse_flags, quiet_libraries, warn_of_unused
+from alignprop.settings.errors import one_of
+from alignprop.settings.resolve import resolve
+from alignprop.stopping import plain_endings
+
+TRAINERS = {"align_prop": ("alignprop.trainer", "AlignPropTrainer"), "ddpo": ("alignprop.ddpo", "DDPOTrainer")}
+PRESET_FILES = ("align_prop", "models", "ddpo")  # of the package config, in the order in which a name is searched for
+# What is to be done: the preset where none is given.
+TASKS = {
+    "train": "quickstart", "evaluate": "evaluate", "evaluate_soup": "evaluate_soup", "guide": "guide", "plan": "hps",
+}  # fmt: skip
+TOOLS = ("export", "push")
+USAGE = f"""usage: alignprop COMMAND [--config PRESET] [--config.FIELD=VALUE …]
+
+commands: {", ".join((*TASKS, *TOOLS))}
+presets:  hps, aesthetic, quickstart, ddpo:aesthetic, …, or a file of your own as path/to/file.py:preset
+
+    alignprop train --config quickstart
+    alignprop evaluate --config tiny_evaluate --config.resume_from=logs/my_run
+    alignprop export --help"""
+
+
+def main() -> None:
+    """`alignprop` with the arguments of the process."""
+    with plain_endings():
+        command, *arguments = sys.argv[1:] or ["help"]
+        if command in ("help", "--help", "-h"):
+            print(USAGE)
+        elif one_of("command", command, (*TASKS, *TOOLS)) in TOOLS:
+            sys.argv = [f"alignprop {command}", *arguments]
+            run_tool(command)
+        else:
+            run_flags([sys.argv[0], *with_preset(arguments, TASKS[command]), *_of_task(command)])
+
+
+def run_tool(name: str) -> None:
+    """One of TOOLS, with the arguments of the process."""
+    with plain_endings():
+        getattr(import_module("alignprop.publish.commands"), name)()
+
+
+def run_flags(argv: list[str]) -> None:
+    """Reads the flags of a program, resolves the configuration, and does its task.
+
+    Args:
+        argv: as `sys.argv`, in whose place it is put: ml_collections looks there for overrides.
+    """
+    with plain_endings():
+        command = shlex.join(["python", *sys.argv]) if sys.argv == argv else shlex.join(["alignprop", *sys.argv[1:]])
+        sys.argv = argv
+        define_flags(argv)
+        app.run(lambda arguments: run_parsed(arguments, command), argv=argv, flags_parser=parse_flags)
+
+
+def run_parsed(arguments: list[str], command: str) -> None:
+    """Does what the parsed flags say.
+
+    Args:
+        arguments: those that are no flags.
+        command: what was typed, for the run's config.json.
+    """
+    config = flags.FLAGS.config
+    resolve(config, num_processes=1)  # most mistakes are found here, before torch is loaded
+    warn_of_unused(config)
+    check_flags(arguments, config)
+    with config.unlocked():
+        config.command = command
+    if flags.FLAGS.plan:
+        import_module("alignprop.tasks").compare_policies(config, flags.FLAGS.gpu_memory)
+    else:
+        run_task(config)
+
+
+def run_task(config) -> None:
+    """Imports what the task needs, and does it."""
+    quiet_libraries()
+    if config.task == "train":
+        module, trainer = TRAINERS[config.algorithm]
+        getattr(import_module(module), trainer)(config).train()
+    else:
+        getattr(import_module("alignprop.tasks"), config.task)(config)
+
+
+def _of_task(command: str) -> list[str]:
+    """The flag that makes any preset one of this task."""
+    return ["--plan"] if command == "plan" else [f"--config.task={command}"]
+
+
+def with_preset(arguments: list[str], usual: str) -> list[str]:
+    """The same arguments, their `--config` a file and a preset in it.
+
+    Args:
+        usual: the preset where there is no `--config`.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    arguments = list(arguments)
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config") and equals:
+            arguments[i] = f"--config={preset_file(value)}"
+            return arguments
+        if flag in ("--config", "-config") and i + 1 < len(arguments):
+            arguments[i + 1] = preset_file(arguments[i + 1])
+            return arguments
+    return [f"--config={preset_file(usual)}", *arguments]
+
+
+def preset_file(name: str) -> str:
+    """"path/to/file.py:preset" of a name that is so already, or that is "file:preset" or "preset" of those that come
+    with the package.
+
+    Raises:
+        ConfigError: there is no such file, or no such preset in the package.
+    """
+    file, _, preset = name.partition(":")
+    if os.path.exists(file):
+        return name
+    modules = {stem: import_module(f"config.{stem}") for stem in PRESET_FILES}
+    stem = Path(file).stem
+    if stem in modules:
+        return modules[stem].__file__ + (f":{preset}" if preset else "")
+    presets = {known: module.__file__ for module in reversed(modules.values()) for known in module.PRESETS}
+    return f"{presets[one_of('--config', name, presets)]}:{name}"
