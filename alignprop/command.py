@@ -130,7 +130,7 @@ def with_preset(arguments: list[str], usual: str) -> list[str]:
 
 
 def preset_file(name: str) -> str:
-    """"path/to/file.py:preset" of a name that is so already, or that is "file:preset" or "preset" of those that come
+    """ "path/to/file.py:preset" of a name that is so already, or that is "file:preset" or "preset" of those that come
     with the package.
 
     Raises:
