@@ -130,8 +130,8 @@ def with_preset(arguments: list[str], usual: str) -> list[str]:
 
 
 def preset_file(name: str) -> str:
-    """ "path/to/file.py:preset" of a name that is so already, or that is "file:preset" or "preset" of those that come
-    with the package.
+    """A preset as "path/to/file.py:preset", of a name that is so already, or that is "file:preset" or "preset" of those
+    that come with the package.
 
     Raises:
         ConfigError: there is no such file, or no such preset in the package.

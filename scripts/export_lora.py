@@ -1,6 +1,8 @@
 """A trained LoRA for other tools; `alignprop export` does the same.
 
-python scripts/export_lora.py logs/my_run/checkpoints/best my_lora.safetensors --format kohya
+    python scripts/export_lora.py logs/my_run/checkpoints/best my_lora.safetensors --format kohya
+
+`--help` says more.
 """
 
 import sys

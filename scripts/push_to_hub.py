@@ -1,6 +1,8 @@
 """Uploads a run to the Hugging Face hub; `alignprop push` does the same.
 
-python scripts/push_to_hub.py logs/my_run --repo user/name --private
+    python scripts/push_to_hub.py logs/my_run --repo user/name --private
+
+`--help` says more.
 """
 
 import sys

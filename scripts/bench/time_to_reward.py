@@ -7,10 +7,10 @@
 Both sides train a LoRA of rank 4 on the bundled model (alignprop/assets/tiny), towards the reward of preset
 `quickstart` (aesthetic + 40 × CLIP, the same code), on its training prompts, with guidance 3 and 8 pictures in an
 optimizer step, in float32 on one thread. The adapter's initialisation, loss, optimizer and estimator are each side's
-own. TRL's are its defaults, with its randomized truncation over the whole chain, except where a row says otherwise; its
-sampler has quickstart's 20 steps and is, like ours, deterministic, as the evaluation is. So that its learning rate is no
-handicap, it runs with several, and is compared by the fastest of them. The last row gives it our settings too: what remains is
-the cost of a step, the draws, and the adapter's initialisation, whose A is larger in TRL.
+own. TRL's are its defaults, with its randomized truncation over the whole chain, except where a row says otherwise;
+its sampler has quickstart's 20 steps and is, like ours, deterministic, as the evaluation is. So that its learning
+rate is no handicap, it runs with several, and is compared by the fastest of them. The last row gives it our settings
+too: what remains is the cost of a step, the draws, and the adapter's initialisation, whose A is larger in TRL.
 
 Every few optimizer steps a worker stands still and writes its adapter, and our evaluator scores it, whichever side it
 is from, on quickstart's 48 held-out pictures: fixed prompts and noise, 20 sampler steps. Only optimizer steps are on
