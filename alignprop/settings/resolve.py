@@ -54,7 +54,9 @@ def _derive(c: ConfigDict) -> None:
     if train.num_inference_steps is None:
         train.num_inference_steps = c.num_inference_steps
     c.log_dir = os.path.expanduser(c.log_dir)
-    c.pretrained.model = os.path.expanduser(c.pretrained.model)
+    for name in ("model", "config", "vae"):
+        if c.pretrained[name]:
+            c.pretrained[name] = os.path.expanduser(c.pretrained[name])
     if c.lora_alpha is None:
         c.lora_alpha = float(c.lora_rank)
     # A command line gives "to_q,to_v" as one word.
