@@ -10,7 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alignprop.engine.seeding import generator
-from alignprop.lora import kohya
 from alignprop.lora.adapters import (
     adapted_networks,
     add_adapter,
@@ -135,18 +134,6 @@ def test_none_takes_all_of_it_away_and_prompts_are_remembered_again(model):
     assert not model.knows(PROMPTS) and not torch.equal(embeds(model), base)
     set_adapter(model, None)
     assert model.knows(PROMPTS) and torch.equal(embeds(model), base) and not adapted_networks(model)
-
-
-def test_an_encoder_that_is_not_there_has_no_adapter(tmp_path):
-    """As in some relatives of SDXL."""
-    folder = make_family(tmp_path / "p", "sdxl")
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    model = load_model(str(folder))
-    add_adapter(model, 2, 2.0, None, seed=0, text_encoders=True)
-    names = {name.partition(".")[0] for name in kohya.pack(get_adapter(model).tensors, 1.0, model)[0]}
-    assert any(n.startswith("lora_te2_") for n in names) and not any(n.startswith("lora_te1_") for n in names)
 
 
 def test_a_text_encoder_of_another_kind_is_named(model):
