@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 
 from alignprop.settings.errors import ConfigError
@@ -63,13 +64,27 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
+def _end(number, frame) -> None:
+    """Ends a process that nobody has asked to save: by an exception, which whoever has something open is told by.
+
+    While a module is being imported it ends at once: libraries catch what is raised then, and go on half-imported.
+    """
+    if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(STOPPED if number == signal.SIGTERM else 130)
+    if number == signal.SIGTERM:
+        sys.exit(STOPPED)
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def plain_endings():
     """Within it a person's mistake, Ctrl-C, a full disk and the death of another process end this one with one line
     instead of a traceback."""
     rank = os.environ.get("RANK", "0")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))  # there is nothing to save yet
+        signal.signal(signal.SIGTERM, _end)  # there is nothing to save yet
+        signal.signal(signal.SIGINT, _end)
     try:
         yield
     except UserError as error:

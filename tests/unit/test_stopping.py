@@ -1,7 +1,11 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ import torch
 from alignprop.settings.errors import ConfigError
 from alignprop.stopping import plain_endings, stop_requests
 from rewards.errors import RewardError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -87,3 +93,26 @@ def test_asked_to_stop_where_there_is_nothing_to_save(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 75
+
+
+HALF_IMPORTED = """
+import pathlib, time
+try:
+    pathlib.Path("importing").touch()
+    time.sleep(30)
+except BaseException as error:  # as libraries do around what they can do without
+    raise RecursionError("half of it is there") from error
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_asked_to_stop_while_a_library_is_imported_it_ends_at_once(tmp_path, number, status):
+    (tmp_path / "library.py").write_text(HALF_IMPORTED)
+    program = "from alignprop.stopping import plain_endings\nwith plain_endings():\n    import library"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    words = [sys.executable, "-c", program]
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "importing").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert (process.wait(timeout=20), process.stderr.read()) == (status, "interrupted\n")
