@@ -49,6 +49,15 @@ def test_it_has_every_file_of_the_packages(unpacked):
     assert len(files) > 150 and not (unpacked / "tests").exists()
 
 
+def test_it_brings_the_command(unpacked, tmp_path):
+    (entries,) = unpacked.glob("*.dist-info/entry_points.txt")
+    assert "alignprop = alignprop.command:main" in entries.read_text()
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    words = [sys.executable, "-P", "-m", "alignprop", "train", "--config=nothing"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "--config = 'nothing' is not one of 'aesthetic'" in done.stderr
+
+
 def test_it_trains_outside_of_the_repository(unpacked, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", TRAINING]
