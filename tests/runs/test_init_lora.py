@@ -1,6 +1,8 @@
 """A new run that starts from a LoRA that is there: its first pictures, its ranks, and what is refused."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from alignprop.lora.adapters import get_adapter
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import LORA_FILE, read_lora
 from alignprop.models.sd import StableDiffusion
+from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.tasks import evaluate
 from alignprop.trainer import AlignPropTrainer
@@ -22,12 +25,17 @@ from tests.runs.test_export import random_lora
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 
+TRAINED = {}  # the checkpoint that all tests begin with
+
+
 @pytest.fixture
-def finished(toy_config):
-    """The newest checkpoint of a run, without its training state, as somebody else might have it."""
-    run = train(toy_config(num_epochs=1, train__learning_rate=0.05)).run.folder
-    checkpoint = sorted((run / "checkpoints").glob("checkpoint_*"))[-1]
-    return checkpoint
+def finished(toy_config, tmp_path, tmp_path_factory):
+    """A copy of the newest checkpoint of a run."""
+    if not TRAINED:
+        logs = tmp_path_factory.mktemp("finished")
+        run = train(toy_config(num_epochs=1, train__learning_rate=0.05, log_dir=str(logs))).run.folder
+        TRAINED["checkpoint"] = checkpoints_of(run)[-1]
+    return Path(shutil.copytree(TRAINED["checkpoint"], tmp_path / "finished"))
 
 
 def same_deltas(found: LoraWeights, expected: LoraWeights, modules=None, exactly=False):
