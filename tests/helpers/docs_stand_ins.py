@@ -28,6 +28,7 @@ PROJECT = (
     "alignprop", "config", "main.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt",
     "requirements-hps.txt", "rewards", "scripts", "tests",
 )  # fmt: skip
+REWARD_PAGES = ("rewards.md", "tutorial.md")  # have the reader save their Python as my_rewards.py
 # In the place of .venv/bin/python: this interpreter, which has everything already and gets nothing installed.
 INTERPRETER = f"""#!/bin/sh
 case "$1 $2 $3" in
@@ -123,8 +124,9 @@ def lay_out(folder: Path, stand_ins: StandIns, text: str) -> None:
     """Makes `folder` a copy of the project's, by links, with every run in it that a text names as logs/<run>."""
     for name in PROJECT:
         (folder / name).symlink_to(ROOT / name)
-    (code,) = blocks(ROOT / "docs" / "rewards.md", "python")
-    (folder / "my_rewards.py").write_text(code.rstrip() + "\n")
+    code = [block for page in REWARD_PAGES for block in blocks(ROOT / "docs" / page, "python")]
+    (folder / "my_rewards.py").write_text("\n\n".join(code).rstrip() + "\n")
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
     for name in re.findall(r"\blogs/(\w+)", text):
         shutil.copytree(stand_ins.trained, folder / "logs" / name, symlinks=True, dirs_exist_ok=True)
 
