@@ -29,7 +29,8 @@ TRAINERS = {"align_prop": ("alignprop.trainer", "AlignPropTrainer"), "ddpo": ("a
 PRESET_FILES = ("align_prop", "models", "ddpo")  # of the package config, in the order in which a name is searched for
 # What is to be done: the preset where none is given.
 TASKS = {
-    "train": "quickstart", "evaluate": "evaluate", "evaluate_soup": "evaluate_soup", "guide": "guide", "plan": "hps",
+    "train": "quickstart", "evaluate": "evaluate", "evaluate_soup": "evaluate_soup", "guide": "guide",
+    "explore": "explore", "plan": "hps",
 }  # fmt: skip
 TOOLS = ("export", "push")
 USAGE = f"""usage: alignprop COMMAND [--config PRESET] [--config.FIELD=VALUE …]
@@ -100,7 +101,8 @@ def run_task(config) -> None:
         module, trainer = TRAINERS[config.algorithm]
         getattr(import_module(module), trainer)(config).train()
     else:
-        getattr(import_module("alignprop.tasks"), config.task)(config)
+        module = "alignprop.tasks.explore" if config.task == "explore" else "alignprop.tasks"
+        getattr(import_module(module), config.task)(config)
 
 
 def _of_task(command: str) -> list[str]:

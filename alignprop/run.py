@@ -171,6 +171,10 @@ class Run:
             seed=c.seed, keep=c.max_vis_images, base_distance=c.eval_base_distance, phases=self.residency,
         )  # fmt: skip
 
+    def sampling(self, guidance_scale: float) -> Rollout:
+        """The chain of evaluations with another strength of guidance."""
+        return self._rollout(self.config.num_inference_steps, "num_inference_steps", guidance_scale=guidance_scale)
+
     def try_judges(self, needs_gradient: bool) -> None:
         """Has two pictures of noise judged."""
         with self.residency("decode"), torch.no_grad():
@@ -234,14 +238,14 @@ class Run:
         self.accelerator.end_training()
         self.records.close()
 
-    def _rollout(self, steps: int, field: str) -> Rollout:
+    def _rollout(self, steps: int, field: str, **other) -> Rollout:
         c, schedule = self.config, None
         sampler = build_sampler(self.model.scheduler, steps, c.eta, field, **self.model.schedule(steps))
         if c.task in ("evaluate", "guide") and c.lora_schedule == "linear":
             schedule = linear_schedule(sampler.timesteps, c.lora_scale)
         return Rollout(
             self.model, sampler, autocast=self._autocast, memory=self.choice.memory, lora_scale_at=schedule,
-            **rollout_options(c),
+            **{**rollout_options(c), **other},
         )  # fmt: skip
 
     def _autocast(self):

@@ -93,6 +93,13 @@ def guide() -> ConfigDict:
     return c
 
 
+def explore() -> ConfigDict:
+    """A page in the browser: base, checkpoints and their mixture, on prompts that you type."""
+    c = evaluate()
+    c.task = "explore"
+    return c
+
+
 def use_tiny(c: ConfigDict) -> ConfigDict:
     """Points any preset at the bundled 64×64 model, its rewards and its prompts, on a CPU."""
     c.pretrained.model = str(TINY / "pipeline")
@@ -156,11 +163,18 @@ def tiny_soup() -> ConfigDict:
     return c
 
 
+def tiny_explore() -> ConfigDict:
+    """`explore` on the bundled model."""
+    c = use_tiny(explore())
+    c.reward_fn = "aesthetic"
+    return c
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
-        aesthetic, aesthetic_k1, hps, hps_k1, evaluate, evaluate_soup, guide,
-        quickstart, quickstart_fast, tiny_evaluate, tiny_soup, tiny_guide,
+        aesthetic, aesthetic_k1, hps, hps_k1, evaluate, evaluate_soup, guide, explore,
+        quickstart, quickstart_fast, tiny_evaluate, tiny_soup, tiny_guide, tiny_explore,
     )
 } | {
     estimator: partial(hps_with, estimator)

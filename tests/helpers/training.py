@@ -7,6 +7,10 @@ import signal
 import numpy as np
 import torch
 
+from alignprop.engine.seeding import generator
+from alignprop.lora.factors import add_lora, get_lora, trainable_parameters
+from alignprop.lora.files import save_lora
+from alignprop.models.sd import StableDiffusion
 from alignprop.trainer import AlignPropTrainer
 from tests.helpers.toy_rewards import redness
 
@@ -25,6 +29,16 @@ def rows(trainer, kind=None):
 
 def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.weights.parameters])
+
+
+def save_random_lora(pipeline_folder, folder, seed):
+    """A LoRA with random numbers, large enough to change pictures, in `folder`, whose name is returned."""
+    model = StableDiffusion.load(str(pipeline_folder))
+    add_lora(model.denoiser, 2, 2.0, ("to_q", "to_v"), seed)
+    for name, parameter in trainable_parameters(model.denoiser).items():
+        parameter.data.normal_(0, 0.5, generator=generator(name, seed))
+    save_lora(model, get_lora(model.denoiser), folder)
+    return str(folder)
 
 
 def half_precision(monkeypatch, dtype, scale):

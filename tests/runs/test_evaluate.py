@@ -12,7 +12,7 @@ from alignprop.evaluation.judges import diversity
 from alignprop.evaluation.pictures import save_image
 from alignprop.lora import kohya
 from alignprop.lora.adapters import add_adapter, get_adapter, trained_parameters
-from alignprop.lora.factors import add_lora, get_lora, set_lora, trainable_parameters
+from alignprop.lora.factors import add_lora, set_lora
 from alignprop.lora.files import read_lora, save_lora
 from alignprop.method.base_distance import chain_distance
 from alignprop.models.sd import StableDiffusion
@@ -20,16 +20,7 @@ from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.tasks import evaluate, evaluate_soup
 from rewards import RewardError
-from tests.helpers.training import train
-
-
-def save_random_lora(pipeline_folder, folder, seed):
-    model = StableDiffusion.load(str(pipeline_folder))
-    add_lora(model.denoiser, 2, 2.0, ("to_q", "to_v"), seed)
-    for name, parameter in trainable_parameters(model.denoiser).items():
-        parameter.data.normal_(0, 0.5, generator=generator(name, seed))
-    save_lora(model, get_lora(model.denoiser), folder)
-    return str(folder)
+from tests.helpers.training import save_random_lora, train
 
 
 def pictures(folder):

@@ -1,6 +1,6 @@
 """Fields of prompts, of evaluations, of mixtures, and of what follows from an evaluation."""
 
-from alignprop.settings.fields.field import AFTER_TRAINING, CHECKPOINT, LORA, SOUP, TRAINING, Field
+from alignprop.settings.fields.field import AFTER_TRAINING, CHECKPOINT, EVALUATION, LORA, MIXTURE, SOUP, TRAINING, Field
 from alignprop.settings.fields.rules import COUNT, NUMBERS, boolean, choice, integer, number, optional, text
 
 FIELDS = (
@@ -16,7 +16,7 @@ FIELDS = (
     ),
     Field(
         "resume_from_2", "stablediffusion", text(),
-        "The second checkpoint of a mixture. 'stablediffusion' is the base model.", (SOUP,),
+        "The second checkpoint of a mixture. 'stablediffusion' is the base model.", (MIXTURE,),
     ),
     Field(
         "mixing_coef_1", (0.0, 0.25, 0.5, 0.75, 1.0), NUMBERS,
@@ -29,24 +29,25 @@ FIELDS = (
     Field(
         "soup_mode", "delta", choice("delta", "factors"),
         "What is mixed: the weight changes, exactly, or their factors A and B, as the paper's released code does.",
-        (SOUP,),
+        (MIXTURE,),
     ),
     Field(
         "num_eval_images", 32, COUNT,
         "Pictures of an evaluation. Where there are more pictures than prompts, prompts repeat with other noise.",
+        (EVALUATION,),
     ),
     Field(
         "num_eval_prompts", 16, optional(COUNT),
-        "How many different prompts an evaluation uses. None: all there are.",
+        "How many different prompts an evaluation uses. None: all there are.", (EVALUATION,),
     ),
     Field(
         "eval_diversity", True, boolean(),
-        "Measures how much pictures of one prompt differ: 1 - cosine in the space of clip.model.",
+        "Measures how much pictures of one prompt differ: 1 - cosine in the space of clip.model.", (EVALUATION,),
     ),
     Field(
         "eval_base_distance", True, boolean(),
         "Measures the mean squared difference of the denoiser's output to the base model's, on the first 8 pictures at "
-        "4 steps each.", (LORA,),
+        "4 steps each.", (EVALUATION, LORA),
     ),
     Field(
         "stop_when", "", text(empty=True),
@@ -66,5 +67,5 @@ FIELDS = (
         "How the weight change counts along the chain. 'linear': from 0 at the first sampler step to lora_scale at the "
         "last, which keeps the layout of the base model's pictures.", (AFTER_TRAINING, CHECKPOINT),
     ),
-    Field("max_vis_images", 16, COUNT, "Pictures in a sample grid and sent to trackers."),
+    Field("max_vis_images", 16, COUNT, "Pictures in a sample grid and sent to trackers.", (EVALUATION,)),
 )  # fmt: skip

@@ -58,6 +58,10 @@ ALIGN_PROP = Effect(
 DDPO = needs("algorithm = 'ddpo'", lambda c: c.algorithm == "ddpo")
 GUIDE = needs("task = 'guide'", lambda c: c.task == "guide")
 SOUP = needs("task = 'evaluate_soup'", lambda c: c.task == "evaluate_soup")
+MIXTURE = needs("task = 'evaluate_soup' or 'explore'", lambda c: c.task in ("evaluate_soup", "explore"))
+EVALUATION = Effect(
+    "training or an evaluation", lambda c: c.task != "explore", lambda c: "task = 'explore' shows single pictures"
+)
 AFTER_TRAINING = needs("task = 'evaluate' or 'guide'", lambda c: c.task in ("evaluate", "guide"))
 LORA = needs("use_lora = True", lambda c: c.use_lora)
 GUIDANCE = needs("guidance_scale > 1", lambda c: c.guidance_scale != 1)

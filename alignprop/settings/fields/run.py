@@ -17,9 +17,9 @@ HUB = needs("hub.repo", lambda c: bool(c.hub.repo))
 
 FIELDS = (
     Field(
-        "task", "train", choice("train", "evaluate", "evaluate_soup", "guide"),
-        "What is done: training, measuring a checkpoint or the base model, measuring mixtures of two checkpoints, or "
-        "reward guidance while sampling.",
+        "task", "train", choice("train", "evaluate", "evaluate_soup", "guide", "explore"),
+        "What is done: training, measuring a checkpoint or the base model, measuring mixtures of two checkpoints, "
+        "reward guidance while sampling, or a page that compares pictures.",
     ),
     Field(
         "algorithm", "align_prop", choice("align_prop", "ddpo"),
