@@ -2,6 +2,7 @@
 
 import sys
 
+import gradio
 import pytest
 import torch
 
@@ -98,7 +99,6 @@ def test_without_gradio_one_line_says_what_to_install(toy_config, monkeypatch):
 
 
 def test_the_page_answers(toy_config, loras):
-    gradio = pytest.importorskip("gradio")
     page = make_page(make_explorer(toy_config("tiny_explore", resume_from=loras[0])))
     (function,) = [f.fn for f in page.fns.values() if f.fn.__name__ == "show"]
     pictures, table = function(PROMPT, 3.0, 0, 0.5)
