@@ -54,7 +54,7 @@ class PromptFunction:
     def fixed(self, seed: int, count: int) -> PromptSet:
         """The prompts of `count` draws, each once, to evaluate on."""
         prompts, metadata = self.draw([generator(seed, "evaluation prompts", j) for j in range(count)])
-        rows: dict[str, object] = {}
+        rows: dict[str, dict] = {}
         for prompt, row in zip(prompts, metadata, strict=True):
             rows.setdefault(prompt, row)
         return PromptSet(FROM_FUNCTION, tuple(rows), tuple(rows.values()))

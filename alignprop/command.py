@@ -144,6 +144,6 @@ def preset_file(name: str) -> str:
     modules = {stem: import_module(f"config.{stem}") for stem in PRESET_FILES}
     stem = Path(file).stem
     if stem in modules:
-        return modules[stem].__file__ + (f":{preset}" if preset else "")
+        return f"{modules[stem].__file__}:{preset}" if preset else str(modules[stem].__file__)
     presets = {known: module.__file__ for module in reversed(modules.values()) for known in module.PRESETS}
     return f"{presets[one_of('--config', name, presets)]}:{name}"

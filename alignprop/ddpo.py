@@ -145,7 +145,7 @@ class DDPOTrainer(TrainingLoop):
         )  # fmt: skip
 
     @torch.no_grad()
-    def sample(self, key: tuple, indices: torch.Tensor) -> tuple[list[Samples], torch.Tensor]:
+    def sample(self, key: tuple[int, int | str], indices: torch.Tensor) -> tuple[list[Samples], torch.Tensor]:
         """Trajectories of some samples of the epoch, as they are called by the network together; their scores.
 
         Returns:
@@ -165,7 +165,9 @@ class DDPOTrainer(TrainingLoop):
                 scores.append(torch.stack([run.reward.combine(terms), *terms.values()]))
         return trajectories, torch.cat(scores, dim=1)
 
-    def draw(self, key: tuple, indices: torch.Tensor, prompts: list[str], cond: Conditioning) -> Samples:
+    def draw(
+        self, key: tuple[int, int | str], indices: torch.Tensor, prompts: list[str], cond: Conditioning
+    ) -> Samples:
         """Trajectories of samples that the network is called with together."""
         rollout, steps = self.run.rollout, []
         rollout.sample(generators(indices, *key, "noise"), cond, on_step=lambda *step: steps.append(step))

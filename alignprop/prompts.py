@@ -63,7 +63,7 @@ def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
     )
 
 
-def draw_prompts(source, seed: int, step: int, indices: Iterable[int]) -> tuple[list[str], list[dict]]:
+def draw_prompts(source, seed: int, step: int | str, indices: Iterable[int]) -> tuple[list[str], list[dict]]:
     """Prompts and metadata of the samples ``indices`` of the global batch of ``step``.
 
     Each draw depends on (seed, step, index) alone, so a sample keeps its prompt however the batch is cut into

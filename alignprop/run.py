@@ -131,7 +131,7 @@ class Run:
     best_by: str
     stop_when: list
     choice: Choice = field(init=False)
-    residency: Residency | None = field(init=False, default=None)
+    residency: Residency = field(init=False)
     rollout: Rollout = field(init=False)
     evaluator: Evaluator = field(init=False)
 
@@ -157,7 +157,7 @@ class Run:
         """Makes everything that depends on the memory policy and the capacity."""
         c, memory = self.config, choice.memory
         check_policy(self.accelerator, memory, c.compile, c.channels_last)
-        if self.residency:
+        if hasattr(self, "residency"):  # of an earlier choice
             self.residency.leave()
         self.choice = choice
         self.residency = Residency(self.accelerator.device, phases_of(self.model, self.judges), memory.residency)

@@ -62,7 +62,7 @@ class AlignPropTrainer(TrainingLoop):
             active_steps=plan.active.sum(0).double().mean().item(),
         )  # fmt: skip
 
-    def add_gradients(self, key: tuple, indices: torch.Tensor, plan: GradientPlan) -> SampleValues:
+    def add_gradients(self, key: tuple[int, int | str], indices: torch.Tensor, plan: GradientPlan) -> SampleValues:
         """Adds ∂(mean loss of the global batch)/∂θ of some of its samples to θ's `.grad`.
 
         Args:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format check and tests in the project's own virtual environment, which the first call sets up.
+# Lint, format check, type check of the public surface and tests in the project's own virtual environment, which the first call sets up.
 #
 #   bash scripts/test.sh          everything
 #   bash scripts/test.sh --fast   the tests of single modules alone, in about a minute
@@ -10,6 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env requirements.txt requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 options=(-n auto --maxprocesses 4 --dist worksteal)
 for option in "$@"; do
     if [[ $option == --fast ]]; then options+=(tests/unit); else options+=("$option"); fi

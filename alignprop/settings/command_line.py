@@ -153,7 +153,8 @@ def _file_error(text: str) -> ConfigError:
     path = os.path.abspath(config.partition(":")[0])
     _, frame, rest = text.rpartition('File "')
     # What was raised is the first line after the frames that is not indented.
-    raised = re.search(r"\n(?:[a-z]\w*\.)*(\w+.*)", rest if frame else f"\n{text}", re.DOTALL)[1]
+    found = re.search(r"\n(?:[a-z]\w*\.)*(\w+.*)", rest if frame else f"\n{text}", re.DOTALL)
+    raised = found[1] if found else text
     hint = re.search(r"Did you mean .*?\?", raised[200:], re.DOTALL)
     reason = " ".join([textwrap.shorten(raised, 200, placeholder=" …"), *([hint[0]] if hint else [])])
     lines = [line for file, line in re.findall(r'File "(.+?)", line (\d+)', text) if os.path.abspath(file) == path]

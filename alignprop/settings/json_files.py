@@ -10,7 +10,8 @@ from pathlib import Path
 
 def write_json(path, content) -> None:
     """Writes `content` whole or not at all, and says so where some of its numbers are not finite."""
-    path, lost = Path(path), []
+    path = Path(path)
+    lost: list[str] = []
     text = json.dumps(finite(content, lost), indent=2, allow_nan=False) + "\n"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)

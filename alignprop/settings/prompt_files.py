@@ -75,7 +75,9 @@ def _json(text: str) -> Rows:
 
 def _table(delimiter: str, text: str) -> Rows:
     """With a header; a cell in quotes may hold the delimiter and line breaks."""
-    lines, rows, header = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True), [], []
+    lines = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    rows: Rows = []
+    header: list[str] = []
     try:
         for cells in lines:
             place = f"line {lines.line_num}"

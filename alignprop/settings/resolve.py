@@ -178,7 +178,7 @@ def _check_truncation(c: ConfigDict) -> None:
 
 def flatten(config: dict, prefix: str = "") -> dict:
     """{"train": {"learning_rate": 1}} -> {"train.learning_rate": 1}."""
-    flat = {}
+    flat: dict[str, object] = {}
     for name, value in config.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")

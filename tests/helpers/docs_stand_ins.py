@@ -141,7 +141,7 @@ def write_programs(folder: Path, programs: dict[str, str]) -> None:
 
 def make_environment(folder: Path) -> None:
     """A virtual environment .venv that scripts/setup_env.sh finds complete."""
-    ruff = f'#!/bin/sh\nexec {sys.executable} -m ruff "$@"\n'
-    write_programs(folder, {".venv/bin/python": INTERPRETER, ".venv/bin/ruff": ruff})
+    tools = {f".venv/bin/{tool}": f'#!/bin/sh\nexec {sys.executable} -m {tool} "$@"\n' for tool in ("ruff", "mypy")}
+    write_programs(folder, {".venv/bin/python": INTERPRETER, **tools})
     for name in ("requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder / ".venv" / f"installed-{name}")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Any
 
 from rewards.registry import Option
 
@@ -22,7 +23,7 @@ class Rule:
     """
 
     wanted: str
-    accepts: Callable[[object], bool]
+    accepts: Callable[[Any], bool]
     type: type
     choices: tuple[str, ...] = ()
     optional: bool = False
@@ -59,7 +60,7 @@ def text(empty: bool = False) -> Rule:
     )
 
 
-def sequence(of: str, accepts: Callable[[object], bool], length: int | None = None) -> Rule:
+def sequence(of: str, accepts: Callable[[Any], bool], length: int | None = None) -> Rule:
     def accepts_all(value) -> bool:
         right_length = isinstance(value, tuple | list) and (len(value) == length if length else len(value) > 0)
         return right_length and all(map(accepts, value))
@@ -115,7 +116,7 @@ def option(of: Option) -> Rule:
         limits = f"numbers from {low:g} to {high:g}" if of.limits else "finite numbers"
         rule = sequence(limits, lambda v: _is_finite(v) and low <= v <= high, of.length)
     elif of.type is int:
-        rule = whole_number_to(low, high) if of.limits else Rule("a whole number", _is_integer, int)
+        rule = whole_number_to(int(low), int(high)) if of.limits else Rule("a whole number", _is_integer, int)
     elif of.type is float:
         rule = number(above=low, below=high) if of.exclusive else number(at_least=low, at_most=high)
     else:
