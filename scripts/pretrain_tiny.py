@@ -1,4 +1,4 @@
-"""Train the bundled tiny text-to-image model from scratch, on a CPU: one command, about an hour and a half.
+"""Train the bundled tiny text-to-image model from scratch, on a CPU: one command, about two and a half hours.
 
     OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py
 
@@ -9,6 +9,7 @@ Stages, in order:
     clip        CLIP: the text tower is final after it, the image tower is not
     vae         the autoencoder, and the scenes' latents
     unet        the denoiser, by far the longest
+    unet_longer the denoiser again, from its own weights
     images      the rest of the CLIP's image tower
     decoder     the rest of the autoencoder's decoder
     aesthetic   the aesthetic head on the CLIP's image embedding
@@ -33,7 +34,9 @@ sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any fol
 from scripts.tiny import aesthetic, clip, evaluate, judge, scenes, unet, vae, world  # noqa: E402
 
 TINY = ROOT / "alignprop" / "assets" / "tiny"
-STAGES = ("scenes", "judge", "clip", "vae", "unet", "images", "decoder", "aesthetic", "pipeline", "evaluate")
+STAGES = (
+    "scenes", "judge", "clip", "vae", "unet", "unet_longer", "images", "decoder", "aesthetic", "pipeline", "evaluate",
+)  # fmt: skip
 
 
 def run_stage(name: str, work: Path, out: Path, scale: float, unet_minutes: float) -> None:
@@ -52,6 +55,8 @@ def run_stage(name: str, work: Path, out: Path, scale: float, unet_minutes: floa
         vae.encode_scenes(work)
     elif name == "unet":
         unet.train(work, out, scaled(8000), unet_minutes)
+    elif name == "unet_longer":
+        unet.train_longer(work, out, scaled(20000), unet_minutes)
     elif name == "images":
         clip.finish_images(work, out, scaled(2000))
     elif name == "decoder":
@@ -59,7 +64,7 @@ def run_stage(name: str, work: Path, out: Path, scale: float, unet_minutes: floa
     elif name == "aesthetic":
         aesthetic.train(work, out, scaled(1500))
     elif name == "pipeline":
-        unet.save_pipeline(work, out, unet.load(work))
+        unet.save_pipeline(work, out, unet.load(work, "unet_longer"))
     elif name == "evaluate":
         print(json.dumps(evaluate.evaluate(work, out, limit=None if scale >= 1 else 2), indent=2))
 

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from rewards import tiny_judge
-from scripts.tiny import aesthetic, clip, judge, scenes, vae, world
+from scripts.tiny import aesthetic, clip, geometry, judge, scenes, vae, world
 
 STEPS, GUIDANCE = 20, 3.0
 SETS = {"train": (False, 1), "heldout": (True, 3)}  # held out or not, pictures per prompt
@@ -63,9 +63,21 @@ def evaluate(work, out, limit=None):
         }  # fmt: skip
         chosen = torch.linspace(0, len(set(prompts)) - 1, 24).long().tolist()
         grid += [(pictures[i], prompts[i]) for i in chosen]
+    for shape, measure in (("circle", geometry.radial_deviation), ("square", geometry.corner_error)):
+        figures[f"single_{shape}s"] = single_shapes(pipeline, network, shape, measure, 1 if limit else 2)
     (out / "evaluation.json").write_text(json.dumps(_rounded(figures), indent=2) + "\n")
     save_grid(grid, out / "samples.png")
     return figures
+
+
+def single_shapes(pipeline, network, shape, measure, repeats):
+    """How well single shapes are drawn, where the judge sees neither gloss nor a shadow, which hide outlines."""
+    wanted = world.all_contents(1)
+    wanted = wanted[wanted[:, 2] == world.SHAPES.index(shape)].repeat(repeats, 1)
+    pictures = generate(pipeline, [world.caption(row) for row in wanted], seed=9, batch_size=49)
+    amounts = judge.measured_styles(network, pictures)
+    plain = (amounts[:, world.STYLES.index("gloss")] < 0.3) & (amounts[:, world.STYLES.index("shadow")] < 0.3)
+    return geometry.summary(pictures[plain], measure)
 
 
 def _pipeline_vae(out):
