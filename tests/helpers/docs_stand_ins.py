@@ -126,7 +126,8 @@ def lay_out(folder: Path, stand_ins: StandIns, text: str) -> None:
         (folder / name).symlink_to(ROOT / name)
     code = [block for page in REWARD_PAGES for block in blocks(ROOT / "docs" / page, "python")]
     (folder / "my_rewards.py").write_text("\n\n".join(code).rstrip() + "\n")
-    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    for name in ("prompts.txt", "heldout.txt"):
+        (folder / name).write_text("a cat\na dog\n")
     for name in re.findall(r"\blogs/(\w+)", text):
         shutil.copytree(stand_ins.trained, folder / "logs" / name, symlinks=True, dirs_exist_ok=True)
 
