@@ -12,6 +12,7 @@ Stages, in order:
     unet_longer the denoiser again, from its own weights
     images      the rest of the CLIP's image tower
     decoder     the rest of the autoencoder's decoder
+    decoder_longer  the decoder again, on latents as the denoiser makes them
     aesthetic   the aesthetic head on the CLIP's image embedding
     pipeline    put the parts together as a diffusers pipeline
     evaluate    judge generated pictures, write evaluation.json and samples.png
@@ -31,11 +32,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
 
-from scripts.tiny import aesthetic, clip, evaluate, judge, scenes, unet, vae, world  # noqa: E402
+from scripts.tiny import aesthetic, clip, decoder, evaluate, judge, scenes, unet, vae, world  # noqa: E402
 
 TINY = ROOT / "alignprop" / "assets" / "tiny"
 STAGES = (
-    "scenes", "judge", "clip", "vae", "unet", "unet_longer", "images", "decoder", "aesthetic", "pipeline", "evaluate",
+    "scenes", "judge", "clip", "vae", "unet", "unet_longer", "images", "decoder", "decoder_longer", "aesthetic",
+    "pipeline", "evaluate",
 )  # fmt: skip
 
 
@@ -61,6 +63,9 @@ def run_stage(name: str, work: Path, out: Path, scale: float, unet_minutes: floa
         clip.finish_images(work, out, scaled(2000))
     elif name == "decoder":
         vae.finish_decoder(work, scaled(3000))
+    elif name == "decoder_longer":
+        decoder.make_latents(work, out, scaled(2600), scaled(2400))
+        decoder.train(work, scaled(7000))
     elif name == "aesthetic":
         aesthetic.train(work, out, scaled(1500))
     elif name == "pipeline":

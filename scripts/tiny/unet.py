@@ -114,7 +114,7 @@ def save_pipeline(work, out, unet):
     clip, tokenizer = clip_stage.load(out)
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
-    vae = vae_stage.load(work)
+    vae = vae_stage.load(work, "vae_longer")
     vae.register_to_config(scaling_factor=load_file(work / "latents.safetensors")["scale"].item())
     fresh = make()
     fresh.load_state_dict(unet.state_dict())

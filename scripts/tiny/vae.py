@@ -41,7 +41,7 @@ def train(work, steps=3600, minutes=16.0, kl_weight=3e-4):
     plain = BATCH_SIZE // 4
     for step in loop:
         rows, more = torch.randint(len(images), (plain,)), torch.randint(len(crowds), (BATCH_SIZE - plain,))
-        pixels = _pixels(torch.cat([images[rows], crowds[more]]))
+        pixels = to_pixels(torch.cat([images[rows], crowds[more]]))
         with bfloat16():
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
@@ -74,7 +74,7 @@ def finish_decoder(work, steps=3000, minutes=45.0):
     plain = 3 * BATCH_SIZE // 4
     for step in loop:
         rows, more = torch.randint(len(images), (plain,)), torch.randint(len(crowds), (BATCH_SIZE - plain,))
-        pixels = _pixels(torch.cat([images[rows], crowds[more]]))
+        pixels = to_pixels(torch.cat([images[rows], crowds[more]]))
         with bfloat16():
             with torch.no_grad():
                 encoded = vae.encode(pixels[plain:]).latent_dist.mean
@@ -97,14 +97,14 @@ def reconstruction_loss(decoded, pixels):
     return error, error + edges + (decoded - pixels).square().mean()
 
 
-def _pixels(images):
+def to_pixels(images):
     """uint8 pictures as the autoencoder sees them, in [-1, 1]."""
     return (2 * world.to_float(images) - 1).to(memory_format=torch.channels_last)
 
 
-def load(work):
+def load(work, name="vae"):
     vae = make()
-    vae.load_state_dict(load_file(work / "vae.safetensors"))
+    vae.load_state_dict(load_file(work / f"{name}.safetensors"))
     return vae.eval().requires_grad_(False)
 
 
@@ -117,7 +117,7 @@ def encode_scenes(work):
     vae, moments = load(work), []
     for part in tqdm(images.split(128), desc="latents"):
         with bfloat16():
-            moments.append(vae.encode(_pixels(part)).latent_dist.parameters.half())
+            moments.append(vae.encode(to_pixels(part)).latent_dist.parameters.half())
     moments = torch.cat(moments).contiguous()
     mean, logvar = moments.float().chunk(2, dim=1)
     scale = 1 / (mean + (0.5 * logvar).exp() * torch.randn_like(mean)).std()
@@ -127,7 +127,7 @@ def encode_scenes(work):
 @torch.no_grad()
 def psnr(vae, images):
     """Peak signal-to-noise ratio in dB of the reconstructions of uint8 ``images``, and the reconstructions."""
-    parts = [vae.decode(vae.encode(_pixels(part)).latent_dist.mean).sample for part in images.split(64)]
+    parts = [vae.decode(vae.encode(to_pixels(part)).latent_dist.mean).sample for part in images.split(64)]
     reconstructions = ((torch.cat(parts) + 1) / 2).clamp(0, 1)
     error = (reconstructions - world.to_float(images)).square().mean().item()
     return -10 * math.log10(error), reconstructions
