@@ -1,5 +1,5 @@
 # docker build -t alignprop .
-# docker run --gpus all --rm -v "$PWD/logs:/work/logs" alignprop train --config hps
+# docker run --gpus all --rm -v "$PWD/logs:/runs/logs" alignprop train --config hps
 FROM nvidia/cuda:12.9.1-base-ubuntu24.04
 
 # Ubuntu keeps no older versions that could be named.
@@ -15,5 +15,5 @@ RUN python3 -m venv /opt/alignprop && pip install --no-cache-dir -r requirements
 COPY . .
 RUN pip install --no-cache-dir --no-deps .
 
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["alignprop"]

@@ -135,6 +135,9 @@ class Run:
     rollout: Rollout = field(init=False)
     evaluator: Evaluator = field(init=False)
 
+    def __post_init__(self):
+        self.residency = Residency(self.accelerator.device, {})  # until there is a choice, nothing is moved
+
     @property
     def reward(self) -> WeightedReward:
         """The reward of interest."""
@@ -157,8 +160,7 @@ class Run:
         """Makes everything that depends on the memory policy and the capacity."""
         c, memory = self.config, choice.memory
         check_policy(self.accelerator, memory, c.compile, c.channels_last)
-        if hasattr(self, "residency"):  # of an earlier choice
-            self.residency.leave()
+        self.residency.leave()  # of an earlier choice
         self.choice = choice
         self.residency = Residency(self.accelerator.device, phases_of(self.model, self.judges), memory.residency)
         sampling = self._rollout(c.num_inference_steps, "num_inference_steps")

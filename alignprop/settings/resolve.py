@@ -36,6 +36,8 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     _check_memory(c)
     if c.task == "train":
         _derive_batches(c, num_processes)
+    if c.task == "explore" and num_processes > 1:
+        raise ConfigError(f"task = 'explore' needs one process; there are {num_processes}")
     return c.lock()
 
 

@@ -12,6 +12,7 @@ from alignprop.engine.processes import on_main
 from alignprop.evaluation.evaluate import Evaluation, Sample, statistics, write_report
 from alignprop.evaluation.pictures import plot_bars, plot_soup, save_comparison, save_image
 from alignprop.lora.adapters import adapted_networks, set_adapter
+from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import read_lora
 from alignprop.lora.scaling import scale_lora
 from alignprop.lora.soups import mix
@@ -60,15 +61,8 @@ def evaluate_soup(config, reward_function=None, model=None) -> Path:
     Raises:
         ConfigError, rewards.RewardError: one line for a mistake in the configuration.
     """
-    second_path = second = None
-    if config.resume_from_2 != BASE_MODEL:
-        second_path = find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2")
-    run = build_run(config, reward_function, model)
+    run, first, second = build_mixture(config, reward_function, model)
     c = run.config
-    first = read_lora(run.checkpoint, run.model)
-    if second_path:
-        second = read_lora(second_path, run.model)
-        check_base(second_path, run.base, "resume_from_2")
     folder = _new_folder(run, f"soup_{c.soup_mode}")
     results: list[dict] = []
     background = Background()
@@ -86,6 +80,23 @@ def evaluate_soup(config, reward_function=None, model=None) -> Path:
         plot_soup([r["mixing_coef_1"] for r in results], curves, folder / "soup.png")
     run.accelerator.end_training()
     return folder
+
+
+def build_mixture(config, reward_function=None, model=None) -> tuple[Run, LoraWeights | None, LoraWeights | None]:
+    """A run, and the LoRAs of `resume_from` and `resume_from_2`; None is the base model.
+
+    Raises:
+        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+    """
+    second_path = None
+    if config.resume_from_2 != BASE_MODEL:
+        second_path = find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2")
+    run = build_run(config, reward_function, model)
+    first = read_lora(run.checkpoint, run.model) if run.checkpoint else None
+    second = read_lora(second_path, run.model) if second_path else None
+    if second_path:
+        check_base(second_path, run.base, "resume_from_2")
+    return run, first, second
 
 
 def guide(config, reward_function=None, model=None) -> Path:

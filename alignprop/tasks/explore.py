@@ -14,14 +14,11 @@ import torch
 from alignprop.engine.seeding import generators
 from alignprop.lora.adapters import set_adapter
 from alignprop.lora.factors import LoraWeights
-from alignprop.lora.files import read_lora
 from alignprop.lora.soups import mix
 from alignprop.models.base import encode
-from alignprop.run import Run, build_run
-from alignprop.runs.checkpoint import find_checkpoint
-from alignprop.runs.manifest import check_base
+from alignprop.run import Run
 from alignprop.settings.errors import ConfigError
-from alignprop.tasks import BASE_MODEL
+from alignprop.tasks import build_mixture
 
 LOOPBACK = "127.0.0.1"
 
@@ -58,7 +55,7 @@ class Explorer:
             seed: of the noise; the same for all variants.
         """
         run = self.run
-        run.residency.leave()
+        run.residency.leave()  # what is loaded into the host's weights comes along next time
         set_adapter(run.model, lora)
         rollout = run.sampling(guidance)
         cond = encode(run.model, [prompt], run.residency)
@@ -83,7 +80,8 @@ def explore(config, reward_function=None, model=None) -> None:
         raise ConfigError(
             'task = "explore" needs gradio: pip install "alignprop[explore]", or pip install gradio'
         ) from None
-    explorer = make_explorer(config, reward_function, model)
+    run, first, second = build_mixture(config, reward_function, model)
+    explorer = Explorer(run, first, second)
     page = make_page(explorer)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there, and logs that
     _, address, _ = page.launch(
@@ -91,20 +89,6 @@ def explore(config, reward_function=None, model=None) -> None:
     )
     explorer.run.say(f"open {address} in a browser; Ctrl-C ends it")
     page.block_thread()
-
-
-def make_explorer(config, reward_function=None, model=None) -> Explorer:
-    """Raises: ConfigError, rewards.RewardError: one line for a mistake in the configuration."""
-    second_path = second = first = None
-    if config.resume_from_2 != BASE_MODEL:
-        second_path = find_checkpoint(config.resume_from_2, config.log_dir, "resume_from_2")
-    run = build_run(config, reward_function, model)
-    if run.checkpoint:
-        first = read_lora(run.checkpoint, run.model)
-    if second_path:
-        second = read_lora(second_path, run.model)
-        check_base(second_path, run.base, "resume_from_2")
-    return Explorer(run, first, second)
 
 
 def make_page(explorer: Explorer):

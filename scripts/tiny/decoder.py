@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from scripts.tiny import clip as clip_stage
 from scripts.tiny import scenes, unet, vae
-from scripts.tiny.training import MovingAverage, TrainingLoop, bfloat16, optimizer_step, save_weights
+from scripts.tiny.training import bfloat16, save_weights
 
 STEPS = 20  # of the whole chain
 FIRST_STEPS = range(7, 15)  # where in the chain a scene enters it: its content stays, its outlines are made anew
@@ -55,32 +55,21 @@ def _remake(denoiser, clean, first, states, empty):
 
 
 def train(work, steps=7000, minutes=25.0):
-    """Train the decoder alone on remade, drawn and crowded scenes; what is kept is the moving average."""
+    """Train the decoder on remade, drawn and crowded scenes; write ``vae_longer.safetensors``."""
     torch.manual_seed(34)
     latents, remade = load_file(work / "latents.safetensors"), load_file(work / "remade.safetensors")
     images, contents, _ = scenes.load(work, "train")
     images, crowds, scale = images[contents[:, 0] < 3], scenes.load(work, "crowds"), latents["scale"]
     autoencoder = vae.load(work)
-    decoder = autoencoder.decoder.requires_grad_(True).train()
-    average = MovingAverage(decoder, 0.998)
-    optimizer = torch.optim.AdamW(decoder.parameters(), 8e-4, betas=(0.9, 0.99), weight_decay=1e-4)
-    modules = {"decoder": decoder, "average": average.module}
-    loop = TrainingLoop("decoder_longer", work / "decoder_longer_state.pt", optimizer, modules, steps, minutes)
-    for step in loop:
+
+    def draw():
         pick = torch.randint(len(remade["rows"]), (REMADE,))
         drawn, crowded = torch.randint(len(images), (DRAWN,)), torch.randint(len(crowds), (CROWDS,))
         pixels = vae.to_pixels(torch.cat([images[remade["rows"][pick]], images[drawn], crowds[crowded]]))
-        with bfloat16():
-            with torch.no_grad():
-                encoded = autoencoder.encode(pixels[-CROWDS:]).latent_dist.mean.float()
-            means = latents["moments"][drawn].float().chunk(2, dim=1)[0]
-            clean = torch.cat([remade["latents"][pick].float() / scale, means, encoded])
-            amount = NOISE / scale * torch.rand(len(clean), 1, 1, 1)
-            decoded = autoencoder.decode(clean + amount * torch.randn_like(clean)).sample.float()
-        error, loss = vae.reconstruction_loss(decoded, pixels)
-        optimizer_step(loss, optimizer)
-        average.update(step)
-        if step % 50 == 0:
-            loop.show(l1=error)
-    decoder.load_state_dict(average.module.state_dict())
+        means = latents["moments"][drawn].float().chunk(2, dim=1)[0]
+        encoded = vae.encode_means(autoencoder, pixels[-CROWDS:])
+        return torch.cat([remade["latents"][pick].float() / scale, means, encoded]), pixels
+
+    noise = NOISE / scale
+    vae.train_decoder(autoencoder, work, "decoder_longer", draw, noise, steps, minutes, learning_rate=8e-4, decay=0.998)
     save_weights(autoencoder, work / "vae_longer.safetensors")

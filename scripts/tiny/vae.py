@@ -66,20 +66,34 @@ def finish_decoder(work, steps=3000, minutes=45.0):
     latents = load_file(work / "latents.safetensors")
     crowds = scenes.load(work, "crowds")
     vae = load(work)
-    decoder = vae.decoder.requires_grad_(True).train()
-    average = MovingAverage(decoder, 0.995)
-    optimizer = torch.optim.AdamW(decoder.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    modules = {"decoder": decoder, "average": average.module}
-    loop = TrainingLoop("decoder", work / "decoder_state.pt", optimizer, modules, steps, minutes)
     plain = 3 * BATCH_SIZE // 4
-    for step in loop:
+
+    def draw():
         rows, more = torch.randint(len(images), (plain,)), torch.randint(len(crowds), (BATCH_SIZE - plain,))
         pixels = to_pixels(torch.cat([images[rows], crowds[more]]))
+        means = latents["moments"][rows].float().chunk(2, dim=1)[0]
+        return torch.cat([means, encode_means(vae, pixels[plain:])]), pixels
+
+    noise = LATENT_NOISE / latents["scale"]
+    train_decoder(vae, work, "decoder", draw, noise, steps, minutes, learning_rate=1e-3, decay=0.995)
+    save_weights(vae, work / "vae.safetensors")
+
+
+def train_decoder(vae, work, name, draw, noise, steps, minutes, learning_rate, decay):
+    """Train the decoder of ``vae`` alone; what it holds afterwards is the moving average.
+
+    ``draw()`` returns a batch of latents [B, 4, 16, 16], not scaled, and the pixels [B, 3, 64, 64] in [-1, 1] that they
+    stand for. Each sample's latents get Gaussian noise, of a standard deviation up to ``noise``.
+    """
+    decoder = vae.decoder.requires_grad_(True).train()
+    average = MovingAverage(decoder, decay)
+    optimizer = torch.optim.AdamW(decoder.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    modules = {"decoder": decoder, "average": average.module}
+    loop = TrainingLoop(name, work / f"{name}_state.pt", optimizer, modules, steps, minutes)
+    for step in loop:
+        clean, pixels = draw()
+        amount = noise * torch.rand(len(clean), 1, 1, 1)
         with bfloat16():
-            with torch.no_grad():
-                encoded = vae.encode(pixels[plain:]).latent_dist.mean
-            clean = torch.cat([latents["moments"][rows].float().chunk(2, dim=1)[0], encoded.float()])
-            amount = LATENT_NOISE / latents["scale"] * torch.rand(BATCH_SIZE, 1, 1, 1)
             decoded = vae.decode(clean + amount * torch.randn_like(clean)).sample.float()
         error, loss = reconstruction_loss(decoded, pixels)
         optimizer_step(loss, optimizer)
@@ -87,7 +101,13 @@ def finish_decoder(work, steps=3000, minutes=45.0):
         if step % 50 == 0:
             loop.show(l1=error)
     decoder.load_state_dict(average.module.state_dict())
-    save_weights(vae, work / "vae.safetensors")
+
+
+@torch.no_grad()
+def encode_means(vae, pixels):
+    """The posterior means of pixels [B, 3, 64, 64] in [-1, 1]: latents [B, 4, 16, 16], not scaled."""
+    with bfloat16():
+        return vae.encode(pixels).latent_dist.mean.float()
 
 
 def reconstruction_loss(decoded, pixels):

@@ -9,9 +9,9 @@ import torch
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import resolve
 from alignprop.settings.warnings import warnings_for
-from alignprop.tasks import evaluate, evaluate_soup
+from alignprop.tasks import build_mixture, evaluate, evaluate_soup
 from alignprop.tasks import explore as module
-from alignprop.tasks.explore import LOOPBACK, explore, make_explorer, make_page, score_table
+from alignprop.tasks.explore import LOOPBACK, Explorer, explore, make_page, score_table
 from tests.helpers.training import save_random_lora
 
 PROMPT = "two red circles on a white background"
@@ -22,12 +22,16 @@ def loras(pipeline_folder, tmp_path):
     return [save_random_lora(pipeline_folder, tmp_path / name, i) for i, name in enumerate(("first", "second"), 1)]
 
 
+def explorer_of(config):
+    return Explorer(*build_mixture(config))
+
+
 def drawn(explorer, share, guidance=3.0, seed=0):
     return {title: explorer.draw(PROMPT, lora, guidance, seed)[0] for title, lora in explorer.variants(share).items()}
 
 
 def test_the_base_both_checkpoints_and_their_mixture_are_drawn_with_one_noise(toy_config, loras):
-    explorer = make_explorer(toy_config("tiny_explore", resume_from=loras[0], resume_from_2=loras[1]))
+    explorer = explorer_of(toy_config("tiny_explore", resume_from=loras[0], resume_from_2=loras[1]))
     half, ends = drawn(explorer, 0.5), (drawn(explorer, 0.0), drawn(explorer, 1.0))
     assert list(half) == ["base model", "resume_from_2", "resume_from", "mixture"]
     pictures = list(half.values())
@@ -38,14 +42,14 @@ def test_the_base_both_checkpoints_and_their_mixture_are_drawn_with_one_noise(to
 
 
 def test_without_a_second_checkpoint_the_mixture_is_with_the_base(toy_config, loras):
-    explorer = make_explorer(toy_config("tiny_explore", resume_from=loras[0]))
+    explorer = explorer_of(toy_config("tiny_explore", resume_from=loras[0]))
     shown = drawn(explorer, 0.0)
     assert list(shown) == ["base model", "resume_from", "mixture"]
     assert torch.equal(shown["mixture"], shown["base model"])
 
 
 def test_without_a_checkpoint_guidance_and_seed_of_the_base_are_compared(toy_config):
-    explorer = make_explorer(toy_config("tiny_explore"))
+    explorer = explorer_of(toy_config("tiny_explore"))
     ((title, picture),) = drawn(explorer, 0.5).items()
     assert title == "base model"
     assert not torch.equal(picture, drawn(explorer, 0.5, guidance=1.0)[title])
@@ -61,7 +65,7 @@ def first_scores(folder):
 
 def test_a_picture_and_its_scores_are_those_of_an_evaluation(toy_config, loras):
     prompt, expected = first_scores(evaluate(toy_config("tiny_evaluate", run_name="x", resume_from=loras[0])))
-    explorer = make_explorer(toy_config("tiny_explore", resume_from=loras[0]))
+    explorer = explorer_of(toy_config("tiny_explore", resume_from=loras[0]))
     c = explorer.run.config
     assert explorer.draw(prompt, explorer.first, c.guidance_scale, c.seed)[1] == pytest.approx(expected, rel=1e-5)
 
@@ -69,7 +73,7 @@ def test_a_picture_and_its_scores_are_those_of_an_evaluation(toy_config, loras):
 def test_a_mixture_is_that_of_the_soup_task(toy_config, loras):
     folder = evaluate_soup(toy_config("tiny_soup", run_name="soup", resume_from=loras[0], mixing_coef_1=(0.25,)))
     prompt, expected = first_scores(folder / "c_0.25")
-    explorer = make_explorer(toy_config("tiny_explore", resume_from=loras[0]))
+    explorer = explorer_of(toy_config("tiny_explore", resume_from=loras[0]))
     c, mixture = explorer.run.config, explorer.variants(0.25)["mixture"]
     assert explorer.draw(prompt, mixture, c.guidance_scale, c.seed)[1] == pytest.approx(expected, rel=1e-5)
 
@@ -99,7 +103,7 @@ def test_without_gradio_one_line_says_what_to_install(toy_config, monkeypatch):
 
 
 def test_the_page_answers(toy_config, loras):
-    page = make_page(make_explorer(toy_config("tiny_explore", resume_from=loras[0])))
+    page = make_page(explorer_of(toy_config("tiny_explore", resume_from=loras[0])))
     (function,) = [f.fn for f in page.fns.values() if f.fn.__name__ == "show"]
     pictures, table = function(PROMPT, 3.0, 0, 0.5)
     assert [title for _, title in pictures] == ["base model", "resume_from", "mixture"]

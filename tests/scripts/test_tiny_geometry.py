@@ -38,14 +38,20 @@ def test_a_wave_in_the_radius_is_measured(amount):
     assert geometry.radial_deviation(picture) == pytest.approx(expected, rel=0.08)
 
 
-@pytest.mark.parametrize("bulge", [-0.15, 0.15])
-def test_sides_that_bulge_or_cave_in_are_no_right_angles(bulge):
-    def square(angle):
-        off = torch.remainder(angle, math.pi / 2) - math.pi / 4
-        return 13 / (math.pi / 4 - off.abs()).cos() * (1 + bulge * (1 - (2 * off / (math.pi / 2)).abs()))
+def square(bulge, half=13.0):
+    """Radius of the outline at an angle: a square whose corners are ``bulge`` further out than a square's."""
 
-    # The line from a tenth to two fifths of the side turns towards the middle of the side by about this much.
-    assert geometry.corner_error(painted(square)) > 12
+    def radius_at(angle):
+        off = (torch.remainder(angle, math.pi / 2) - math.pi / 4).abs()  # from the nearest corner
+        return half / (math.pi / 4 - off).cos() * (1 + bulge * (1 - off / (math.pi / 4)))
+
+    return radius_at
+
+
+def test_straight_sides_are_right_angles_and_sides_that_bulge_or_cave_in_are_not():
+    straight, pincushion, barrel = (geometry.corner_error(painted(square(bulge))) for bulge in (0.0, 0.15, -0.15))
+    assert straight < 3
+    assert pincushion > 12 and barrel > 12
 
 
 def test_two_figures_are_no_circle():

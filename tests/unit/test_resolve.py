@@ -288,6 +288,12 @@ def test_a_soup_needs_its_checkpoint():
         resolve(preset("evaluate_soup"), 1)
 
 
+def test_a_page_is_served_by_one_process():
+    assert resolve(preset("explore"), 1).task == "explore"
+    with pytest.raises(ConfigError, match=r"^task = 'explore' needs one process; there are 2"):
+        resolve(preset("explore"), 2)
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     (dict(kl_coeff=0.1, use_lora=False), r"kl_coeff = 0.1 needs use_lora = True"),
     (dict(train_text_encoder=True, use_lora=False), r"train_text_encoder = True needs use_lora = True"),

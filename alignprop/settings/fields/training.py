@@ -1,6 +1,6 @@
 """Fields of training: batches, steps and the optimizer."""
 
-from alignprop.settings.fields.field import ALIGN_PROP, TRAINING, Field, needs
+from alignprop.settings.fields.field import ALIGN_PROP, EVALUATION, TRAINING, Field, needs
 from alignprop.settings.fields.rules import COUNT, COUNT_OR_AUTO, choice, integer, number, optional
 
 ADAMW = needs("train.optimizer = 'adamw'", lambda c: c.train.optimizer == "adamw")
@@ -10,7 +10,7 @@ FIELDS = (
     Field(
         "per_gpu_capacity", 4, COUNT_OR_AUTO,
         "The most samples in one micro-batch on one GPU. The largest number up to it that divides a GPU's share of a "
-        "step is taken. 'auto': the most that fit. It changes results by rounding only.",
+        "step is taken. 'auto': the most that fit. It changes results by rounding only.", (EVALUATION,),
     ),
     Field("train.total_batch_size", 128, COUNT, "Samples of an optimizer step, over all processes.", (TRAINING,)),
     Field("train.total_samples_per_epoch", 256, COUNT, "Samples of an epoch, over all processes.", (TRAINING,)),
