@@ -7,7 +7,8 @@ The page is served by gradio to this machine alone.
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 
@@ -30,11 +31,13 @@ class Explorer:
     Attributes:
         run: its reward and its `eval_reward_fn` score the pictures.
         first, second: the LoRAs of `resume_from` and `resume_from_2`; None is the base model.
+        drawing: held while a picture is being drawn, by a thread of the page's.
     """
 
     run: Run
     first: LoraWeights | None
     second: LoraWeights | None
+    drawing: Lock = field(default_factory=Lock)
 
     def variants(self, share: float) -> dict[str, LoraWeights | None]:
         """What is shown beside one another: {title: LoRA}. `share` is that of the first LoRA in the mixture."""
@@ -54,13 +57,16 @@ class Explorer:
             guidance: the strength of classifier-free guidance; 1 is none.
             seed: of the noise; the same for all variants.
         """
+        with self.drawing:
+            return self._draw(prompt, lora, guidance, seed)
+
+    def _draw(self, prompt: str, lora: LoraWeights | None, guidance: float, seed: int):
         run = self.run
         run.residency.leave()  # what is loaded into the host's weights comes along next time
         set_adapter(run.model, lora)
-        rollout = run.sampling(guidance)
         cond = encode(run.model, [prompt], run.residency)
         with run.residency("denoise"):
-            latents = rollout(generators(range(1), seed, "evaluation"), cond, None)
+            latents = run.sampling(guidance)(generators(range(1), seed, "evaluation"), cond, None)
         with run.residency("decode"):
             images = run.model.decode(latents)
         scores, _ = run.judges.judge([images], [prompt], [{}], run.residency)
@@ -89,6 +95,7 @@ def explore(config, reward_function=None, model=None) -> None:
     )
     explorer.run.say(f"open {address} in a browser; Ctrl-C ends it")
     page.block_thread()
+    explorer.drawing.acquire()  # a process that ends in the middle of a picture is aborted by torch
 
 
 def make_page(explorer: Explorer):
@@ -131,8 +138,8 @@ def make_page(explorer: Explorer):
 
 
 def score_table(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """The scores of each variant as a table in Markdown, one column for each reward."""
-    names = list(rows[0][1])
-    lines = [["", *names], ["---"] * (1 + len(names))]
-    lines += [[title, *(f"{scores[name]:.3f}" for name in names)] for title, scores in rows]
+    """The scores as a table in Markdown: a line for each reward, a column for each variant (title, scores)."""
+    titles, names = [title for title, _ in rows], list(rows[0][1])
+    lines = [["", *titles], ["---"] * (1 + len(titles))]
+    lines += [[name, *(f"{scores[name]:.3f}" for _, scores in rows)] for name in names]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,6 +1,7 @@
 """The page that compares pictures: what it draws, what it says, and that only this machine reaches it."""
 
 import sys
+import threading
 
 import gradio
 import pytest
@@ -107,7 +108,7 @@ def test_the_page_answers(toy_config, loras):
     (function,) = [f.fn for f in page.fns.values() if f.fn.__name__ == "show"]
     pictures, table = function(PROMPT, 3.0, 0, 0.5)
     assert [title for _, title in pictures] == ["base model", "resume_from", "mixture"]
-    assert table.count("\n") == 4 and "redness" in table
+    assert table.startswith("|  | base model | resume_from | mixture |") and "redness" in table
     with pytest.raises(gradio.Error, match="prompt"):
         function("  ", 3.0, 0, 0.5)
 
@@ -115,7 +116,7 @@ def test_the_page_answers(toy_config, loras):
 def test_the_scores_are_a_table():
     rows = [("base model", {"clip": 0.5, "hps": 0.25}), ("mixture", {"clip": 1.0, "hps": 0.0})]
     assert score_table(rows).splitlines() == [
-        "|  | clip | hps |", "| --- | --- | --- |", "| base model | 0.500 | 0.250 |", "| mixture | 1.000 | 0.000 |",
+        "|  | base model | mixture |", "| --- | --- | --- |", "| clip | 0.500 | 1.000 |", "| hps | 0.250 | 0.000 |",
     ]  # fmt: skip
 
 
@@ -123,3 +124,27 @@ def test_fields_of_evaluations_have_no_effect_here(toy_config):
     c = resolve(toy_config("tiny_explore"), 1)
     (line,) = warnings_for(c, ["num_eval_images"])
     assert "explore" in line
+
+
+def test_a_picture_that_is_being_drawn_is_finished_before_the_process_ends(toy_config, monkeypatch):
+    pages, ended = [], threading.Event()
+
+    class Page:
+        def launch(self, **options):
+            return None, "http://here", None
+
+        def block_thread(self):
+            pages[0].drawing.acquire()  # as a thread of the page's does
+            threading.Timer(0.3, lambda: (ended.set(), pages[0].drawing.release())).start()
+
+    monkeypatch.setattr(module, "make_page", lambda explorer: pages.append(explorer) or Page())
+    explore(toy_config("tiny_explore"))
+    assert ended.is_set()
+
+
+def test_drawing_holds_the_lock(toy_config, monkeypatch):
+    explorer, held = explorer_of(toy_config("tiny_explore")), []
+    decode = explorer.run.model.decode
+    monkeypatch.setattr(explorer.run.model, "decode", lambda x: held.append(explorer.drawing.locked()) or decode(x))
+    explorer.draw(PROMPT, None, 3.0, 0)
+    assert held == [True] and not explorer.drawing.locked()
