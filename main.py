@@ -2,8 +2,8 @@
 
     accelerate launch main.py --config config/align_prop.py:hps --config.train.learning_rate=5e-4
 
-`python main.py …` does the same on one device. The presets are in config/, all fields in docs/config.md. What the
-flags lead to is in alignprop/command.py: `run_task` imports the trainer or the task that the configuration names.
+`python main.py …` does the same on one device. The presets are in config/, and docs/config.md lists all fields.
+alignprop/command.py reads the flags; its `run_task` imports the trainer or the task that the configuration names.
 """
 
 import sys

@@ -4,12 +4,13 @@
 
     AlignPropTrainer(get_config("aesthetic"), reward_function=my_reward, prompt_function=my_prompts).train()
 
-Each name below is fetched when it is used: importing the package loads neither torch nor a model library.
+Each name below is imported when it is used, so importing the package loads neither torch nor a model library.
 """
 
 from importlib import import_module
+from typing import Any
 
-_HOMES = {  # module, name in it
+_HOMES = {  # the module of each name, and the name in that module
     "AlignPropTrainer": ("alignprop.trainer", "AlignPropTrainer"),
     "DDPOTrainer": ("alignprop.ddpo", "DDPOTrainer"),
     "get_config": ("config.align_prop", "get_config"),
@@ -21,12 +22,12 @@ _HOMES = {  # module, name in it
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, own_name = _HOMES[name]
     return getattr(import_module(module), own_name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -1,4 +1,4 @@
-"""`python -m alignprop …` and `accelerate launch -m alignprop …` are the command `alignprop`."""
+"""Runs the command `alignprop` for `python -m alignprop …` and `accelerate launch -m alignprop …`."""
 
 from alignprop.command import main
 

@@ -1,10 +1,11 @@
-"""The functions that a library's user hands to a trainer: how they are called, and what their mistakes cost."""
+"""Calls the functions that a user passes to a trainer, and turns their errors into one-line messages."""
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,44 +18,50 @@ from alignprop.settings.errors import ConfigError
 from rewards.base import reward_name
 from rewards.combine import describe
 
-FROM_FUNCTION = "prompt_function"  # as `eval_prompt_fn`: evaluate on prompts of that function, too
-_TRIALS = 8  # prompts that must come out again
+RewardFunction = Callable[..., Any]  # reward(images, prompts, metadata) -> scores [B], or (scores, anything)
+PromptSource = Callable[[], tuple[str, Any]]  # prompt_function() -> (prompt, metadata)
+SamplesHook = Callable[[dict[str, Any], int, Any], None]  # see call_hook
+
+FROM_FUNCTION = "prompt_function"  # as `eval_prompt_fn`: evaluations use prompts of that function, too
+_TRIALS = 8  # number of prompts that the function must return again from the same seeds
 
 
 class PromptFunction:
-    """A person's `prompt_function() -> (prompt, metadata)` as what prompts are drawn from.
+    """Draws prompts from a user's `prompt_function() -> (prompt, metadata)`.
 
-    Before each call the global generators of Python, NumPy and torch (on the CPU) are seeded from the sample's own key,
-    and afterwards they are as they were. So a sample's prompt depends on (seed, step, index in the global batch) alone,
-    like that of a prompt set, whatever the number of processes, the micro-batch and what was drawn before. A function
-    that does not follow these generators, because it counts its calls or has a generator of its own, is refused.
+    Before each call the global generators of Python, NumPy and torch (on the CPU) are seeded from the sample's key.
+    After the calls their earlier state is restored. So a sample's prompt depends on (seed, step, index in the global
+    batch) alone, as with a prompt set. It does not depend on the number of processes, the micro-batch size or earlier
+    draws. A function that does not follow these generators is refused, for instance one that counts its calls or has
+    its own generator.
 
     Raises:
-        ConfigError: one line, for such a function, for one that fails, and for one that returns anything but a pair of
-            a text and its metadata.
+        ConfigError: the function does not follow the global generators, fails, or returns anything but a pair of a text
+            and its metadata. The message is one line.
     """
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable[[], Any]):
         self.function = function
         twice = [self.draw([generator("trial", j) for j in range(_TRIALS)])[0] for _ in range(2)]
         for first, again in zip(*twice, strict=True):
             if first != again:
                 raise ConfigError(
-                    f"prompt_function gave {_shown(first)} and then {_shown(again)} from the same random numbers: no "
-                    "run could be continued. It must neither count its calls nor have a generator of its own, but draw "
-                    "from random, numpy.random or torch on the CPU, as `return random.choice(prompts), {}` does"
+                    f"prompt_function gave {_shown(first)} and then {_shown(again)} from the same random numbers, so "
+                    "a run could not be resumed with the same prompts. It must neither count its calls nor have a "
+                    "generator of its own, but draw from random, numpy.random or torch on the CPU, as "
+                    "`return random.choice(prompts), {}` does"
                 )
 
-    def draw(self, streams: list[torch.Generator]) -> tuple[list[str], list]:
-        """A prompt and its metadata for each of the generators, whose seeds are all that is used of them."""
+    def draw(self, streams: list[torch.Generator]) -> tuple[list[str], list[Any]]:
+        """Returns a prompt and its metadata for each generator. Only the initial seed of the generator is used."""
         with kept_globals():
             pairs = [self._call(stream.initial_seed()) for stream in streams]
         return [prompt for prompt, _ in pairs], [metadata for _, metadata in pairs]
 
     def fixed(self, seed: int, count: int) -> PromptSet:
-        """The prompts of `count` draws, each once, to evaluate on."""
+        """Returns the prompts of `count` draws, to evaluate on. Each prompt is in the set once."""
         prompts, metadata = self.draw([generator(seed, "evaluation prompts", j) for j in range(count)])
-        rows: dict[str, dict] = {}
+        rows: dict[str, dict[str, Any]] = {}
         for prompt, row in zip(prompts, metadata, strict=True):
             rows.setdefault(prompt, row)
         return PromptSet(FROM_FUNCTION, tuple(rows), tuple(rows.values()))
@@ -62,7 +69,7 @@ class PromptFunction:
     def _call(self, seed: int) -> tuple[str, object]:
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which asks for every kind of device
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every kind of device
         try:
             answer = self.function()
         except Exception as error:
@@ -76,8 +83,8 @@ class PromptFunction:
 
 
 @contextmanager
-def kept_globals():
-    """After it, the global generators of Python, NumPy and torch's CPU are as they were before it."""
+def kept_globals() -> Iterator[None]:
+    """Restores the global generators of Python, NumPy and torch (on the CPU) at the end of a `with` block."""
     python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -87,10 +94,11 @@ def kept_globals():
         torch.set_rng_state(torch_state)
 
 
-def check_given(config, model, image_samples_hook) -> None:
-    """Refuses, with one line each, what cannot be a configuration, a model and a hook.
+def check_given(config: Any, model: Any, image_samples_hook: Any) -> None:
+    """Checks that the arguments of a trainer can be a configuration, a model and a hook.
 
-    Raises: ConfigError.
+    Raises:
+        ConfigError: one of them cannot. The message is one line.
     """
     if not isinstance(config, ConfigDict):
         raise ConfigError(
@@ -106,8 +114,8 @@ def check_given(config, model, image_samples_hook) -> None:
         raise ConfigError(f"image_samples_hook is a {type(image_samples_hook).__name__}, which cannot be called")
 
 
-def with_names(config: ConfigDict, **functions) -> ConfigDict:
-    """A copy that says, in the fields named, which functions were given in their place; None is none."""
+def with_names(config: ConfigDict, **functions: Callable[..., Any] | None) -> ConfigDict:
+    """Returns a copy in which each given field names the function that replaces it. None: no function replaces it."""
     c = ConfigDict(config.to_dict())
     for field, function in functions.items():
         if function is not None:
@@ -115,15 +123,17 @@ def with_names(config: ConfigDict, **functions) -> ConfigDict:
     return c
 
 
-def call_hook(hook: Callable, evaluation, step: int, tracker) -> None:
-    """`hook(data, step, tracker)` with the kept pictures of an evaluation; where it fails, one line says so.
+def call_hook(hook: Callable[..., Any], evaluation: Any, step: int, tracker: Any) -> None:
+    """Calls `hook(data, step, tracker)` with the kept pictures of an evaluation. If the hook fails, one line says so.
 
-    `data` has "images", float32 [n, 3, H, W] in [0, 1], on the CPU and the hook's own; "prompts" and "prompt_metadata",
-    n each; "rewards", the reward of interest, float32 [n].
+    `data` is a dict with
+        "images": the n pictures, float32 [n, 3, H, W] in [0, 1], on the CPU; the hook may change them.
+        "prompts", "prompt_metadata": a list of n each.
+        "rewards": the reward of the run, float32 [n].
     """
     n = len(evaluation.images)
     data = {
-        "images": evaluation.images.clone(),  # the run folder's are being written meanwhile
+        "images": evaluation.images.clone(),  # the originals are being written to the run folder meanwhile
         "prompts": evaluation.prompts[:n],
         "prompt_metadata": [copy(row) for row in evaluation.metadata[:n]],
         "rewards": evaluation.rewards[:n].float(),
@@ -135,6 +145,6 @@ def call_hook(hook: Callable, evaluation, step: int, tracker) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:79] + "…"

@@ -1,10 +1,10 @@
-"""The command line: what `main.py` and the installed command `alignprop` do.
+"""The command line of `main.py` and of the installed command `alignprop`.
 
     python main.py --config config/align_prop.py:hps --config.train.learning_rate=5e-4
     alignprop train --config hps --config.train.learning_rate=5e-4
 
-`alignprop` begins with what is to be done: a task of the configuration, `plan`, or a tool of publish/commands.py. Its
-presets need no file: those that come with it have their names.
+The first argument of `alignprop` says what to do: a task of the configuration, `plan`, or a tool of
+publish/commands.py. A preset that comes with the package is given by its name, without a file.
 """
 
 import os
@@ -13,12 +13,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-# They warn of features that nothing here uses, and of what we say ourselves.
+# These libraries warn of features that nothing here uses, and of problems that this package reports itself.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from alignprop.settings.command_line import check_flags, define_flags, parse_flags, quiet_libraries, warn_of_unused
 from alignprop.settings.errors import one_of
@@ -26,8 +27,8 @@ from alignprop.settings.resolve import resolve
 from alignprop.stopping import plain_endings
 
 TRAINERS = {"align_prop": ("alignprop.trainer", "AlignPropTrainer"), "ddpo": ("alignprop.ddpo", "DDPOTrainer")}
-PRESET_FILES = ("align_prop", "models", "ddpo")  # of the package config, in the order in which a name is searched for
-# What is to be done: the preset where none is given.
+PRESET_FILES = ("align_prop", "models", "ddpo")  # modules of `config`, in the order in which a preset is looked up
+# The preset that each command uses if none is given.
 TASKS = {
     "train": "quickstart", "evaluate": "evaluate", "evaluate_soup": "evaluate_soup", "guide": "guide",
     "explore": "explore", "plan": "hps",
@@ -44,7 +45,7 @@ presets:  hps, aesthetic, quickstart, ddpo:aesthetic, …, or a file of your own
 
 
 def main() -> None:
-    """`alignprop` with the arguments of the process."""
+    """Runs the command `alignprop` with the arguments of the process."""
     with plain_endings():
         command, *arguments = sys.argv[1:] or ["help"]
         if command in ("help", "--help", "-h"):
@@ -57,16 +58,17 @@ def main() -> None:
 
 
 def run_tool(name: str) -> None:
-    """One of TOOLS, with the arguments of the process."""
+    """Runs one of TOOLS with the arguments of the process."""
     with plain_endings():
         getattr(import_module("alignprop.publish.commands"), name)()
 
 
 def run_flags(argv: list[str]) -> None:
-    """Reads the flags of a program, resolves the configuration, and does its task.
+    """Reads the flags of a program, resolves the configuration, and runs its task.
 
     Args:
-        argv: as `sys.argv`, in whose place it is put: ml_collections looks there for overrides.
+        argv: the arguments, in the form of `sys.argv`. They replace `sys.argv`, because ml_collections looks there for
+            overrides.
     """
     with plain_endings():
         command = shlex.join(["python", *sys.argv]) if sys.argv == argv else shlex.join(["alignprop", *sys.argv[1:]])
@@ -76,14 +78,14 @@ def run_flags(argv: list[str]) -> None:
 
 
 def run_parsed(arguments: list[str], command: str) -> None:
-    """Does what the parsed flags say.
+    """Does what the parsed flags ask for.
 
     Args:
-        arguments: those that are no flags.
-        command: what was typed, for the run's config.json.
+        arguments: the arguments that are not flags.
+        command: the command that was typed, for the run's config.json.
     """
     config = flags.FLAGS.config
-    resolve(config, num_processes=1)  # most mistakes are found here, before torch is loaded
+    resolve(config, num_processes=1)  # this finds most mistakes before torch is loaded
     warn_of_unused(config)
     check_flags(arguments, config)
     with config.unlocked():
@@ -94,8 +96,8 @@ def run_parsed(arguments: list[str], command: str) -> None:
         run_task(config)
 
 
-def run_task(config) -> None:
-    """Imports what the task needs, and does it."""
+def run_task(config: ConfigDict) -> None:
+    """Imports the task that the configuration names, and runs it."""
     quiet_libraries()
     if config.task == "train":
         module, trainer = TRAINERS[config.algorithm]
@@ -106,18 +108,19 @@ def run_task(config) -> None:
 
 
 def _of_task(command: str) -> list[str]:
-    """The flag that makes any preset one of this task."""
+    """Returns the flag that makes any preset run this command."""
     return ["--plan"] if command == "plan" else [f"--config.task={command}"]
 
 
 def with_preset(arguments: list[str], usual: str) -> list[str]:
-    """The same arguments, their `--config` a file and a preset in it.
+    """Returns the arguments with `--config` in the form "path/to/file.py:preset".
 
     Args:
-        usual: the preset where there is no `--config`.
+        arguments: the arguments after the command.
+        usual: the preset that is used if the arguments have no `--config`.
 
     Raises:
-        ConfigError: no such preset.
+        ConfigError: there is no such preset.
     """
     arguments = list(arguments)
     for i, argument in enumerate(arguments):
@@ -132,14 +135,17 @@ def with_preset(arguments: list[str], usual: str) -> list[str]:
 
 
 def preset_file(name: str) -> str:
-    """A preset as "path/to/file.py:preset", of a name that is so already, or that is "file:preset" or "preset" of those
-    that come with the package.
+    """Returns a preset in the form "path/to/file.py:preset".
+
+    Args:
+        name: either this form, which is returned as it is, or "file:preset" or "preset" of the presets that come with
+            the package.
 
     Raises:
         ConfigError: there is no such file, or no such preset in the package.
     """
     file, _, preset = name.partition(":")
-    if os.path.exists(file):
+    if os.path.isfile(file):
         return name
     modules = {stem: import_module(f"config.{stem}") for stem in PRESET_FILES}
     stem = Path(file).stem

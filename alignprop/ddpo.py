@@ -4,31 +4,37 @@ A step of a stochastic sampler is a draw from a policy,
 
     x[i+1] ~ N(a[i]·x[i] + b[i]·f(x[i], t[i], c), s[i]²),
 
-so the gradient of its log-probability needs f alone, and the reward's value is enough. It is the baseline that reward
-back-propagation is measured against. `DDPOTrainer.step` is an epoch: pictures, advantages, and updates with them.
+so the gradient of its log-probability needs f alone, and the value of the reward is enough. DDPO is the baseline that
+reward back-propagation is compared with. `DDPOTrainer.step` is one epoch: it samples pictures, computes their
+advantages, and makes the updates.
 """
 
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from alignprop.callbacks import check_given
+from alignprop.callbacks import PromptSource, RewardFunction, SamplesHook, check_given
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_fsdp
 from alignprop.loop import TrainingLoop, now
-from alignprop.models.base import Conditioning, encode, select
+from alignprop.method.samplers import Sampler
+from alignprop.models.base import Conditioning, Model, encode, select
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import chunks
 
 
-def log_probability(sampler, i: int, latents, model_output, next_latents) -> torch.Tensor:
-    """log N(x[i+1]; a·x[i] + b·f, s²), on average over the entries of x; float32 [B]. s[i] must not be 0.
+def log_probability(
+    sampler: Sampler, i: int, latents: torch.Tensor, model_output: torch.Tensor, next_latents: torch.Tensor
+) -> torch.Tensor:
+    """Returns log N(x[i+1]; a·x[i] + b·f, s²), averaged over the entries of x; float32 [B]. s[i] must not be 0.
 
-    The average, as in the authors' code, keeps the importance ratio near 1 whatever the size of the latents.
+    The authors' code takes this average too. It keeps the importance ratio near 1 whatever the size of the latents.
     """
     a, b, s = (float(c[i]) for c in (sampler.a, sampler.b, sampler.s))
     squares = ((next_latents - a * latents - b * model_output) / s).square()
@@ -36,17 +42,18 @@ def log_probability(sampler, i: int, latents, model_output, next_latents) -> tor
 
 
 def clipped_loss(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """-min(A·ratio, A·clip(ratio, 1 - clip_range, 1 + clip_range)), [B] (PPO, arXiv 1707.06347, eq. 7)."""
+    """Returns -min(A·ratio, A·clip(ratio, 1 - clip_range, 1 + clip_range)), [B] (PPO, arXiv 1707.06347, eq. 7)."""
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
 class PromptStatistics:
-    """Advantages from the newest rewards of each prompt, so that easy prompts do not drown hard ones (sec. 5).
+    """Computes advantages from the newest rewards of each prompt, so that easy prompts do not dominate (sec. 5).
 
     Args:
-        size: rewards of a prompt that are kept; 0: none, all prompts share the epoch's statistics.
-        min_count: a prompt with fewer uses the epoch's mean and deviation.
+        size: the number of rewards that are kept for each prompt. 0 keeps none, and all prompts share the epoch's mean
+            and deviation.
+        min_count: a prompt with fewer rewards than this uses the epoch's mean and deviation.
     """
 
     def __init__(self, size: int, min_count: int):
@@ -54,7 +61,7 @@ class PromptStatistics:
         self.rewards: dict[str, deque[float]] = {}
 
     def advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
-        """(r - mean) / deviation of rewards [n], which are remembered first; float64 [n]."""
+        """Keeps the rewards [n], then returns (reward - mean) / standard deviation for each of them; float64 [n]."""
         rewards = rewards.double().cpu()
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.rewards.setdefault(prompt, deque(maxlen=self.size)).append(reward)
@@ -68,13 +75,13 @@ class PromptStatistics:
 
 @dataclass
 class Samples:
-    """Some trajectories, on the host: those of an epoch are many.
+    """The trajectories of b samples. They are kept on the host, because an epoch has many.
 
     Attributes:
-        indices: their places in the epoch, int [b].
-        prompts: theirs.
+        indices: the positions of the samples in the epoch, int [b].
+        prompts: the prompts of the samples.
         latents: x[0] … x[N], N+1 tensors [b, ...].
-        log_probabilities: of each step i that has noise, when it was drawn; float32 [b].
+        log_probabilities: for each step i that has noise, its log-probability when it was drawn; float32 [b].
     """
 
     indices: torch.Tensor
@@ -84,18 +91,26 @@ class Samples:
 
 
 class DDPOTrainer(TrainingLoop):
-    """Trains a LoRA (or the whole denoiser) for any reward, by policy gradient.
+    """Trains a LoRA, or the whole denoiser, with any reward, by policy gradient.
+
+    TrainingLoop (loop.py) says more about the arguments.
 
     Args:
-        config: see config/ddpo.py.
-        reward_function, prompt_function, model, image_samples_hook: used instead of what the configuration names; see
-            TrainingLoop (loop.py).
+        config: the configuration (config/ddpo.py).
+        reward_function: used instead of the reward that the configuration names.
+        prompt_function: used instead of the prompts that the configuration names.
+        model: used instead of the model that the configuration names.
+        image_samples_hook: called with the pictures of every evaluation.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
 
-    def __init__(self, config, reward_function=None, prompt_function=None, model=None, image_samples_hook=None):
+    def __init__(
+        self, config: ConfigDict, reward_function: RewardFunction | None = None,
+        prompt_function: PromptSource | None = None, model: Model | None = None,
+        image_samples_hook: SamplesHook | None = None,
+    ):  # fmt: skip
         check_given(config, model, image_samples_hook)
         self.statistics = PromptStatistics(config.ddpo.per_prompt_buffer, config.ddpo.per_prompt_min_count)
         super().__init__(config, reward_function, prompt_function, model, image_samples_hook)
@@ -109,11 +124,11 @@ class DDPOTrainer(TrainingLoop):
 
     @property
     def noisy_steps(self) -> list[int]:
-        """The sampler steps that are trained on."""
+        """The sampler steps that updates may use: those with more noise than `ddpo.min_noise`."""
         return (self.run.rollout.sampler.s > self.config.ddpo.min_noise).nonzero().squeeze(1).tolist()
 
-    def step(self) -> dict:
-        """An epoch: `total_samples_per_epoch` pictures, and the updates with them; returns its metrics row."""
+    def step(self) -> dict[str, Any]:
+        """Samples `total_samples_per_epoch` pictures, makes the updates with them, and returns the metrics row."""
         c, run, started = self.config, self.run, now()
         key = (c.seed, self.global_step)
         seed_global(*key, "global", run.accelerator.process_index)
@@ -124,7 +139,7 @@ class DDPOTrainer(TrainingLoop):
             sampled = [self.sample(key, first + indices) for indices in self.micro_batches()]
             blocks.append([samples for trajectories, _ in sampled for samples in trajectories])
             scores.append(run.accelerator.gather(torch.cat([s for _, s in sampled], dim=1).T.contiguous()))
-            # Gathered by process; back to the order of the epoch.
+            # Gathering puts the scores in the order of the processes. This restores the order of the epoch.
             scores[-1] = scores[-1][self._gathered_order()]
         rewards, *terms = torch.cat(scores).T
         limit = c.ddpo.adv_clip_max
@@ -146,10 +161,15 @@ class DDPOTrainer(TrainingLoop):
 
     @torch.no_grad()
     def sample(self, key: tuple[int, int | str], indices: torch.Tensor) -> tuple[list[Samples], torch.Tensor]:
-        """Trajectories of some samples of the epoch, as they are called by the network together; their scores.
+        """Samples the trajectories of some samples of the epoch, and scores their pictures.
+
+        Args:
+            key: the key of the random numbers of this epoch.
+            indices: the positions of the samples in the epoch, int [B].
 
         Returns:
-            The trajectories, and the reward and its terms, [1 + terms, B].
+            The trajectories, one entry for each group of samples that share a network call; and the scores,
+            [1 + terms, B]: the reward, then each term of it.
         """
         run = self.run
         prompts, metadata = draw_prompts(self.prompts, *key, indices)
@@ -168,23 +188,24 @@ class DDPOTrainer(TrainingLoop):
     def draw(
         self, key: tuple[int, int | str], indices: torch.Tensor, prompts: list[str], cond: Conditioning
     ) -> Samples:
-        """Trajectories of samples that the network is called with together."""
+        """Samples the trajectories of one group, whose samples share each network call."""
         rollout, steps = self.run.rollout, []
         rollout.sample(generators(indices, *key, "noise"), cond, on_step=lambda *step: steps.append(step))
         latents = [steps[0][1], *(x_next for *_, x_next in steps)]
         logs = {i: log_probability(rollout.sampler, i, *step) for i, *step in steps if rollout.sampler.s[i]}
         return Samples(indices, prompts, [x.cpu() for x in latents], {i: log.cpu() for i, log in logs.items()})
 
-    def update(self, block: list[Samples], advantages, draw: torch.Generator) -> list[float]:
-        """One optimizer update with `total_batch_size` samples.
+    def update(self, block: list[Samples], advantages: torch.Tensor, draw: torch.Generator) -> list[float]:
+        """Makes one optimizer update with `total_batch_size` samples.
 
         Args:
-            block: those of this process.
-            advantages: of the whole epoch, [n].
-            draw: of the sampler steps that are trained on.
+            block: the samples of this process.
+            advantages: the advantages of the whole epoch, [n].
+            draw: the random generator that chooses the sampler steps of this update.
 
         Returns:
-            Means of loss, gradient norm, ratio, share of clipped ratios, and squared change of the log-probability / 2.
+            The mean loss, the gradient norm, the mean ratio, the share of clipped ratios, and half the mean squared
+            change of the log-probability.
         """
         count = max(1, round(self.config.ddpo.timestep_fraction * len(self.noisy_steps)))
         drawn = torch.randperm(len(self.noisy_steps), generator=draw)[:count].sort().values
@@ -196,19 +217,23 @@ class DDPOTrainer(TrainingLoop):
         means = [t.double().mean().item() for t in (losses, ratios, clipped, divergences)]
         return [means[0], grad_norm, *means[1:]]
 
-    def add_gradients(self, samples: Samples, i: int, advantages, count: int) -> torch.Tensor:
-        """Adds ∂(mean loss of the update)/∂θ of step i of some samples to θ's `.grad`.
+    def add_gradients(self, samples: Samples, i: int, advantages: torch.Tensor, count: int) -> torch.Tensor:
+        """Adds the part of step i of b samples in ∂(mean loss of the update)/∂θ to the `.grad` of θ.
 
         Args:
-            count: of the steps whose mean it is.
+            samples: the trajectories.
+            i: the sampler step.
+            advantages: the advantages of the whole epoch, [n].
+            count: the number of sampler steps that the loss is averaged over.
 
         Returns:
-            Of each sample its loss, ratio, whether that is clipped, and half the squared change of the log-probability.
+            [4, b]: the loss, the ratio, whether the ratio is clipped, and half the squared change of the
+            log-probability.
         """
         c, rollout, device = self.config, self.run.rollout, self.run.accelerator.device
         x, x_next, before = (t.to(device) for t in (*samples.latents[i : i + 2], samples.log_probabilities[i]))
         t, cond = rollout.sampler.timesteps[i].to(device), self.run.model.encode_prompts(samples.prompts)
-        with torch.no_grad():  # but for the graph that is asked for
+        with torch.no_grad():  # with_graph still builds the one graph that is needed
             model_output, graph = rollout.f.with_graph(x, t, cond, needs_input=False)
         model_output.requires_grad_()
         log_ratio = log_probability(rollout.sampler, i, x, model_output, x_next) - before
@@ -232,15 +257,15 @@ class DDPOTrainer(TrainingLoop):
         with self.run.residency("sweep"):
             self.add_gradients(trajectories[0], self.noisy_steps[0], torch.zeros(size), 1)
 
-    def extra_state(self) -> dict:
+    def extra_state(self) -> dict[str, Any]:
         return {"prompt_rewards": {prompt: list(rewards) for prompt, rewards in self.statistics.rewards.items()}}
 
-    def load_extra_state(self, state: dict) -> None:
+    def load_extra_state(self, state: dict[str, Any]) -> None:
         for prompt, rewards in state.get("prompt_rewards", {}).items():
             self.statistics.rewards[prompt] = deque(rewards, maxlen=self.statistics.size)
 
     def _gathered_order(self) -> torch.Tensor:
-        """Where each sample of a block is among what was gathered from the processes one after the other."""
+        """Returns, for each sample of a block, its position in a tensor that was gathered process by process."""
         c, n = self.config, self.run.accelerator.num_processes
         size = self.run.choice.capacity
         places = torch.arange(c.train.total_batch_size).view(n, -1, size)  # process, its micro-batch, sample

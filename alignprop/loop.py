@@ -1,13 +1,16 @@
-"""The loop that every way of training shares: steps, and after each what is due then; stopping, saving, continuing."""
+"""The loop that all training algorithms share. It makes the steps, evaluates, saves, stops and resumes."""
 
 import json
 import time
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from alignprop.callbacks import PromptFunction, call_hook, with_names
+from alignprop.callbacks import PromptFunction, PromptSource, RewardFunction, SamplesHook, call_hook, with_names
 from alignprop.engine.processes import on_main
 from alignprop.engine.sharding import is_fsdp
 from alignprop.engine.speed import compile_blocks
@@ -16,6 +19,7 @@ from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import read_lora
 from alignprop.memory.checkpointing import apply_policy
 from alignprop.memory.planner import next_choice
+from alignprop.models.base import Model
 from alignprop.prompts import load_prompts
 from alignprop.publish.hub import push_finished
 from alignprop.run import build_run
@@ -26,30 +30,33 @@ from alignprop.weights import TrainedWeights
 
 
 def now() -> tuple[float, float]:
-    """Seconds by the clock, and those that this process has computed for."""
+    """Returns the time by the clock and the CPU time of this process, in seconds."""
     return time.perf_counter(), time.process_time()
 
 
 class TrainingLoop:
-    """Trains a LoRA (or the whole denoiser) for a reward; a subclass has the method, `step` and `try_memory`.
+    """Trains a LoRA, or the whole denoiser, with a reward. A subclass implements `step` and `try_memory`.
 
     Args:
-        config: see docs/config.md.
-        reward_function: used instead of building `config.reward_fn`; any `reward(images, prompts, metadata)` that
-            returns scores [B], or a pair of them and anything.
-        prompt_function: used instead of loading `config.prompt_fn`; see callbacks.PromptFunction.
-        model: used instead of loading `config.pretrained.model` (models/base.py).
-        image_samples_hook: `(data, global_step, tracker)`, called at every evaluation by the main process, with the
-            `max_vis_images` pictures that are shown (callbacks.call_hook) and the first tracker of `log_with` or None.
-        needs_gradient: the reward must be differentiable.
+        config: the configuration (docs/config.md).
+        reward_function: used instead of the reward `config.reward_fn`. It is called as `reward(images, prompts,
+            metadata)` and returns scores [B], or a pair of the scores and anything else.
+        prompt_function: used instead of the prompts `config.prompt_fn` (callbacks.PromptFunction).
+        model: used instead of the model `config.pretrained.model` (models/base.py).
+        image_samples_hook: called as `hook(data, global_step, tracker)` by the main process at every evaluation. `data`
+            has the first `max_vis_images` pictures (callbacks.call_hook). `tracker` is the first tracker of
+            `log_with`, or None.
+        needs_gradient: whether the reward must be differentiable.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
 
     def __init__(
-        self, config, reward_function=None, prompt_function=None, model=None, image_samples_hook=None,
-        needs_gradient=False,
+        self, config: ConfigDict, reward_function: RewardFunction | None = None,
+        prompt_function: PromptSource | None = None, model: Model | None = None,
+        image_samples_hook: SamplesHook | None = None,
+        needs_gradient: bool = False,
     ):  # fmt: skip
         self.image_samples_hook = image_samples_hook
         own_prompts = PromptFunction(prompt_function) if prompt_function else None
@@ -61,7 +68,7 @@ class TrainingLoop:
             if function:
                 run.say(f"{field} = {config[field]!r} is not used: {c[field]} takes its place")
 
-        with run.residency("denoise"):  # the adapter is made where its layers are, and stays there
+        with run.residency("denoise"):  # the adapter is created on the device of its layers, and stays there
             start = read_lora(run.start, run.model) if run.start else None
             self.weights = TrainedWeights(run.model, c, run.accelerator, start)
         if start:
@@ -72,26 +79,26 @@ class TrainingLoop:
         self.global_step = 0
         self.stop_requests: list[str] = []
         self._warned: set[str] = set()
-        self.reason_to_stop = ""  # what the newest evaluation said, where `stop_when` ends the run
+        self.reason_to_stop = ""  # not empty once an evaluation has met a condition of `stop_when`
         if run.checkpoint:
-            self._restore()
+            self._restore(run.checkpoint)
         is_open = "auto" in (c.memory_policy, c.per_gpu_capacity)
         if is_open and run.accelerator.device.type == "cuda" and not is_fsdp(run.accelerator):
             self._try_policy()
 
     @property
     def last_step(self) -> int:
-        """The number of optimizer steps of the whole run."""
+        """The number of calls of `step` in the whole run."""
         return self.config.num_epochs * self.config.train.steps_per_epoch
 
     def train(self) -> None:
-        """The whole run, from where it is: steps, and after each what is due then; a summary.
+        """Trains from the current step to the end, saves and evaluates when due, and prints a summary.
 
-        It ends after `num_epochs`, or with the first evaluation that meets a condition of `stop_when`.
+        Training ends after `num_epochs`, or after the first evaluation that meets a condition of `stop_when`.
 
         Raises:
-            SystemExit: the process was asked to stop (SIGTERM, SIGINT) and has saved; its code is `STOPPED`.
-            ConfigError: of the main process, when everything is done and saved: `hub.repo` did not get it.
+            SystemExit: the process was asked to stop (SIGTERM, SIGINT) and has saved. The exit code is `STOPPED`.
+            ConfigError: the upload to `hub.repo` failed. Everything is saved by then. Only the main process raises it.
         """
         run, progress = self.run, {"total": self.last_step, "initial": self.global_step, "unit": "step"}
         run.open_folder(self.global_step)
@@ -109,23 +116,27 @@ class TrainingLoop:
             if not self.reason_to_stop and self._stopping():
                 self._stop()
         if self.reason_to_stop:
-            run.say(f"ended after optimizer step {self.global_step} of {self.last_step}: {self.reason_to_stop}")
+            run.say(f"ended after step {self.global_step} of {self.last_step}: {self.reason_to_stop}")
         run.finish()
         hub = self.config.hub
-        if hub.repo and run.is_main:  # the others have ended: none would wait for longer than timeout_minutes
+        # The other processes do not wait for the upload, which may take longer than timeout_minutes.
+        if hub.repo and run.is_main:
             run.say(f"uploaded to {push_finished(run.folder, hub.repo, hub.private)}")
 
-    def step(self) -> dict:
-        """The next step, `global_step` + 1, which it counts; returns its metrics row."""
+    def step(self) -> dict[str, Any]:
+        """Makes one training step, adds 1 to `global_step`, and returns the metrics row of the step."""
         raise NotImplementedError
 
-    def row(self, rewards: torch.Tensor, terms: dict, started: tuple[float, float], **others) -> dict:
-        """The metrics row of the step that was counted last.
+    def row(
+        self, rewards: torch.Tensor, terms: dict[str, torch.Tensor], started: tuple[float, float], **others: Any
+    ) -> dict[str, Any]:
+        """Returns the metrics row of the last step.
 
         Args:
-            rewards: of all its samples, [n]. terms: those of each single reward, [n] each, by its name.
-            started: `now()` at its beginning.
-            others: what else is told of it.
+            rewards: the rewards of all samples of the step, [n].
+            terms: the scores of each term of the reward, [n] each, by the name of the term.
+            started: `now()` at the beginning of the step.
+            others: further entries of the row.
         """
         seconds, cpu_seconds = (round(b - a, 3) for a, b in zip(started, now(), strict=True))
         return {
@@ -142,18 +153,22 @@ class TrainingLoop:
         }
 
     def try_memory(self) -> None:
-        """One micro-batch of what needs the most memory; adds to the trained weights' `.grad`."""
+        """Runs one micro-batch of the computation that needs the most memory; adds to the trained weights' `.grad`."""
         raise NotImplementedError
 
-    def extra_state(self) -> dict:
-        """What the next step depends on besides the weights, as plain values; `load_extra_state` takes it up."""
+    def extra_state(self) -> dict[str, Any]:
+        """Returns plain values that the next step depends on, in addition to the state of the trained weights."""
         return {}
 
-    def load_extra_state(self, state: dict) -> None:
-        """Takes up what `extra_state` had, from all that a checkpoint holds."""
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restores the values of `extra_state` from `state`, which has everything that a checkpoint holds."""
 
     def evaluate(self) -> Evaluation | None:
-        """Held-out rewards and pictures with the (averaged) weights of now; None where asked to stop meanwhile."""
+        """Evaluates the current weights, or their moving average if one is kept, on the held-out prompts.
+
+        Returns:
+            The evaluation; None if the run was asked to stop meanwhile.
+        """
         run = self.run
         with self.weights.averaged():
             evaluation = run.evaluator(should_stop=self._stopping)
@@ -165,13 +180,13 @@ class TrainingLoop:
         return evaluation
 
     def save(self, for_a_stop: bool = False) -> None:
-        """Writes checkpoints/checkpoint_<step>, unless it is there: the one that this run continues from.
+        """Writes checkpoints/checkpoint_<step>, unless it exists because the run continues from it.
 
         Args:
-            for_a_stop: a run that nobody stops would not save here.
+            for_a_stop: whether the run saves at this step only because it was asked to stop.
         """
         run = self.run
-        run.records.wait()  # a checkpoint says that all rows before it are written
+        run.records.wait()  # a checkpoint promises that all earlier rows are written
         if on_main(lambda: self.global_step in map(step_of, checkpoints_of(run.folder))):
             return
         state = {
@@ -185,13 +200,16 @@ class TrainingLoop:
             write_checkpoint(run.folder, self.global_step, state, write_weights, run.base, for_a_stop)
 
     def _save_and_evaluate(self) -> None:
-        """What is due after this step and not done yet: a run may have been interrupted between any two of them."""
+        """Saves and evaluates if either is due after this step and has not been done yet.
+
+        A run that continues from a checkpoint may have been interrupted after the one and before the other.
+        """
         c, run, step = self.config, self.run, self.global_step
         epoch, within_epoch = divmod(step, c.train.steps_per_epoch)
         last = step >= self.last_step
         if within_epoch and not last:
             return
-        # Saved first, because evaluating takes long enough to be interrupted.
+        # The checkpoint is saved first, because an evaluation takes long enough to be interrupted.
         if self._saves_at(step):
             self.save()
         due = not step or last or (c.eval_freq and epoch % c.eval_freq == 0)
@@ -203,12 +221,15 @@ class TrainingLoop:
         run.prune_checkpoints()
 
     def _saves_at(self, step: int) -> bool:
-        """Whether a run saves after this step that is neither stopped nor ended early."""
+        """Returns whether a run saves after this step even if it is neither asked to stop nor ended by `stop_when`."""
         epoch, within_epoch = divmod(step, self.config.train.steps_per_epoch)
         return step > 0 and not within_epoch and (epoch % self.config.save_freq == 0 or step >= self.last_step)
 
-    def _warn_of_nothing_to_learn(self, row: dict) -> None:
-        """Once for each of two causes: a run of such steps ends well and has trained nothing."""
+    def _warn_of_nothing_to_learn(self, row: dict[str, Any]) -> None:
+        """Warns of a step from which nothing is learned, once for each of two causes.
+
+        Without the warning, a run of such steps ends normally although it has trained nothing.
+        """
         equal = row["reward_std"] == 0 and self.config.train.total_batch_size > 1
         for cause, holds in (
             ("its gradient is exactly 0", row["grad_norm"] == 0),
@@ -220,29 +241,29 @@ class TrainingLoop:
 
     def _why(self) -> str:
         scaling = self.run.accelerator.scaler
-        return "; with fp16 the first few may be, until the scale of the loss is found" if scaling else ""
+        return "; with fp16 this is normal for the first few steps, until the loss scale is found" if scaling else ""
 
     def _stopping(self) -> bool:
-        """Whether any process was asked to stop; every process has to ask."""
+        """Returns whether any process was asked to stop. All processes have to call it."""
         return self.run.any_process(bool(self.stop_requests))
 
     def _stop(self) -> None:
         self.save(for_a_stop=not self._saves_at(self.global_step))
         self.run.finish(
-            f"stopped after optimizer step {self.global_step} of {self.last_step} and saved; go on with the same "
+            f"stopped after step {self.global_step} of {self.last_step} and saved; go on with the same "
             f"command and --config.resume_from={self.run.folder}"
         )
         raise SystemExit(STOPPED)
 
     def micro_batches(self) -> list[torch.Tensor]:
-        """The indices in the global batch of each micro-batch of this process."""
+        """Returns, for each micro-batch of this process, the positions of its samples in the global batch."""
         size, accelerator = self.run.choice.capacity, self.run.accelerator
         at_once = size * accelerator.num_processes
         firsts = range(accelerator.process_index * size, self.config.train.total_batch_size, at_once)
         return [torch.arange(first, first + size) for first in firsts]
 
     def _try_policy(self) -> None:
-        """Makes trial steps until the memory policy is one that fits, each time with the next more frugal one."""
+        """Makes trial steps until the memory policy fits. After each failure it takes the next more frugal choice."""
         run = self.run
         while reason := self._out_of_memory():
             choice = next_choice(run.config, run.accelerator.num_processes, run.choice, reason)
@@ -254,11 +275,12 @@ class TrainingLoop:
             apply_policy(run.model, choice.memory)
 
     def _out_of_memory(self) -> str:
-        """What `try_memory` ran out of memory with, on this process or another; "" where it fits."""
+        """Runs `try_memory` and returns why a process ran out of memory, or "" if the computation fits."""
         run, error_text, moments = self.run, "", []
         try:
-            moments += [torch.empty_like(p) for p in self.weights.parameters for _ in range(2)]  # the optimizer's
-            with run.residency("measure"):  # what an evaluation needs besides
+            # The optimizer will keep two moments for each parameter.
+            moments += [torch.empty_like(p) for p in self.weights.parameters for _ in range(2)]
+            with run.residency("measure"):  # an evaluation also needs these modules on the device
                 pass
             self.try_memory()
         except torch.OutOfMemoryError as error:
@@ -266,7 +288,7 @@ class TrainingLoop:
         moments.clear()
         self.weights.zero_grad()
         run.rollout.adjoint_norms.take()
-        torch.cuda.empty_cache()  # what a policy left must not look like what the next one needs
+        torch.cuda.empty_cache()  # memory that this policy leaves cached must not count for the next one
         return (error_text or "another process ran out of memory") if run.any_process(bool(error_text)) else ""
 
     def _say_start(self, start: LoraWeights) -> None:
@@ -274,15 +296,14 @@ class TrainingLoop:
         found = ", ".join(map(str, sorted(ranks)))
         self.run.say(
             f"starting from {str(self.run.start)!r}: rank {found} in {len(start.modules)} of the {trained} layers that "
-            f"are trained with lora_rank = {self.config.lora_rank}; all else begins at no change"
+            f"are trained with lora_rank = {self.config.lora_rank}; the other layers start from the base model"
         )
 
-    def _restore(self) -> None:
-        checkpoint = self.run.checkpoint
+    def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
         self.weights.load(state, checkpoint)
         self.load_extra_state(state)
         self.global_step = state["global_step"]
-        self.run.say(f"continuing {str(checkpoint)!r} after optimizer step {self.global_step}")
+        self.run.say(f"continuing {str(checkpoint)!r} after step {self.global_step}")
         for line in changes(json.loads(state["config"]), json.loads(json.dumps(self.run.written_config.to_dict()))):
-            self.run.say(f"  with another {line}")
+            self.run.say(f"  changed: {line}")

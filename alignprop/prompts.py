@@ -1,7 +1,7 @@
-"""Prompt sets: a name or a file becomes a list of prompts, and prompts are drawn by key, never by order.
+"""Prompt sets: loading them by name or from a file, and drawing prompts from them.
 
-``simple_animals`` are the 45 animals that DDPO (arXiv 2305.13301) and AlignProp (arXiv 2310.03739) align on.
-``hps_v2_all`` are the benchmark prompts of HPSv2 (arXiv 2306.09341), 800 in each of four styles.
+``simple_animals`` has the 45 animals that DDPO (arXiv 2305.13301) and AlignProp (arXiv 2310.03739) train on.
+``hps_v2_all`` has the benchmark prompts of HPSv2 (arXiv 2306.09341), which are 800 in each of four styles.
 """
 
 import difflib
@@ -21,12 +21,12 @@ from alignprop.settings.prompt_files import READERS, read_prompt_file
 ASSETS = Path(__file__).resolve().parent / "assets"
 HPS_REPO = "zhwang/HPDv2"
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
-HPS_HELD_OUT = 50  # of each style
+HPS_HELD_OUT = 50  # prompts of each style
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """``prompts`` and, for each of them, ``metadata`` handed to the reward: a dict, often empty."""
+    """Prompts, each with metadata that the reward gets: a dict, which is often empty."""
 
     name: str
     prompts: tuple[str, ...]
@@ -36,20 +36,21 @@ class PromptSet:
         return len(self.prompts)
 
     def draw(self, streams: list[torch.Generator]) -> tuple[list[str], list[dict]]:
-        """A prompt and its metadata for each of the generators, uniformly and with replacement."""
+        """Draws a prompt and its metadata with each generator, uniformly and with replacement."""
         chosen = [int(torch.randint(len(self), (), generator=stream)) for stream in streams]
         return [self.prompts[i] for i in chosen], [copy(self.metadata[i]) for i in chosen]
 
 
 def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
-    """The prompt set called ``name``, or what the file at the path ``name`` holds (settings/prompt_files.py).
+    """Returns the prompt set called ``name``, or the prompts in the file ``name`` (settings/prompt_files.py).
 
     Args:
         name: a key of ``PROMPT_SETS`` or a path.
-        field: the config field that named it, for the error message.
+        field: the field of the configuration that named it, for the error message.
 
     Raises:
-        ConfigError: unknown name; file missing, empty, not UTF-8 or not of its format; HPSv2's prompts out of reach.
+        ConfigError: the name is unknown; the file is missing, empty, not UTF-8 or not in its format; or HPSv2's prompts
+            can be neither found nor fetched.
     """
     if name in PROMPT_SETS:
         return PROMPT_SETS[name](name, field)
@@ -64,13 +65,13 @@ def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
 
 
 def draw_prompts(source, seed: int, step: int | str, indices: Iterable[int]) -> tuple[list[str], list[dict]]:
-    """Prompts and metadata of the samples ``indices`` of the global batch of ``step``.
+    """Returns the prompts and metadata of the samples ``indices`` of the global batch of ``step``.
 
-    Each draw depends on (seed, step, index) alone, so a sample keeps its prompt however the batch is cut into
-    processes and micro-batches, and a resumed run continues the same stream.
+    Each draw depends on (seed, step, index) alone. So a sample keeps its prompt however the batch is divided into
+    processes and micro-batches, and a resumed run continues with the same prompts.
 
     Args:
-        source: a ``PromptSet``, or a person's function (callbacks.py).
+        source: a ``PromptSet``, or a user's function (callbacks.py).
     """
     return source.draw([generator(seed, step, int(j), "prompt") for j in indices])
 
@@ -88,9 +89,10 @@ def _asset(filename: str) -> Callable[[str, str], PromptSet]:
 
 
 def _hps(held_out: bool) -> Callable[[str, str], PromptSet]:
-    """The last ``HPS_HELD_OUT`` prompts of every style are for evaluation, the others for training.
+    """Returns a loader of HPSv2's prompts: the last ``HPS_HELD_OUT`` of every style, or all but those.
 
-    AlignProp's released code evaluates on 50 prompts, all of the style "photo"; here every style has its 50.
+    The last ones are for evaluation, the others for training. AlignProp's released code evaluates on 50 prompts, all of
+    the style "photo"; here 50 prompts of every style are held out.
     """
 
     def load(name: str, field: str) -> PromptSet:
@@ -102,18 +104,18 @@ def _hps(held_out: bool) -> Callable[[str, str], PromptSet]:
 
 
 def _hps_style(style: str, name: str, field: str) -> list[str]:
-    """The benchmark prompts of one style, in the released order, through huggingface_hub's cache."""
+    """Returns the benchmark prompts of one style, in the released order, from huggingface_hub's cache or the hub."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     filename = f"benchmark/{style}.json"
     file = {"repo_id": HPS_REPO, "filename": filename, "repo_type": "dataset"}
     try:
-        try:  # the cache first, so that a run whose files are there needs no network
+        try:  # the cache comes first, so that a run with cached files needs no network
             path = hf_hub_download(**file, local_files_only=True)
         except OSError:
-            get_hf_file_metadata(hf_hub_url(**file), timeout=10)  # fails at once, where downloading tries for minutes
+            get_hf_file_metadata(hf_hub_url(**file), timeout=10)  # this fails at once; a download tries for minutes
             path = hf_hub_download(**file)
-    except Exception as error:  # the hub's client lets its transport's own exceptions through as well
+    except Exception as error:  # the hub's client also lets the exceptions of its HTTP library through
         raise ConfigError(
             f"{field} = {name!r}: {filename} of the dataset {HPS_REPO} is neither in the Hugging Face cache "
             f"nor can it be fetched ({type(error).__name__}: {_one_line(error)}); set HF_HOME to a cache that has it, "

@@ -1,4 +1,4 @@
-"""Everything that a run is made of, built in the order in which mistakes are cheapest to find."""
+"""Builds all parts of a run. Cheap checks come first, so that most mistakes are found before a model is loaded."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -40,17 +40,17 @@ def build_run(
     config: ConfigDict, reward_function=None, model: Model | None = None, needs_gradient=False,
     prompts: PromptFunction | None = None,
 ) -> "Run":  # fmt: skip
-    """Checks what a run needs, from the cheapest to the dearest, and puts it together.
+    """Checks what a run needs, the cheapest check first, and builds the run.
 
     Args:
         config: an unresolved configuration (docs/config.md).
         reward_function: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
         model: used instead of loading `pretrained.model`.
-        needs_gradient: the reward must be differentiable.
-        prompts: of a person's own function, for `eval_prompt_fn` = "prompt_function".
+        needs_gradient: whether the reward must be differentiable.
+        prompts: the user's own prompt function, if any; `eval_prompt_fn` = "prompt_function" evaluates on its prompts.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
     state = start_processes(config.timeout_minutes)
     c = resolve(with_names(config, reward_fn=reward_function), state.num_processes)
@@ -89,12 +89,13 @@ def build_run(
 
 
 def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
-    """Says where the run does something else than the unresolved configuration has."""
+    """Says in which points the run differs from what the unresolved configuration asks for."""
     c = run.config
     if c.per_gpu_capacity != asked.per_gpu_capacity:
         run.say(
-            f"per_gpu_capacity = {asked.per_gpu_capacity}: micro-batches have {c.per_gpu_capacity} samples, the most "
-            f"that divide a step of {c.train.total_batch_size} on {run.accelerator.num_processes} process(es)"
+            f"per_gpu_capacity = {asked.per_gpu_capacity}: micro-batches have {c.per_gpu_capacity} samples, the "
+            f"largest size that divides a step of {c.train.total_batch_size} samples on "
+            f"{run.accelerator.num_processes} process(es)"
         )
     if c.init_lora and run.checkpoint and c.task == "train":
         run.say(f"init_lora = {c.init_lora!r} is not used: the run continues from a checkpoint")
@@ -107,16 +108,24 @@ def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
 
 @dataclass
 class Run:
-    """A model, its judges and prompts, on the processes and devices at hand, with a folder for the results.
+    """A model, its judges and prompts, on the available processes and devices, with a folder for the results.
 
     Attributes:
-        config: resolved; nothing changes it. What "auto" came to is in `choice`.
-        base: what a checkpoint says of the base model (runs/manifest.py).
-        checkpoint: the one that `resume_from` names, if any.
-        start: where it is a new run, the LoRA that `init_lora` names, if any.
-        best_by, stop_when: the measure that decides the best checkpoint; the conditions that end training.
-        choice: the memory policy and the samples in a micro-batch.
-        residency, rollout, evaluator: what depends on them.
+        config: the resolved configuration, which nothing changes. The values found for "auto" are in `choice`.
+        accelerator: accelerate's view of the processes and devices.
+        records: the run folder.
+        eval_prompts: the held-out prompts.
+        judges: the rewards and measures of an evaluation.
+        model: the model.
+        base: the description of the base model that checkpoints contain (runs/manifest.py).
+        checkpoint: the checkpoint that `resume_from` names, or None.
+        start: the LoRA that `init_lora` names; None if the run continues from a checkpoint or names none.
+        best_by: the measure that decides which checkpoint is the best.
+        stop_when: the conditions that end training.
+        choice: the memory policy, and the number of samples in a micro-batch.
+        residency: moves modules to the device phase by phase; it depends on `choice`.
+        rollout: the sampling chain; it depends on `choice`.
+        evaluator: evaluates on `eval_prompts`; it depends on `choice`.
     """
 
     config: ConfigDict
@@ -136,11 +145,11 @@ class Run:
     evaluator: Evaluator = field(init=False)
 
     def __post_init__(self):
-        self.residency = Residency(self.accelerator.device, {})  # until there is a choice, nothing is moved
+        self.residency = Residency(self.accelerator.device, {})  # nothing is moved until there is a choice
 
     @property
     def reward(self) -> WeightedReward:
-        """The reward of interest."""
+        """The reward of the run; the other judges only measure."""
         return self.judges.reward
 
     @property
@@ -153,14 +162,14 @@ class Run:
 
     @property
     def written_config(self) -> ConfigDict:
-        """The configuration with what "auto" came to."""
+        """The configuration, with the values that were found for "auto"."""
         return as_run(self.config, self.accelerator.num_processes, self.choice.memory, self.choice.capacity)
 
     def use(self, choice: Choice) -> None:
-        """Makes everything that depends on the memory policy and the capacity."""
+        """Builds everything that depends on the memory policy and the size of a micro-batch."""
         c, memory = self.config, choice.memory
         check_policy(self.accelerator, memory, c.compile, c.channels_last)
-        self.residency.leave()  # of an earlier choice
+        self.residency.leave()  # modules that an earlier choice has on the device go back to the host
         self.choice = choice
         self.residency = Residency(self.accelerator.device, phases_of(self.model, self.judges), memory.residency)
         sampling = self._rollout(c.num_inference_steps, "num_inference_steps")
@@ -174,32 +183,32 @@ class Run:
         )  # fmt: skip
 
     def sampling(self, guidance_scale: float) -> Rollout:
-        """The chain of evaluations with another strength of guidance."""
+        """Returns the sampling chain of evaluations, with another strength of guidance."""
         return self._rollout(self.config.num_inference_steps, "num_inference_steps", guidance_scale=guidance_scale)
 
     def try_judges(self, needs_gradient: bool) -> None:
-        """Has two pictures of noise judged."""
+        """Has two pictures of noise judged, so that a broken reward is found before the first evaluation."""
         with self.residency("decode"), torch.no_grad():
             images = self.model.decode(self.model.init_latents(generators(range(2), self.config.seed, "trial")))
         prompts, metadata = draw_prompts(self.eval_prompts, self.config.seed, 0, range(2))
         self.judges.try_on(images, prompts, metadata, needs_gradient, self.residency)
 
     def open_folder(self, step: int) -> None:
-        """Makes the run folder that of a run at optimizer step `step`, and starts the trackers."""
+        """Prepares the run folder for a run that has made `step` steps, and starts the trackers."""
         on_main(lambda: self.records.open(step, self.written_config))
         start_trackers(self.accelerator, "alignprop", self.folder.name, self.folder, self.written_config.to_dict())
 
     def any_process(self, flag: bool) -> bool:
-        """Whether `flag` is true on any process."""
+        """Returns whether `flag` is true on any process. All processes have to call it."""
         count = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(count, "sum"))
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether an evaluation at `step` has been reported."""
+        """Returns whether an evaluation at `step` has been reported."""
         return on_main(lambda: self.records.is_evaluated(step))
 
     def reason_to_stop(self) -> str:
-        """Why the newest evaluation ends training; "" where it does not."""
+        """Returns why the newest evaluation ends training, or "" if it does not."""
 
         def find() -> str:
             return reason_to_stop(self.stop_when, [values(row, self.reward) for row in self.records.evaluations()])
@@ -222,7 +231,7 @@ class Run:
             tqdm.write(text)
 
     def report(self, evaluation: Evaluation, step: int, epoch: int) -> None:
-        """Draws and logs an evaluation during training; the run folder gets it while training goes on."""
+        """Logs an evaluation during training. Its pictures and row are written while training goes on."""
         row = {**evaluation.row(), "step": step, "epoch": epoch}
         if self.is_main:
             self.records.report(evaluation, row)
@@ -232,7 +241,13 @@ class Run:
         self.say(f"step {step}: held-out " + ", ".join(f"{name} {value:.3f}" for name, value in measures.items()))
 
     def finish(self, stopped: str = "") -> None:
-        """Waits for every process, since launchers end all when one has ended; says how it went, ends the trackers."""
+        """Waits for every process, prints how the run went, and ends the trackers.
+
+        The wait is needed because launchers end all processes when one has ended.
+
+        Args:
+            stopped: the message of a run that was asked to stop. If it is empty, the summary is printed.
+        """
         self.records.wait()
         self.accelerator.wait_for_everyone()
         if self.is_main:
@@ -251,7 +266,10 @@ class Run:
         )  # fmt: skip
 
     def _autocast(self):
-        """Frozen weights compute in their own precision; those that are trained are float32, whatever the run's."""
+        """Returns the context for network calls: autocast if the denoiser's weights are float32, else none.
+
+        Weights that are trained whole are float32 in every run. Frozen weights compute in their own precision.
+        """
         is_whole = next(self.model.denoiser.parameters()).dtype == torch.float32
         return self.accelerator.autocast() if is_whole else nullcontext()
 
@@ -263,7 +281,7 @@ def _load_eval_prompts(c: ConfigDict, prompts: PromptFunction | None) -> PromptS
 
 
 def _check_guards(c: ConfigDict, measures: list[str]) -> tuple[str, list]:
-    """`best_by` and `stop_when`, which name some of the measures of an evaluation."""
+    """Checks and returns `best_by` and `stop_when`, which name measures of an evaluation."""
     if c.task != "train":
         return "reward", []
     return one_of("best_by", c.best_by or "reward", measures), parse_stop_when(c.stop_when, measures)
@@ -279,12 +297,12 @@ def _find_checkpoint(c: ConfigDict) -> Path | None:
 
 
 def _find_start(c: ConfigDict) -> Path | None:
-    """The LoRA of `init_lora`."""
+    """Returns the LoRA that `init_lora` names, or None."""
     if c.task != "train" or not c.use_lora or not c.init_lora:
         return None
     if c.init_lora == "latest":
         raise ConfigError("init_lora = 'latest' must name a LoRA; 'latest' is for resume_from")
     start = on_main(lambda: find_checkpoint(c.init_lora, c.log_dir, "init_lora"))
     if (start / "denoiser").is_dir():
-        raise ConfigError(f"init_lora = {c.init_lora!r} has no LoRA, but whole weights, in its folder denoiser/")
+        raise ConfigError(f"init_lora = {c.init_lora!r} has full weights (in denoiser/) and no LoRA")
     return start

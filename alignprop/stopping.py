@@ -1,7 +1,11 @@
-"""How a run ends before its time: asked to (preemptible machines send SIGTERM, people press Ctrl-C), or forced to.
+"""How a run ends early: because it is asked to stop, or because of an error.
 
-Exit status 0: done. 1: an error, told in one line. 75: stopped when asked, saved; the same command goes on.
-130: Ctrl-C where there was nothing to save, or twice.
+Preemptible machines send SIGTERM, and people press Ctrl-C. The exit status of a process is
+
+0: the run is done.
+1: an error, which the process reports in one line.
+75: the run was asked to stop and has saved, if there was anything to save. The same command with `resume_from` goes on.
+130: Ctrl-C, either twice or when there was nothing to save.
 """
 
 import errno
@@ -11,23 +15,25 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from alignprop.settings.errors import ConfigError
 from rewards.errors import UserError
 
 STOPPED = 75
-"""Exit status of a run that stopped when asked and saved: EX_TEMPFAIL, "run me again"."""
+"""The exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, "run me again"."""
 
-_AGAIN = 3.0  # seconds; launchers repeat what a terminal already sent to every process
+_AGAIN = 3.0  # seconds; within them a second signal may be a launcher's repetition of the first
 
 
 @contextmanager
-def stop_requests():
-    """Within it SIGTERM and SIGINT only note that they came, in the list that it yields.
+def stop_requests() -> Iterator[list[str]]:
+    """Collects SIGTERM and SIGINT in the list that it yields, instead of ending the process, within a `with` block.
 
-    Ctrl-C once more, some seconds later, raises KeyboardInterrupt as usual. Outside of the main thread, where Python
-    has no signals, the list stays empty.
+    Another Ctrl-C, more than `_AGAIN` seconds after the first signal, raises KeyboardInterrupt as usual. Only the main
+    thread can handle signals in Python; in any other thread the list stays empty.
     """
     requests: list[str] = []
     if threading.current_thread() is not threading.main_thread():
@@ -35,13 +41,15 @@ def stop_requests():
         return
     first = 0.0
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         nonlocal first
         if not requests:
             first = time.monotonic()
             if os.environ.get("RANK", "0") == "0":
-                # Not print: the signal may have come in the middle of another one.
-                os.write(2, b"\nasked to stop: saving after this step; Ctrl-C again ends at once, unsaved\n")
+                # Not print, because the signal may have interrupted another print.
+                os.write(
+                    2, b"\nasked to stop: saving after this step; Ctrl-C again ends the run at once, without saving\n"
+                )
         elif number == signal.SIGINT and time.monotonic() - first > _AGAIN:
             raise KeyboardInterrupt
         requests.append(signal.Signals(number).name)
@@ -59,15 +67,16 @@ _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is torch's error of that kind; torch is not imported to find out, since only torch raises it."""
+    """Returns whether it is torch's out-of-memory error. If torch is not imported, it cannot be."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-def _end(number, frame) -> None:
-    """Ends a process that nobody has asked to save: by an exception, which whoever has something open is told by.
+def _end(number: int, frame: FrameType | None) -> None:
+    """Handles a signal that comes when there is nothing to save: ends the process.
 
-    While a module is being imported it ends at once: libraries catch what is raised then, and go on half-imported.
+    It raises an exception, so that code with open files or connections can close them. During an import it ends the
+    process at once, because libraries catch an exception then and go on half-imported.
     """
     if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
         print("interrupted", file=sys.stderr, flush=True)
@@ -78,9 +87,12 @@ def _end(number, frame) -> None:
 
 
 @contextmanager
-def plain_endings():
-    """Within it a person's mistake, Ctrl-C, a full disk and the death of another process end this one with one line
-    instead of a traceback."""
+def plain_endings() -> Iterator[None]:
+    """Turns expected errors within a `with` block into an exit with one line instead of a traceback.
+
+    These are a mistake of the user, Ctrl-C, a full disk, a missing permission, too little GPU memory, and the death of
+    another process.
+    """
     rank = os.environ.get("RANK", "0")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)  # there is nothing to save yet
@@ -88,7 +100,8 @@ def plain_endings():
     try:
         yield
     except UserError as error:
-        # A mistake in the configuration is every process's; told once a machine. What has a cause may be one's own.
+        # All processes find the same mistake in the configuration, so only one of each machine reports it. An error
+        # with a cause may be that of a single process.
         is_shared = isinstance(error, ConfigError) and not error.__cause__
         sys.exit(1 if is_shared and os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")
     except KeyboardInterrupt:
@@ -114,6 +127,6 @@ def plain_endings():
             raise
         reason = str(error).strip().splitlines()[0]
         sys.exit(
-            f"error: process {rank} lost contact with another one, whose own message tells why "
+            f"error: process {rank} lost contact with another process, whose own message says why "
             f"({reason}); go on from the newest checkpoint with --config.resume_from=latest"
         )

@@ -1,48 +1,67 @@
 """AlignProp: fine-tuning a text-to-image model by back-propagating a reward through its sampling chain.
 
-Prabhudesai et al. 2023, arXiv 2310.03739. `AlignPropTrainer.step` is Algorithm 1. The gradient of some samples is in
-method/gradient.py, and the loop around the steps in loop.py.
+The method is from Prabhudesai et al. 2023, arXiv 2310.03739. `AlignPropTrainer.step` is one iteration of Algorithm 1:
+
+1. Draw a plan. It says, for each sample of the batch, which sampling steps carry gradient.
+2. For each micro-batch, draw prompts, sample images, compute the loss from their rewards, and add its gradient to
+   `.grad` (method/gradient.py).
+3. Update the trained weights.
+
+The loop around the steps is in loop.py.
 """
 
+from typing import Any
+
 import torch
+from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from alignprop.callbacks import check_given
+from alignprop.callbacks import PromptSource, RewardFunction, SamplesHook, check_given
 from alignprop.engine.seeding import generator, seed_global
 from alignprop.loop import TrainingLoop, now
 from alignprop.method import estimators
 from alignprop.method.estimators import ESTIMATORS, build_estimator
 from alignprop.method.gradient import RewardGradient, SampleValues
 from alignprop.method.plans import GradientPlan
+from alignprop.models.base import Model
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import one_of
 from alignprop.settings.options import estimator_options, gradient_options
 
 
 class AlignPropTrainer(TrainingLoop):
-    """Trains a LoRA (or the whole denoiser) for a differentiable reward.
+    """Trains a LoRA, or the whole denoiser, by back-propagating a differentiable reward.
+
+    TrainingLoop (loop.py) says more about the arguments.
 
     Args:
-        config: see docs/config.md.
-        reward_function, prompt_function, model, image_samples_hook: used instead of what the configuration names; see
-            TrainingLoop (loop.py).
+        config: the configuration (docs/config.md).
+        reward_function: used instead of the reward that the configuration names.
+        prompt_function: used instead of the prompts that the configuration names.
+        model: used instead of the model that the configuration names.
+        image_samples_hook: called with the pictures of every evaluation.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
 
-    def __init__(self, config, reward_function=None, prompt_function=None, model=None, image_samples_hook=None):
+    def __init__(
+        self, config: ConfigDict, reward_function: RewardFunction | None = None,
+        prompt_function: PromptSource | None = None, model: Model | None = None,
+        image_samples_hook: SamplesHook | None = None,
+    ):  # fmt: skip
         check_given(config, model, image_samples_hook)
         one_of("estimator", config.estimator, [name for name in ESTIMATORS if name != "none"])
         super().__init__(config, reward_function, prompt_function, model, image_samples_hook, needs_gradient=True)
         self.estimator = build_estimator(config.estimator, **estimator_options(self.config))
 
-    def step(self) -> dict:
-        """One optimizer step over `total_batch_size` samples (Algorithm 1 of the paper); returns its metrics row."""
+    def step(self) -> dict[str, Any]:
+        """Makes one optimizer step over `total_batch_size` samples (Algorithm 1), and returns its metrics row."""
         run, batch_size, started = self.run, self.config.train.total_batch_size, now()
         key = (self.config.seed, self.global_step)
         seed_global(*key, "global", run.accelerator.process_index)
 
+        # The plan is drawn for the whole batch, so it depends on neither the micro-batches nor the processes.
         plan = self.estimator(run.rollout.sampler, batch_size, generator(*key, "plan"))
         progress = {"desc": f"step {self.global_step + 1}", "leave": False, "disable": not run.is_main}
         micro_batches = tqdm(self.micro_batches(), **progress)
@@ -63,19 +82,22 @@ class AlignPropTrainer(TrainingLoop):
         )  # fmt: skip
 
     def add_gradients(self, key: tuple[int, int | str], indices: torch.Tensor, plan: GradientPlan) -> SampleValues:
-        """Adds ∂(mean loss of the global batch)/∂θ of some of its samples to θ's `.grad`.
+        """Adds the part of some samples in ∂(mean loss of the global batch)/∂θ to the `.grad` of θ.
 
         Args:
-            key: of the optimizer step's random numbers.
-            indices: the samples, by their place in the global batch.
-            plan: theirs.
+            key: the key of the random numbers of this optimizer step.
+            indices: the positions of the samples in the global batch, int [B].
+            plan: which part of each sample's chain carries gradient.
+
+        Returns:
+            The losses and rewards of the samples.
         """
         prompts, metadata = draw_prompts(self.prompts, *key, indices)
         return self.gradient(key, indices, prompts, metadata, plan)
 
     @property
     def gradient(self) -> RewardGradient:
-        """With the memory policy of now, which a trial step may still change."""
+        """The gradient computation under the current memory policy, which a trial step may still change."""
         run = self.run
         return RewardGradient(
             run.model, run.rollout, run.reward, run.residency, run.accelerator.backward, **gradient_options(run.config)
@@ -87,10 +109,13 @@ class AlignPropTrainer(TrainingLoop):
         self.add_gradients((self.config.seed, "trial"), torch.arange(size), plan)
 
     def _adjoint_norms(self) -> list[float | None]:
-        """Mean over samples of ‖∂(sample's loss)/∂x[i]‖, i = 0 … N; None where no gradient needed it."""
+        """Returns the norm of ∂(loss of a sample)/∂x[i] for i = 0 … N, as a mean over samples.
+
+        The mean at x[i] is over the samples with an active step before x[i]. It is None if no sample has one.
+        """
         accelerator = self.run.accelerator
         totals = accelerator.reduce(self.run.rollout.adjoint_norms.take().float().to(accelerator.device), "sum").cpu()
-        # Undo the mean over the global batch and the loss scale.
+        # The adjoints belong to the scaled mean loss. This factor turns them into those of each sample's own loss.
         loss_scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
         factor = self.config.train.total_batch_size / loss_scale
         return [float(f"{total / count * factor:.4g}") if count else None for total, count in totals.T.tolist()]

@@ -1,4 +1,4 @@
-"""What a run trains, a LoRA or the whole denoiser, with everything that belongs to it: optimizer, average, state."""
+"""The trained weights of a run, a LoRA or the whole denoiser, with their optimizer, moving average and state."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from alignprop.lora.files import check_finite, read_lora, save_lora
 from alignprop.models.base import Model
 from alignprop.settings.errors import ConfigError
 
-# (parameters, config.train) -> optimizer
+# Each entry makes an optimizer from the trained parameters and `config.train`.
 OPTIMIZERS = {
     "adamw": lambda p, t: torch.optim.AdamW(
         p,
@@ -37,16 +37,18 @@ class TrainedWeights:
     """The trained parameters of a model, always float32.
 
     Args:
-        model: its denoiser gets a LoRA, and its text encoders if they are to, or the denoiser is trained whole.
-        config: a resolved configuration.
-        accelerator: supplies the loss scaler and clips over all processes.
-        start: the LoRA that training starts from; None: one that changes nothing.
+        model: the model to train. Its denoiser gets a LoRA, or is trained whole; its text encoders get a LoRA too if
+            `train_text_encoder` is set.
+        config: the resolved configuration.
+        accelerator: supplies the loss scaler, and sums and clips the gradient over all processes.
+        start: the LoRA that training starts from. None: a LoRA that changes nothing.
 
     Attributes:
         parameters: the trained tensors.
-        optimizer: of them.
-        ema: their moving average, where one is kept.
-        skipped: optimizer steps that were not made because something was not finite; `skipped_in_a_row`, lately.
+        optimizer: the optimizer of the trained tensors.
+        ema: the moving average of the trained tensors, or None if none is kept.
+        skipped: the number of updates that were skipped because a loss or the gradient was not finite.
+        skipped_in_a_row: the number of updates that were skipped since the last one that was not.
     """
 
     def __init__(self, model: Model, config: ConfigDict, accelerator: Accelerator, start: LoraWeights | None = None):
@@ -68,13 +70,14 @@ class TrainedWeights:
         self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
         self.skipped = self.skipped_in_a_row = 0
         updates = c.num_epochs * (c.train.total_samples_per_epoch // c.train.total_batch_size)
-        self.most_skipped = min(c.train.max_skipped_steps, max(updates, 1))  # a short run must not skip all it has
-        # Of a LoRA, which is small, in float64: a sum that is rounded once is the same however samples are shared out.
+        self.most_skipped = min(c.train.max_skipped_steps, max(updates, 1))  # a short run must not skip all its updates
+        # A LoRA is small, so its gradients are summed in float64 and rounded once. The result is then the same however
+        # the samples are divided among processes.
         self.sum_dtype = torch.float64 if c.use_lora and denoiser.device.type != "mps" else torch.float32
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Drops the gradients; new ones are summed in `sum_dtype`."""
+        """Drops the gradients. The next ones are summed in `sum_dtype`."""
         for parameter in self.parameters:
             parameter.grad = None
             parameter.grad_dtype = self.sum_dtype
@@ -88,7 +91,7 @@ class TrainedWeights:
     def _summed(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
         if gradient is None:
             return None
-        if isinstance(gradient, DTensor):  # FSDP has averaged it
+        if isinstance(gradient, DTensor):  # FSDP has averaged it over the processes
             return gradient * self.accelerator.num_processes
         return self.accelerator.reduce(gradient, "sum")
 
@@ -96,20 +99,20 @@ class TrainedWeights:
         """Clips and applies the gradient summed over all samples, unless it or one of the losses is not finite.
 
         Args:
-            losses: of all samples, on every process.
+            losses: the losses of all samples, which every process has.
 
         Returns:
             The norm of the gradient before clipping.
 
         Raises:
-            ConfigError: the last `max_skipped_steps` updates in a row, or all of a shorter run, were not finite.
+            ConfigError: `max_skipped_steps` updates in a row, or all updates of a shorter run, were not finite.
         """
         train, scaler = self.config.train, self.accelerator.scaler
         self.sum_over_processes()
         grad_norm = float(gather(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm)))
         finite_loss = bool(losses.isfinite().all())
         finite = finite_loss and grad_norm < float("inf")
-        # The loss scaler skips a non-finite gradient by itself, and has to see it to lower its scale.
+        # The loss scaler skips a non-finite gradient by itself, and must see it in order to lower its scale.
         if finite or (finite_loss and scaler):
             self.optimizer.step()
         elif scaler:
@@ -122,14 +125,14 @@ class TrainedWeights:
         if self.skipped_in_a_row >= self.most_skipped:
             raise ConfigError(
                 f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient; the run stops, "
-                "its checkpoints are as they were; try mixed_precision='bf16', a smaller train.learning_rate or "
+                "its checkpoints are unchanged; try mixed_precision='bf16', a smaller train.learning_rate or "
                 "adjoint_clip=10"
             )
         return grad_norm
 
     @contextmanager
     def averaged(self):
-        """Within it the weights are their moving average, where one is kept: for evaluation and for use."""
+        """Replaces the weights by their moving average, if one is kept, within a `with` block."""
         if self.ema:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -140,7 +143,12 @@ class TrainedWeights:
                 self.ema.restore(self.parameters)
 
     def write(self, folder: Path, state: dict) -> None:
-        """The (averaged) weights of `state` as diffusers reads them."""
+        """Writes the weights in diffusers' format. If a moving average is kept, that is what is written.
+
+        Args:
+            folder: where to write.
+            state: what `state()` returned.
+        """
         if self.config.use_lora:
             with self.averaged():
                 save_lora(self.model, get_adapter(self.model), folder)
@@ -150,9 +158,10 @@ class TrainedWeights:
             whole_copy(self.model.denoiser, weights).save_pretrained(folder / "denoiser")
 
     def state(self) -> dict:
-        """All that the next update depends on: nested dicts of tensors and plain values.
+        """Returns everything that the next update depends on, as nested dicts of tensors and plain values.
 
-        The same whatever the number of processes, and whole on the main one. All of them have to call it.
+        It does not depend on the number of processes. Only the main process gets the tensors; the other processes get
+        None in their place. All processes have to call it.
         """
         scaler = self.accelerator.scaler
         state = {
@@ -166,13 +175,17 @@ class TrainedWeights:
         return gather(state, keep=self.accelerator.is_main_process)
 
     def load(self, state: dict, checkpoint: Path) -> None:
-        """Takes up what `state` returned, which lies in `checkpoint`.
+        """Restores what `state()` returned.
+
+        Args:
+            state: the state.
+            checkpoint: the checkpoint folder that the state was read from.
 
         Raises:
-            ConfigError: it is the state of other weights or of another optimizer.
+            ConfigError: the state is that of other weights or of another optimizer.
         """
         if self.config.use_lora and "weights" in state and any("lora" in name for name in state["weights"]):
-            update_adapter(self.model, read_lora(checkpoint))  # refuses another rank or other layers
+            update_adapter(self.model, read_lora(checkpoint))  # this refuses another rank or other layers
         own = trained_parameters(self.model)
         if {name: p.shape for name, p in own.items()} != {name: w.shape for name, w in state["weights"].items()}:
             raise ConfigError(
@@ -187,13 +200,13 @@ class TrainedWeights:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(spread(state["weights"][name], parameter))
-        # What the user asks for now counts, not what the checkpoint's run was asked for.
+        # The optimizer options of this run replace those of the run that wrote the checkpoint.
         wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         for i, moments in state["optimizer"]["state"].items():
             for name, moment in moments.items():
-                if moment is not None and moment.dim():  # scalars, such as the number of steps, are whole everywhere
+                if moment is not None and moment.dim():  # scalars, such as the step count, are never sharded
                     moments[name] = spread(moment, self.parameters[i])
-        # Before loading, which puts the moments where the options want them.
+        # The options are set first, because loading places the optimizer's tensors according to them.
         for group, options in zip(state["optimizer"]["param_groups"], wanted, strict=True):
             group.update(options)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -210,13 +223,13 @@ class TrainedWeights:
 
 
 def load_denoiser(denoiser, folder: Path) -> None:
-    """Loads fully fine-tuned weights, as diffusers' `save_pretrained` wrote them.
+    """Loads the weights of a denoiser that was trained whole, as diffusers' `save_pretrained` wrote them.
 
     Raises:
-        ConfigError: they are not this denoiser's, or not finite.
+        ConfigError: the weights do not fit this denoiser, or are not finite.
     """
     tensors = {}
-    denoiser.float()  # as it was trained
+    denoiser.float()  # it was trained in float32
     try:
         for path in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(path)

@@ -1,9 +1,9 @@
-"""Presets of reward backpropagation. A preset states only how it differs from `base`.
+"""Presets of reward back-propagation. A preset states only how it differs from `base`.
 
     accelerate launch main.py --config config/align_prop.py:hps --config.train.learning_rate=5e-4
 
-Every field can be overridden on the command line like `learning_rate` above. A field that is None is derived
-after the overrides; `config.json` in the run folder shows the resolved values.
+Every field can be overridden on the command line like `learning_rate` above. A field that is None is derived after the
+overrides. The file `config.json` in the run folder shows the resolved values.
 """
 
 from functools import partial
@@ -20,13 +20,13 @@ TINY = Path(__file__).resolve().parent.parent / "alignprop" / "assets" / "tiny"
 def base() -> ConfigDict:
     """AlignProp's published hyper-parameters (arXiv 2310.03739, appendix), on Stable Diffusion 1.5.
 
-    They are the defaults of all fields; alignprop/settings/fields/ has these, and docs/config.md shows them.
+    They are the defaults of the fields in alignprop/settings/fields/. docs/config.md lists them.
     """
     return default_config()
 
 
 def aesthetic() -> ConfigDict:
-    """LAION aesthetic score of animals, towards 10. The paper: 5.73 → 8.94 in 7 epochs on 4 A100."""
+    """LAION aesthetic score of animals, with 10 as the target. The paper reports 5.73 → 8.94 in 7 epochs on 4 A100."""
     c = base()
     c.num_epochs = 7
     c.num_checkpoint_limit = 14
@@ -36,41 +36,41 @@ def aesthetic() -> ConfigDict:
 
 
 def aesthetic_k1() -> ConfigDict:
-    """`aesthetic` with gradient through the last sampler step alone (49 of 50)."""
+    """`aesthetic` with gradient through the last sampler step alone, which is step 49 of 0 … 49."""
     c = aesthetic()
     c.estimator = "truncated"
     return c
 
 
 def hps() -> ConfigDict:
-    """Human Preference Score v2 on its benchmark's prompts. The paper: 0.274 → 0.330 on 4 A100."""
+    """Human Preference Score v2 on the prompts of its benchmark. The paper reports 0.274 → 0.330 on 4 A100."""
     c = base()
     c.num_epochs = 200
     c.save_freq = 4
     c.eval_freq = 4
     c.reward_fn = "hps"
-    c.hps.version = "v2.0"  # the paper's; v2.1 has another scale
+    c.hps.version = "v2.0"  # the paper's version; v2.1 has another scale
     c.prompt_fn = "hps_v2_all"
     c.eval_prompt_fn = "eval_hps_v2_all"
     return c
 
 
 def hps_k1() -> ConfigDict:
-    """`hps` with gradient through the last sampler step alone (49 of 50)."""
+    """`hps` with gradient through the last sampler step alone, which is step 49 of 0 … 49."""
     c = hps()
     c.estimator = "truncated"
     return c
 
 
 def hps_with(estimator: str) -> ConfigDict:
-    """`hps` with another estimator, after which the preset is called: "draft_lv", "refl", …"""
+    """`hps` with another estimator. The preset has the name of the estimator, such as "draft_lv" or "refl"."""
     c = hps()
     c.estimator = estimator
     return c
 
 
 def evaluate() -> ConfigDict:
-    """Rewards and pictures of a checkpoint (`--config.resume_from=…`) or, without one, of the base model."""
+    """Makes and scores pictures of a checkpoint (`--config.resume_from=…`) or, without it, of the base model."""
     c = hps()
     c.task = "evaluate"
     c.num_eval_images = 200
@@ -79,14 +79,14 @@ def evaluate() -> ConfigDict:
 
 
 def evaluate_soup() -> ConfigDict:
-    """LoRAs c·resume_from + (1-c)·resume_from_2 for each c of mixing_coef_1, under all the named rewards."""
+    """Scores the LoRA c·resume_from + (1-c)·resume_from_2 for each c of mixing_coef_1, with all named rewards."""
     c = evaluate()
     c.task = "evaluate_soup"
     return c
 
 
 def guide() -> ConfigDict:
-    """Reward guidance while sampling, beside the plain model and, with `resume_from`, beside the fine-tuned one."""
+    """Compares reward guidance while sampling with the plain model and, with `resume_from`, the fine-tuned one."""
     c = evaluate()
     c.task = "guide"
     c.num_eval_images = 32
@@ -94,14 +94,14 @@ def guide() -> ConfigDict:
 
 
 def explore() -> ConfigDict:
-    """A page in the browser: base, checkpoints and their mixture, on prompts that you type."""
+    """Serves a page for the browser that shows base model, checkpoints and their mixture on prompts that you type."""
     c = evaluate()
     c.task = "explore"
     return c
 
 
 def use_tiny(c: ConfigDict) -> ConfigDict:
-    """Points any preset at the bundled 64×64 model, its rewards and its prompts, on a CPU."""
+    """Changes any preset to the bundled 64×64 model, its rewards and its prompts, on a CPU."""
     c.pretrained.model = str(TINY / "pipeline")
     c.mixed_precision = "no"
     c.num_inference_steps = 20
@@ -114,9 +114,9 @@ def use_tiny(c: ConfigDict) -> ConfigDict:
 
 
 def quickstart() -> ConfigDict:
-    """The bundled model towards a higher aesthetic score, in minutes on two CPU cores."""
+    """Trains the bundled model for a higher aesthetic score, in minutes on two CPU cores."""
     c = use_tiny(base())
-    c.reward_fn = "aesthetic:1,clip:40"  # CLIP keeps the pictures true to their prompts
+    c.reward_fn = "aesthetic:1,clip:40"  # CLIP makes the pictures follow their prompts
     c.num_epochs = 3
     c.per_gpu_capacity = 8
     c.num_eval_images = 48
@@ -132,7 +132,7 @@ def quickstart() -> ConfigDict:
 
 
 def quickstart_fast() -> ConfigDict:
-    """`quickstart` in seconds: 8 large steps through a chain of 5 sampler steps. Longer, it over-optimises."""
+    """`quickstart` in seconds, by 8 large steps through a chain of 5 sampler steps. Longer runs over-optimise."""
     c = quickstart()
     c.estimator = "full"
     c.memory_policy = "roomy"
@@ -183,7 +183,7 @@ PRESETS = {
 
 
 def get_config(preset: str = "quickstart") -> ConfigDict:
-    """What `--config config/align_prop.py:<preset>` calls."""
+    """Returns the preset's configuration. `--config config/align_prop.py:<preset>` calls this function."""
     config = PRESETS[one_of("preset", preset, PRESETS)]()
     config.preset = preset
     return config

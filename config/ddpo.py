@@ -2,9 +2,9 @@
 
     accelerate launch main.py --config config/ddpo.py:compressibility
 
-Fields are those of config/align_prop.py. An epoch samples `train.total_samples_per_epoch` pictures and makes
-`ddpo.inner_epochs` × `train.total_samples_per_epoch` / `train.total_batch_size` optimizer updates with them; it is one
-step of the run.
+The fields are those of config/align_prop.py. An epoch is one step of the run. It samples
+`train.total_samples_per_epoch` pictures and makes `ddpo.inner_epochs` × `train.total_samples_per_epoch` /
+`train.total_batch_size` optimizer updates with them.
 """
 
 from ml_collections import ConfigDict
@@ -34,24 +34,25 @@ def aesthetic() -> ConfigDict:
 
 
 def compressibility() -> ConfigDict:
-    """Small JPEG files: a reward without gradient."""
+    """Trains for small JPEG files, which is a reward without a gradient."""
     c = base()
     c.reward_fn = "jpeg_compressibility"
     return c
 
 
 def incompressibility() -> ConfigDict:
-    """Large JPEG files."""
+    """Trains for large JPEG files."""
     c = base()
     c.reward_fn = "jpeg_incompressibility"
     return c
 
 
 def tiny() -> ConfigDict:
-    """The bundled model and the quickstart's reward, on a CPU; 0.09 processor seconds a sample.
+    """The bundled model and the quickstart's reward, on a CPU. A sample takes 0.09 processor seconds.
 
-    Trained on the first of 5 steps alone, whose gradient is the least noisy: those of two sets of 128 samples have a
-    cosine of 0.55 there, of 0.10 to 0.15 at the next three, and of 0.03 over all five, which the last one outshouts.
+    Only the first of the 5 steps is trained on, because its gradient is the least noisy. The gradients of two sets of
+    128 samples have a cosine of 0.55 at this step, and of 0.10 to 0.15 at the next three. Over all five steps the
+    cosine is 0.03, because the large gradient of the last step dominates.
     """
     c = align_prop.use_tiny(base())
     c.reward_fn = "aesthetic:1,clip:40"
@@ -66,19 +67,19 @@ def tiny() -> ConfigDict:
     c.train.num_inference_steps = 5
     c.ddpo.min_noise = 0.95
     c.ddpo.clip_range = 0.02
-    c.ddpo.per_prompt_buffer = 0  # of 333 prompts few come twice
+    c.ddpo.per_prompt_buffer = 0  # few of the 333 prompts are drawn twice
     return c
 
 
 def tiny_compressibility() -> ConfigDict:
-    """Small JPEG files of the bundled model's pictures."""
+    """Trains the bundled model for small JPEG files."""
     c = tiny()
     c.reward_fn = "jpeg_compressibility"
     return c
 
 
 def tiny_incompressibility() -> ConfigDict:
-    """Large JPEG files of the bundled model's pictures."""
+    """Trains the bundled model for large JPEG files."""
     c = tiny()
     c.reward_fn = "jpeg_incompressibility"
     return c
@@ -93,7 +94,7 @@ PRESETS = {
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """What `--config config/ddpo.py:<preset>` calls."""
+    """Returns the preset's configuration. `--config config/ddpo.py:<preset>` calls this function."""
     config = PRESETS[one_of("preset", preset, PRESETS)]()
     config.preset = preset
     return config

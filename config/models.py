@@ -3,8 +3,8 @@
     accelerate launch main.py --config config/models.py:sdxl --config.memory_policy=auto
     python main.py --config config/models.py:flux --plan --gpu_memory=80
 
-Fields are those of config/align_prop.py. Pictures are of the model's own size; `resolution` makes them smaller, and
-`--plan` says what fits a GPU. All of them train a LoRA in bfloat16.
+The fields are those of config/align_prop.py. Pictures have the model's own size, and `resolution` can make them
+smaller. `--plan` says what fits a GPU. All presets train a LoRA with the model in bfloat16.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from config import align_prop
 
 
 def family(model: str, num_inference_steps: int, guidance_scale: float) -> ConfigDict:
-    """`hps` with another model, its usual number of steps and guidance; one sample at a time."""
+    """`hps` with another model, and the model's usual number of steps and guidance. It takes one sample at a time."""
     c = align_prop.hps()
     c.pretrained.model = model
     c.mixed_precision = "bf16"
@@ -25,29 +25,29 @@ def family(model: str, num_inference_steps: int, guidance_scale: float) -> Confi
 
 
 def sdxl() -> ConfigDict:
-    """Stable Diffusion XL, 1024²."""
+    """Stable Diffusion XL at 1024²."""
     return family("stabilityai/stable-diffusion-xl-base-1.0", 50, 5.0)
 
 
 def sd3() -> ConfigDict:
-    """Stable Diffusion 3.5 medium, 1024², without T5, which has twice the weights of the rest."""
+    """Stable Diffusion 3.5 medium at 1024², without T5, which has twice as many weights as the rest."""
     c = family("stabilityai/stable-diffusion-3.5-medium", 28, 4.5)
     c.pretrained.without = "t5"
     return c
 
 
 def flux() -> ConfigDict:
-    """FLUX.1-dev, 1024². FLUX.1-schnell: 4 steps, guidance_scale=1."""
+    """FLUX.1-dev at 1024². FLUX.1-schnell needs 4 steps and guidance_scale=1."""
     return family("black-forest-labs/FLUX.1-dev", 28, 3.5)
 
 
 def flux2() -> ConfigDict:
-    """FLUX.2 [klein] base, 1024². The distilled klein: 4 steps, guidance_scale=1."""
+    """FLUX.2 [klein] base at 1024². The distilled klein needs 4 steps and guidance_scale=1."""
     return family("black-forest-labs/FLUX.2-klein-base-4B", 50, 4.0)
 
 
 def z_image() -> ConfigDict:
-    """Z-Image, 1024². Z-Image-Turbo: 9 steps, guidance_scale=1."""
+    """Z-Image at 1024². Z-Image-Turbo needs 9 steps and guidance_scale=1."""
     return family("Tongyi-MAI/Z-Image", 50, 5.0)
 
 
@@ -55,7 +55,7 @@ PRESETS = {preset.__name__: preset for preset in (sdxl, sd3, flux, flux2, z_imag
 
 
 def get_config(preset: str = "sdxl") -> ConfigDict:
-    """What `--config config/models.py:<preset>` calls."""
+    """Returns the preset's configuration. `--config config/models.py:<preset>` calls this function."""
     config = PRESETS[one_of("preset", preset, PRESETS)]()
     config.preset = preset
     return config

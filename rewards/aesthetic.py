@@ -1,4 +1,4 @@
-"""The LAION aesthetic predictor: how much people liked pictures like this one, on a scale of about 1 to 10."""
+"""The LAION aesthetic predictor: how much people like pictures like this one, on a scale of about 1 to 10."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from rewards.skeleton import blank, clip_tower
 from rewards.towers import find_file, load_clip, load_weights
 
 LAION_WIDTHS = (1024, 128, 64, 16, 1)
-# Positions of the linear layers between the dropouts; they are part of the file format ("layers.2.weight").
+# The positions of the linear layers between the dropouts are part of the file format ("layers.2.weight").
 LINEAR_AT = (0, 2, 4, 6, 7)
 DROPOUT_AT = {1: 0.2, 3: 0.2, 5: 0.1}
 
@@ -21,8 +21,11 @@ DROPOUT_AT = {1: 0.2, 3: 0.2, 5: 0.1}
 class AestheticHead(nn.Module):
     """Five linear layers on a normalised CLIP image embedding, in the layout of LAION's published files.
 
-    ImageReward's head has the same layers. input_dim: width of the embedding (768 for ViT-L/14). widths: outputs of
-    the five layers.
+    ImageReward's head has the same layers.
+
+    Args:
+        input_dim: The width of the embedding (768 for ViT-L/14).
+        widths: The number of outputs of each of the five layers.
     """
 
     def __init__(self, input_dim: int, widths: Sequence[int] = LAION_WIDTHS):
@@ -36,18 +39,18 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Scores [B] of vectors [B, input_dim]."""
+        """Returns the scores [B] of vectors [B, input_dim]."""
         return self.layers(embeddings).squeeze(-1)
 
     @classmethod
     def without_data(cls, input_dim: int) -> "AestheticHead":
-        """One on torch's meta device, frozen."""
+        """Returns a frozen head on torch's meta device."""
         with torch.device("meta"):
             return cls(input_dim).requires_grad_(False).eval()
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, torch.Tensor], source: str) -> "AestheticHead":
-        """A head with the sizes that the weights have. Raises: RewardError if they are no such head."""
+        """Returns a head of the weights' sizes. Raises a RewardError if the weights are not those of such a head."""
         expected = {f"layers.{i}.{kind}" for i in LINEAR_AT for kind in ("weight", "bias")}
         missing, unknown = sorted(expected - set(weights)), sorted(set(weights) - expected)
         if missing or unknown:
@@ -74,7 +77,8 @@ class AestheticReward(Reward):
         head_revision: The branch, tag or commit of the head's repository. None: the newest.
         dtype: The precision of the tower; the head runs in float32. A lower one disturbs the gradient.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: A file is missing or damaged, or head and CLIP do not fit each other.
     """
 
     plannable = True
@@ -89,7 +93,7 @@ class AestheticReward(Reward):
         dtype: Precision = "float32",
     ):
         super().__init__()
-        # The head first: it is the small one, and as easily misspelt.
+        # The head is loaded first, because it is small and its name is as easily misspelt as the tower's.
         self.head = load_head(head_repo, head_file, head_revision)
         self.tower = load_clip(clip, clip_revision, dtype, with_text=False, field="aesthetic.clip")
         wanted, width = self.head.layers[0].in_features, self.tower.model.config.projection_dim
@@ -112,7 +116,11 @@ class AestheticReward(Reward):
 
 
 def load_head(repo: str, file: str, revision: str | None = None) -> AestheticHead:
-    """The head at a local path `file`, else in the hub repository or folder `repo`. Raises: RewardError."""
+    """Loads the head from the local path `file`, or else from the hub repository or folder `repo`.
+
+    Raises:
+        RewardError: The file is missing, or is not one of LAION's heads.
+    """
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
         if os.path.isabs(path):

@@ -1,4 +1,4 @@
-"""What a reward is, and what is checked of its scores before a training run trusts them."""
+"""The base class of rewards, and the checks of a reward's scores before a training run trusts them."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,35 +12,36 @@ from rewards.errors import RewardError
 
 
 class Reward(nn.Module):
-    """Scores images against their prompts; higher is better.
+    """Scores images for their prompts. Higher is better.
 
-    A subclass implements `score`. It is a frozen judge, never a thing to train: it stays in evaluation mode.
+    A subclass implements `score`. A reward is never trained: it is frozen and stays in evaluation mode.
     """
 
     differentiable: bool = True
-    plannable: bool = False  # it computes on tensors without data, whatever their values
+    plannable: bool = False  # True: it can run on tensors without data, because it never looks at their values.
 
     @classmethod
-    def skeleton(cls, options: Mapping, tower_config: "TowerConfig") -> "Reward":
-        """A reward of the same shapes on torch's meta device, without files: what planning a run's memory needs.
+    def skeleton(cls, options: Mapping[str, Any], tower_config: "TowerConfig") -> "Reward":
+        """Returns a reward of the same shapes on torch's meta device, to plan a run's memory without loading files.
 
-        A reward with towers makes them; any other is small beside the model, and a `BlankReward` stands for it.
+        A reward with towers builds them. Any other reward is small compared with the model, and a `BlankReward` stands
+        in for it. Whatever `tower_config` raises is passed on.
 
-        options: of the constructor, all of them.
-        tower_config: (a model's name, the option that names it, "clip", "siglip" or "blip") -> the keywords of its
-        `transformers.CLIPConfig`, `SiglipConfig` or `BlipConfig`.
-        Raises: whatever `tower_config` raises.
+        Args:
+            options: All arguments of the constructor.
+            tower_config: A function of (a model's name, the option that names it, "clip", "siglip" or "blip"). It
+                returns the keywords of the model's `transformers.CLIPConfig`, `SiglipConfig` or `BlipConfig`.
         """
         return BlankReward()
 
     def forward(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
     ) -> torch.Tensor:
-        """Scores [B] float32 of images [B, 3, H, W] in [0, 1], one prompt (and one metadata dict) per image.
+        """Returns scores [B] float32 of images [B, 3, H, W] in [0, 1], given one prompt (and metadata dict) per image.
 
-        Runs in float32 even inside `torch.autocast`: half precision visibly disturbs a reward's gradient. A
-        reward that offers a lower precision says so in its own `dtype` option. The backward pass belongs outside
-        of autocast, as PyTorch asks for any: inside, its matrix products would be cast again.
+        It runs in float32 even inside `torch.autocast`, because half precision visibly disturbs a reward's gradient. A
+        reward that offers a lower precision has a `dtype` option. Run the backward pass outside of autocast, as PyTorch
+        asks for every backward pass. Inside, its matrix products are cast again.
         """
         if len(prompts) != len(images):
             raise ValueError(f"got {len(images)} images but {len(prompts)} prompts; each image needs its own")
@@ -48,30 +49,36 @@ class Reward(nn.Module):
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return self.score(images.float(), list(prompts), metadata)
 
-    def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
-        """As `forward`, with float32 images and autocast switched off."""
+    def score(
+        self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict[str, Any]] | None
+    ) -> torch.Tensor:
+        """Does the work of `forward`. The images are float32 and autocast is switched off."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "Reward":
-        return super().train(False)
+        super().train(False)
+        return self
 
 
-TowerConfig = Callable[[str, str, str], dict]
+TowerConfig = Callable[[str, str, str], dict[str, Any]]
 
 
 class BlankReward(Reward):
-    """In the place of a reward that may look at values, as a user's own, or that is small beside the others."""
+    """Stands in for a reward that may look at values, such as a user's own, or that is small next to the others."""
 
     plannable = True
 
-    def score(self, images: torch.Tensor, prompts, metadata) -> torch.Tensor:
+    def score(
+        self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict[str, Any]] | None
+    ) -> torch.Tensor:
         return images.mean(dim=(1, 2, 3))
 
 
 def require_differentiable(reward: Any) -> None:
-    """Refuse a reward that declares `differentiable = False`; needs no image, so it can run before any model.
+    """Refuses a reward that declares `differentiable = False`. Needs no image, so it can run before loading a model.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The reward declares it.
     """
     if not getattr(reward, "differentiable", True):
         raise RewardError(
@@ -81,12 +88,15 @@ def require_differentiable(reward: Any) -> None:
 
 
 def check_rewards(scores: Any, images: torch.Tensor, reward: Any, needs_gradient: bool) -> None:
-    """Refuse scores that would train on nonsense; meant for the first batch of a run.
+    """Refuses scores that are useless for training. It is meant for the first batch of a run.
 
-    scores: what `reward` returned for images [B, 3, H, W]; must be a finite floating tensor [B].
-    needs_gradient: the scores must also depend, through autograd, on `images`, which then require a gradient.
+    Args:
+        scores: What `reward` returned for the images. It must be a finite floating tensor [B].
+        images: [B, 3, H, W].
+        needs_gradient: The scores must also depend on `images` through autograd. The images then require a gradient.
 
-    Raises: RewardError with one line that names the reward and says what is wrong.
+    Raises:
+        RewardError: The scores are refused. The message is one line that names the reward and says what is wrong.
     """
     if needs_gradient:
         require_differentiable(reward)
@@ -102,7 +112,7 @@ def check_rewards(scores: Any, images: torch.Tensor, reward: Any, needs_gradient
 
 
 def check_shape(scores: Any, images: torch.Tensor, reward: Any) -> None:
-    """Refuse anything but a floating tensor [B] for images [B, 3, H, W]. Raises: RewardError."""
+    """Raises a RewardError unless the scores are a floating tensor [B] for images [B, 3, H, W]."""
     name = reward_name(reward)
     if not isinstance(scores, torch.Tensor):
         raise RewardError(f"reward {name!r} returned {type(scores).__name__}, expected a torch.Tensor [B]")
@@ -115,7 +125,7 @@ def check_shape(scores: Any, images: torch.Tensor, reward: Any) -> None:
 
 
 def check_connected(scores: torch.Tensor, images: torch.Tensor, reward: Any) -> None:
-    """Refuse one term of a sum whose scores lost the graph of images that want a gradient. Raises: RewardError."""
+    """Raises a RewardError if one term of a sum lost the autograd graph of images that require a gradient."""
     wanted = torch.is_grad_enabled() and images.requires_grad and getattr(reward, "differentiable", True)
     if wanted and not scores.requires_grad:
         raise RewardError(_no_gradient(reward))
@@ -128,7 +138,7 @@ def reward_name(reward: Any) -> str:
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest allowed word, or nothing where none is near."""
+    """Returns `; did you mean 'x'?` with the nearest allowed word, or an empty text if no word is near."""
     nearest = difflib.get_close_matches(str(value), list(allowed), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -136,13 +146,17 @@ def did_you_mean(value: str, allowed: Iterable[str]) -> str:
 def _no_gradient(reward: Any) -> str:
     return (
         f"reward {reward_name(reward)!r} returned scores that do not depend on the images through autograd, so there "
-        "is no gradient to follow; look for .detach(), torch.no_grad(), .item() or numpy, or set differentiable = False"
+        "is no gradient to follow; look for .detach(), torch.no_grad(), .item() or numpy; if it has "
+        "none by design, set differentiable = False"
     )
 
 
 def _depends_on(scores: torch.Tensor, images: torch.Tensor) -> bool:
-    """Whether `images` is an ancestor of `scores`. Walks the graph, which costs nothing beside a backward pass
-    and is needed because scores.requires_grad is also true when only a reward's own weights require one."""
+    """Returns whether `images` is an ancestor of `scores` in the autograd graph.
+
+    `scores.requires_grad` does not tell, because it is also true if only a reward's own weights require a gradient.
+    Walking the graph costs almost nothing compared with a backward pass.
+    """
     target = torch.autograd.graph.get_gradient_edge(images).node
     stack, seen = [scores.grad_fn], set()
     while stack:

@@ -1,4 +1,4 @@
-"""From the spec of a reward, such as "hps:1,aesthetic:0.1", to the reward."""
+"""Builds a reward from its spec, such as "hps:1,aesthetic:0.1"."""
 
 import math
 from collections.abc import Mapping
@@ -14,12 +14,17 @@ from rewards.registry import REWARDS, options_name, options_of, reward_class
 def build_reward(
     spec: str, options: Mapping[str, Mapping] | None = None, device: torch.device | str = "cpu"
 ) -> WeightedReward:
-    """The reward that `spec` names, frozen, on `device`.
+    """Returns the reward that `spec` names, frozen, on `device`.
 
-    options: keywords for the rewards' classes, by the name of the group of options; those of rewards that the spec does
-    not name are unused.
-    Returns a WeightedReward: `.name`, `.differentiable`, `.terms` (name -> Reward), `.weights`, `.score_terms(…)`.
-    Raises: RewardError, one line, for anything wrong with the spec, an option, or a file.
+    Args:
+        options: The keywords for the rewards' classes, by the name of the group of options. The options of rewards that
+            the spec does not name are ignored.
+
+    Returns:
+        A WeightedReward with `.name`, `.differentiable`, `.terms` (name -> Reward), `.weights`, `.score_terms(…)`.
+
+    Raises:
+        RewardError: The spec, an option or a file is wrong. The message is one line.
     """
     weights = parse_spec(spec)
     terms = {name: _build(name, options or {}) if name in REWARDS else load_custom(name) for name in weights}
@@ -27,7 +32,7 @@ def build_reward(
 
 
 def as_reward(function) -> WeightedReward:
-    """A callable `(images, prompts, metadata) -> scores [B]` as what `build_reward` returns."""
+    """Wraps a callable `(images, prompts, metadata) -> scores [B]` in a WeightedReward, as `build_reward` returns."""
     if isinstance(function, WeightedReward):
         return function
     name = reward_name(function)
@@ -35,7 +40,11 @@ def as_reward(function) -> WeightedReward:
 
 
 def parse_spec(spec: str) -> dict[str, float]:
-    """`"hps:1.0,pkg.mod:fn:0.5"` -> {"hps": 1.0, "pkg.mod:fn": 0.5}. Loads nothing. Raises: RewardError."""
+    """Turns `"hps:1.0,pkg.mod:fn:0.5"` into {"hps": 1.0, "pkg.mod:fn": 0.5}. Loads nothing.
+
+    Raises:
+        RewardError: A name is unknown or given twice, or a weight is 0 or not finite.
+    """
     weights = {}
     for part in str(spec).split(","):
         name, weight = _parse_term(part.strip(), spec)

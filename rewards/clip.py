@@ -13,14 +13,15 @@ from rewards.towers import load_clip
 class ClipReward(Reward):
     """Cosine similarity of image and prompt, in [-1, 1]; about 0.2 to 0.35 for a picture of its prompt (ViT-L/14).
 
-    Not multiplied by CLIP's logit scale (100): the weight of a sum ("clip:100") does that where it is wanted.
+    It is not multiplied by CLIP's logit scale (100). A weight in the spec ("clip:100") does that if it is wanted.
 
     Args:
         model: The hub name or folder of any transformers CLIP.
         revision: The branch, tag or commit of the hub's repository. None: the newest.
         dtype: The precision of the towers. A lower one disturbs the gradient.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The model cannot be loaded, or is not a CLIP.
     """
 
     plannable = True

@@ -1,4 +1,7 @@
-"""How near a picture is to one colour: the simplest differentiable reward, the "blue loss" of guidance tutorials."""
+"""How near a picture is to one colour.
+
+This is the simplest differentiable reward. Guidance tutorials call it the "blue loss".
+"""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -11,12 +14,13 @@ from rewards.errors import RewardError
 
 
 class ColourReward(Reward):
-    """Minus the mean absolute difference of a picture's pixels to one colour, in [-1, 0]; prompts are ignored.
+    """Minus the mean absolute difference between a picture's pixels and one colour, in [-1, 0]. Prompts are ignored.
 
     Args:
         target: Red, green and blue that pictures are to have, each from 0 to 1.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The target is not three numbers from 0 to 1.
     """
 
     def __init__(self, target: Annotated[tuple[float, float, float], (0, 1)] = (0.1, 0.9, 0.5)):

@@ -1,4 +1,4 @@
-"""Several rewards as one, and rewards that a person wrote himself."""
+"""Combines several rewards into one, and wraps rewards that a user wrote."""
 
 import importlib
 import inspect
@@ -14,19 +14,24 @@ from rewards.base import Reward, check_connected, check_rewards, check_shape, di
 from rewards.errors import RewardError
 from rewards.towers import first_line
 
-# From the weighted scores of the terms, [B] each, to one [B].
+# Each function turns the weighted scores of the terms, [B] each, into one score [B].
 COMBINATIONS = {
     "sum": sum,
     "mean": lambda scores: sum(scores) / len(scores),
-    "min": lambda scores: torch.stack(scores).min(dim=0).values,  # so only the smallest has a gradient
+    "min": lambda scores: torch.stack(scores).min(dim=0).values,  # so only the smallest term has a gradient
 }
 
 
 class WeightedReward(Reward):
-    """Named terms, each times its weight, as one reward; what `build_reward` returns, also for a single term.
+    """Combines named terms, each times its weight, into one reward. `build_reward` returns it, even for a single term.
 
-    name: the spec it was built from. terms: name -> Reward. weights: name -> factor. combination: a key of
-    COMBINATIONS, how the terms become one.
+    Args:
+        name: The spec that it was built from.
+        terms: name -> Reward.
+        weights: name -> factor.
+
+    Attributes:
+        combination: How the terms become one, a key of COMBINATIONS.
     """
 
     combination = "sum"
@@ -34,7 +39,7 @@ class WeightedReward(Reward):
     def __init__(self, name: str, terms: Mapping[str, Reward], weights: Mapping[str, float]):
         super().__init__()
         self.name, self.terms, self.weights = name, dict(terms), dict(weights)
-        # Names hold dots, which ModuleDict refuses; the list is what moves the terms between devices.
+        # The list moves the terms between devices. A ModuleDict cannot, because it refuses names with dots.
         self.term_modules = nn.ModuleList(terms.values())
         self.differentiable = all(term.differentiable for term in terms.values())
         self.requires_grad_(False).eval()
@@ -45,8 +50,11 @@ class WeightedReward(Reward):
     def score_terms(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Each term's own scores [B] float32, before its weight. Raises: RewardError for a wrong shape, or a term
-        that lost the images' gradient, or changed the images."""
+        """Returns the scores [B] float32 of each term, before its weight.
+
+        Raises:
+            RewardError: Scores have a wrong shape, or a term lost the images' gradient or changed the images.
+        """
         scores, version = {}, images._version
         for name, term in self.terms.items():
             scores[name] = term(images, prompts, metadata)
@@ -60,14 +68,18 @@ class WeightedReward(Reward):
         return {name: score.to(images.device, torch.float32) for name, score in scores.items()}
 
     def combine(self, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """One score [B] of `score_terms`' answer, to have both for the price of one; `scores` may hold others too."""
+        """Combines the result of `score_terms` into one score [B], so that the terms are computed only once.
+
+        `scores` may hold further entries, which are ignored.
+        """
         return COMBINATIONS[self.combination]([weight * scores[name] for name, weight in self.weights.items()])
 
 
 def try_reward(reward: WeightedReward, images: torch.Tensor, prompts, metadata, needs_gradient: bool) -> None:
-    """Scores some pictures, and follows their gradient, so that a broken reward is found before a run depends on it.
+    """Scores some pictures and computes their gradient if needed, to find a broken reward before a run depends on it.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The scores or the gradient are useless for training.
     """
     images = images.clone().requires_grad_(needs_gradient)
     with torch.set_grad_enabled(needs_gradient):
@@ -91,11 +103,12 @@ def try_reward(reward: WeightedReward, images: torch.Tensor, prompts, metadata, 
 
 
 class CustomReward(Reward):
-    """A person's own callable: `function(images, prompts, metadata) -> scores [B]`, or (scores, anything).
+    """A user's own callable: `function(images, prompts, metadata) -> scores [B]`, or (scores, anything).
 
-    What comes with the scores, such as the metadata that TRL's trainers want beside them, is not looked at.
+    What comes with the scores is ignored, such as the metadata that TRL's trainers expect.
 
-    Raises: RewardError with type, text and place of whatever the callable raises.
+    Raises:
+        RewardError: The callable raised an error. The message has the error's type, text and place.
     """
 
     def __init__(self, name: str, function: Callable):
@@ -114,9 +127,12 @@ class CustomReward(Reward):
 
 
 def load_custom(spec: str) -> CustomReward:
-    """The reward at `package.module:callable`: a function, a module, or a class that is built without arguments.
+    """Returns the reward `package.module:callable`: a function, a module, or a class that is built without arguments.
 
-    The current directory is searched after the installed packages. Raises: RewardError with the reason.
+    The current directory is searched after the installed packages.
+
+    Raises:
+        RewardError: The reward cannot be imported, built or called. The message gives the reason.
     """
     module_name, _, attribute = spec.partition(":")
     if os.getcwd() not in sys.path:
@@ -124,7 +140,7 @@ def load_custom(spec: str) -> CustomReward:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        # Whatever the module's own code raises is the reason to show; a script may even exit.
+        # The module's own code may raise anything, and a script may even exit. That error is the reason to show.
         raise RewardError(f"reward {spec!r}: cannot import {module_name!r}: {describe(error)}") from error
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
@@ -143,10 +159,10 @@ def load_custom(spec: str) -> CustomReward:
 
 
 def describe(error: BaseException, function=None) -> str:
-    """Type, text and place of an error, in one line.
+    """Returns the type, text and place of an error, in one line.
 
-    The place is the innermost one in the file that defines `function`, the reward that a person wrote, or outside
-    of Python's own import where there is none; errors are mostly raised deep inside torch.
+    Most errors are raised deep inside torch. The place is therefore the innermost one in the file that defines
+    `function`, the user's reward. If there is none, it is the innermost one outside of Python's own import.
     """
     module = sys.modules.get(getattr(function, "__module__", "") or "")
     frames = traceback.extract_tb(error.__traceback__)

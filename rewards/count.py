@@ -1,4 +1,4 @@
-"""Does a picture hold as many objects as its prompt says? By an object detector, or in the bundled tiny world."""
+"""Rewards for pictures that hold as many objects as the prompt says, by an object detector or in the bundled world."""
 
 import math
 import re
@@ -16,7 +16,7 @@ NUMBERS = {
     "no": 0, "zero": 0, "a": 1, "an": 1, "one": 1, "single": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6,
     "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12,
 }  # fmt: skip
-# What a noun phrase ends at, beside marks and verbs in -ing: the small words that prompts go on with.
+# A noun phrase ends before one of these words or a mark. It also ends before a verb in -ing (see `parse_count`).
 ENDS = re.compile(
     r"on|in|at|with|and|or|of|under|over|above|below|behind|beside|near|next|to|by|from|into|onto|inside|between|"
     r"against|around|through|that|who|which|is|are|was|were|has|have|\W"
@@ -30,19 +30,20 @@ IRREGULAR = {
     "sheep": "sheep", "fish": "fish", "scissors": "scissors",
 }  # fmt: skip
 
-OVERLAP = 0.5  # share of intersection in union from which two boxes are the same object
-TEMPERATURE = 0.5  # width of the soft count's step, in log-odds
+OVERLAP = 0.5  # Two boxes with a higher intersection over union are the same object.
+TEMPERATURE = 0.5  # The width of the soft count's step, in log-odds.
 
 
 class CountReward(Reward):
-    """Minus the difference of the number of objects that a detector finds to the number wanted; 0 is right.
+    """Minus the absolute difference between the number of objects that a detector finds and the number wanted.
 
-    Of boxes that overlap, the one of the highest score stays (non-maximum suppression, itself without gradient). The
-    count is soft: each box that stays counts sigmoid((score - threshold) / TEMPERATURE), both as log-odds, because
-    probabilities near 0 and 1 saturate. What is far from the threshold has little gradient: it follows mostly
-    objects that are almost there or almost gone.
+    Of overlapping boxes, only the one with the highest score is kept (non-maximum suppression, which has no gradient).
+    The count is soft: each kept box counts sigmoid((score - threshold) / TEMPERATURE). Both are log-odds, because
+    probabilities saturate near 0 and 1. Boxes far from the threshold have little gradient, so the gradient comes mostly
+    from objects that are almost there or almost gone.
 
-    What to count comes from metadata {"object": "dog", "count": 2}, else from the prompt: see `parse_count`.
+    The best score is 0. What to count comes from metadata {"object": "dog", "count": 2}, or else from the prompt (see
+    `parse_count`).
 
     Args:
         model: The hub name or folder of a detector: OWL-ViT or OWLv2, which detect whatever has a name, or YOLOS or
@@ -50,7 +51,8 @@ class CountReward(Reward):
         revision: The branch, tag or commit of the hub's repository. None: the newest.
         threshold: The score from which a box is an object. None: 0.1 for OWL, 0.5 for the others.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The threshold is not allowed, or the detector cannot be loaded.
     """
 
     def __init__(
@@ -74,12 +76,12 @@ class CountReward(Reward):
         return -(counts - counts.new_tensor([count for _, count in wanted])).abs()
 
     def presence(self, log_odds: torch.Tensor) -> torch.Tensor:
-        """How much each box counts, in [0, 1], of log-odds [B, N]."""
+        """Returns how much each box counts, in [0, 1], from its log-odds [B, N]."""
         return torch.sigmoid((log_odds - self.threshold) / TEMPERATURE)
 
 
 class HardCountReward(CountReward):
-    """The same with whole numbers: a box counts 1 above the threshold, else 0. For measuring; no gradient."""
+    """Counts in whole numbers: a box counts 1 above the threshold, else 0. For measuring only: it has no gradient."""
 
     differentiable = False
 
@@ -92,11 +94,13 @@ class HardCountReward(CountReward):
 
 
 class TinyCountReward(Reward):
-    """Log-probability that a picture of the bundled tiny world holds the number of shapes that its prompt names: ≤ 0.
+    """The log-probability, ≤ 0, that a picture of the bundled tiny world holds as many shapes as its prompt names.
 
-    By the bundled judge's count classes (one, two, three, four or more), so that trained on, the judge is no longer
-    independent in its count. Metadata {"count": 2} comes before the prompt. Raises: RewardError for a prompt that is
-    not of the tiny world's form, a count below 1.
+    It comes from the bundled judge's count classes (one, two, three, four or more). After training on this reward, the
+    judge's count is no longer an independent measure. Metadata {"count": 2} takes precedence over the prompt.
+
+    Raises:
+        RewardError: A prompt is not of the tiny world's form, or a count is below 1.
     """
 
     def __init__(self):
@@ -116,7 +120,11 @@ class TinyCountReward(Reward):
 
 
 def wanted_count(prompt: str, row: Mapping) -> tuple[str, int]:
-    """Object and number wanted, of a prompt and its metadata, which comes first. Raises: RewardError."""
+    """Returns the object and the number wanted. The metadata takes precedence over the prompt.
+
+    Raises:
+        RewardError: The metadata is not allowed, or the prompt has no number with an object.
+    """
     if not {"object", "count"} <= set(row):
         name, count = parse_count(prompt)
         row = {"object": name, "count": count, **row}
@@ -126,10 +134,13 @@ def wanted_count(prompt: str, row: Mapping) -> tuple[str, int]:
 
 
 def parse_count(prompt: str) -> tuple[str, int]:
-    """("red circle", 2) of "two red circles on a blue background": the first number word and its noun phrase.
+    """Returns ("red circle", 2) for "two red circles on a blue background": the first number and its noun phrase.
 
-    Numbers are digits, "a", "an", "one" … "twelve", "no"; "a photo of" at the beginning is skipped; the phrase ends
-    before a preposition, a conjunction, a mark, a verb in -ing. Raises: RewardError where there is no such thing.
+    Numbers are digits, "a", "an", "single", "one" … "twelve", "no" and "zero". "a photo of" at the beginning is
+    skipped. The phrase ends before a preposition, a conjunction, a mark or a verb in -ing.
+
+    Raises:
+        RewardError: The prompt has no number with an object.
     """
     words = re.findall(r"[\w'-]+|[^\w\s]", MEDIUM.sub("", prompt.strip().lower()))
     start = next((i for i, word in enumerate(words) if word.isdecimal() or word in NUMBERS), len(words))
@@ -148,7 +159,7 @@ def parse_count(prompt: str) -> tuple[str, int]:
 
 
 def singular(word: str) -> str:
-    """An English noun without its plural ending."""
+    """Returns an English noun without its plural ending."""
     if word in IRREGULAR:
         return IRREGULAR[word]
     if word.endswith("ies") and len(word) > 4:
@@ -160,9 +171,9 @@ def singular(word: str) -> str:
 
 @torch.no_grad()
 def survivors(boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Which of boxes [N, 4] (left, top, right, bottom) greedy non-maximum suppression keeps, [N] bool.
+    """Returns which of boxes [N, 4] (left, top, right, bottom) greedy non-maximum suppression keeps, [N] bool.
 
-    A box goes if one of a higher score [N] that stays overlaps it by more than OVERLAP.
+    A box is dropped if a kept box with a higher score [N] overlaps it by more than OVERLAP.
     """
     order = scores.argsort(descending=True, stable=True)
     ranked = boxes[order]
@@ -171,7 +182,7 @@ def survivors(boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     ).clamp(0)
     shared, area = size.prod(dim=-1), (ranked[:, 2:] - ranked[:, :2]).prod(dim=-1)
     better = (shared > OVERLAP * (area[:, None] + area - shared)).triu(1)
-    # Rank k is final after k rounds at most; in practice after the few that the longest chain of overlaps takes.
+    # Rank k is final after at most k rounds. In practice a few suffice, as many as the longest chain of overlaps.
     stays, before = torch.ones_like(better[0]), None
     while before is None or not torch.equal(stays, before):
         stays, before = ~(better & stays[:, None]).any(dim=0), stays

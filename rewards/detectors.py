@@ -1,4 +1,4 @@
-"""Frozen object detectors of transformers: images and the name of an object each, to scored boxes, differentiably."""
+"""Frozen object detectors of transformers. They find one named object per image, as scored boxes, differentiably."""
 
 import json
 import os
@@ -15,12 +15,14 @@ from rewards.towers import find_file, load_tokenizer, load_whole, model_type
 
 
 class Detector(nn.Module):
-    """A detection model with its preprocessing; in float32, always.
+    """A detection model with its preprocessing, always in float32.
 
-    preprocess: images [B, 3, H, W] in [0, 1] to the model's pixels. source: the option and model to name in errors.
+    Args:
+        preprocess: Turns images [B, 3, H, W] in [0, 1] into the model's pixels.
+        source: The option and model to name in errors.
     """
 
-    usual_threshold: float  # of a detection's score; what transformers' own post-processing takes by default
+    usual_threshold: float  # The default threshold for a detection's score in transformers' own post-processing.
 
     def __init__(self, model: nn.Module, preprocess: nn.Module, source: str):
         super().__init__()
@@ -28,23 +30,25 @@ class Detector(nn.Module):
         self.preprocess, self.source = preprocess, source
 
     def forward(self, images: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-odds [B, N] of N boxes each for being the named object, and the boxes [B, N, 4].
+        """Returns the log-odds [B, N] that each of N boxes is the named object, and the boxes [B, N, 4].
 
-        The sigmoid of log-odds is what transformers calls a detection's score; in float32 that saturates, and has no
-        gradient where it does. A box is left, top, right, bottom, as shares of the (padded) picture.
-        Raises: RewardError for a name unknown to the model.
+        The sigmoid of the log-odds is what transformers calls a detection's score. In float32 it saturates and then has
+        no gradient. A box is left, top, right, bottom, as shares of the (padded) picture.
+
+        Raises:
+            RewardError: The model does not know a name.
         """
         log_odds, boxes = self.detect(self.preprocess(images), names)
         centre, size = boxes.chunk(2, dim=-1)
         return log_odds, torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
     def detect(self, pixels: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward`, of preprocessed pixels; boxes as centre and size."""
+        """Does the work of `forward` on preprocessed pixels. A box is given by its centre and size."""
         raise NotImplementedError
 
 
 class TextDetector(Detector):
-    """OWL-ViT (arXiv 2205.06230) or OWLv2 (2306.09683): detects whatever a text names, as "a photo of a …"."""
+    """OWL-ViT (arXiv 2205.06230) or OWLv2 (2306.09683), which detects whatever the text "a photo of a …" names."""
 
     usual_threshold = 0.1
 
@@ -55,7 +59,7 @@ class TextDetector(Detector):
     def detect(self, pixels, names):
         length = self.model.config.text_config.max_position_embeddings
         texts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-        # No attention mask: the tower is causal and read at the end token, which never sees the padding.
+        # No attention mask is needed: the tower is causal and is read at the end token, which never sees the padding.
         tokens = self.tokenizer(
             texts, padding="max_length", padding_side="right", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids.to(pixels.device)
@@ -64,9 +68,9 @@ class TextDetector(Detector):
 
 
 class ClassDetector(Detector):
-    """YOLOS (arXiv 2106.00666) or DETR (2005.12872): detects the classes of its data set, mostly COCO's 80.
+    """YOLOS (arXiv 2106.00666) or DETR (2005.12872), which detects the classes of its data set, mostly COCO's 80.
 
-    A name stands for the class that it ends in: "red apple" for "apple", "teddy bear" for "teddy bear" before "bear".
+    A name means the longest class that it ends in: "red apple" means "apple", and "teddy bear" does not mean "bear".
     """
 
     usual_threshold = 0.5
@@ -79,7 +83,7 @@ class ClassDetector(Detector):
         wanted = torch.tensor([self.class_of(name) for name in names], device=pixels.device)
         output = self.model(pixel_values=pixels, return_dict=True)
         wanted = wanted[:, None, None].expand(-1, output.logits.shape[1], 1)
-        # Of a softmax over the classes, the last of which is "no object".
+        # These are the log-odds of a softmax over the classes. The last class is "no object".
         others = output.logits.scatter(2, wanted, -torch.inf).logsumexp(dim=2)
         return output.logits.gather(2, wanted).squeeze(2) - others, output.pred_boxes
 
@@ -95,11 +99,13 @@ class ClassDetector(Detector):
 
 
 class DetectorPreprocess(nn.Module):
-    """To the size, mean and deviation of a `preprocessor_config.json`, as the model's own processor does.
+    """Resizes and normalises as a `preprocessor_config.json` says, like the model's own processor.
 
-    size: (height, width), or (shortest, longest): the shortest side becomes that, unless the longest side would get
-    longer than that, and `exact` is False. multiple: sides are cut to multiples of this many pixels. square: pad
-    with black at the right and the bottom first.
+    Args:
+        size: (height, width) if `exact`, else (shortest, longest): the shortest side gets the first length, unless that
+            makes the longest side longer than the second.
+        multiple: Sides are cut to multiples of this many pixels.
+        square: The picture is first padded to a square, with black at the right and the bottom.
     """
 
     def __init__(self, size, exact: bool, mean, std, mode: str, multiple: int = 1, square: bool = False):
@@ -110,13 +116,20 @@ class DetectorPreprocess(nn.Module):
 
     @classmethod
     def from_json(cls, text: str, kind: str, source: str) -> "DetectorPreprocess":
-        """kind: the model's `model_type`, a key of DETECTORS. Raises: RewardError for what is missing or unknown."""
+        """Reads the text of a `preprocessor_config.json`.
+
+        Args:
+            kind: The model's `model_type`, a key of DETECTORS.
+
+        Raises:
+            RewardError: An entry is missing or not supported.
+        """
         is_text = DETECTORS[kind] is TextDetector
         try:
             config = json.loads(text)
             config = config.get("image_processor", config)
             size, longest = config["size"], config.get("max_size", 1333)
-            if isinstance(size, int):  # how older files write it
+            if isinstance(size, int):  # older files have a single number
                 size = {"height": size, "width": size} if is_text else {"shortest_edge": size, "longest_edge": longest}
             elif not isinstance(size, dict):
                 size = dict(zip(("height", "width"), size, strict=True))
@@ -131,15 +144,15 @@ class DetectorPreprocess(nn.Module):
             raise RewardError(f"{source} is damaged or not supported: {type(error).__name__}: {error}") from error
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, h, w] float32, normalised, of images [B, 3, H, W] in [0, 1]."""
+        """Returns the normalised pixels [B, 3, h, w] float32 of images [B, 3, H, W] in [0, 1]."""
         height, width = images.shape[-2:]
         if self.square:
             images = F.pad(images, (0, max(height, width) - width, 0, max(height, width) - height))
-        # Bicubic weights overshoot; 8-bit pictures cannot.
+        # Bicubic weights overshoot [0, 1]. The 8-bit pictures of the model's own processor cannot.
         return (resize(images, *self.fitted(*images.shape[-2:]), self.mode).clamp(0, 1) - self.mean) / self.std
 
     def fitted(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width in pixels that a picture is resized to."""
+        """Returns the height and width in pixels that a picture is resized to."""
         if self.exact:
             return self.size
         shortest, longest = self.size
@@ -151,15 +164,18 @@ class DetectorPreprocess(nn.Module):
         return (sides[0], sides[1]) if height <= width else (sides[1], sides[0])
 
 
-# Per `model_type` of a config.
+# The detector for each `model_type` of a config.
 DETECTORS = {"owlvit": TextDetector, "owlv2": TextDetector, "yolos": ClassDetector, "detr": ClassDetector}
 
 
 def load_detector(name: str, revision: str | None, field: str) -> Detector:
-    """The detector `name`: a hub name ("google/owlvit-base-patch32") or a folder written by `save_pretrained`.
+    """Loads the detector `name`: a hub name ("google/owlvit-base-patch32") or a folder written by `save_pretrained`.
 
-    field: the option to name in an error. Raises: RewardError if it cannot be found, is no detector known here, or
-    lacks weights.
+    Args:
+        field: The option to name in an error.
+
+    Raises:
+        RewardError: It cannot be found, is not a detector known here, or lacks weights.
     """
     from transformers import AutoModelForObjectDetection, AutoModelForZeroShotObjectDetection
 

@@ -1,9 +1,9 @@
-"""The mistakes that a person can make and mend."""
+"""The errors that a user can make and fix."""
 
 
 class UserError(Exception):
-    """A mistake that a person can mend; its text is one line that says what is wrong and what is allowed."""
+    """A mistake that the user can fix. Its text is one line that says what is wrong and what is allowed."""
 
 
 class RewardError(UserError, ValueError):
-    """A mistake of the person who named, configured or wrote a reward."""
+    """A mistake of the user who named, configured or wrote a reward."""

@@ -14,13 +14,13 @@ from rewards.registry import Precision
 from rewards.skeleton import blank, clip_tower
 from rewards.towers import ClipTower, check_weights, find_file, first_line, load_tokenizer, load_weights
 
-SIZES_OF = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # a folder of transformers' with the sizes of the checkpoints
+SIZES_OF = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # a model in transformers' format, of the checkpoints' sizes
 CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
-# What the sizes in a checkpoint cannot say of open_clip's ViT-H-14.
+# The widths of the attention heads in open_clip's ViT-H-14. The shapes in a checkpoint do not tell them.
 VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64
 
-# open_clip's names, first match wins, and transformers' for the same weights.
+# open_clip's names, and transformers' names for the same weights. The first match wins.
 RENAMES = (
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
@@ -45,9 +45,9 @@ LAYER_RENAMES = (
 
 
 class HPSReward(Reward):
-    """Cosine of image and prompt under HPSv2, in [-1, 1]: about 0.2 to 0.35 for pictures of their prompts.
+    """Cosine of image and prompt under HPSv2, in [-1, 1]; about 0.2 to 0.35 for a picture of its prompt.
 
-    It is the score of the hpsv2 package (whose tables show it times 100), made differentiable.
+    It is the score of the hpsv2 package, made differentiable. The package's tables show it times 100.
 
     Args:
         version: The version of the checkpoint. The two have different scales.
@@ -59,7 +59,8 @@ class HPSReward(Reward):
         backend: What runs the towers: transformers, or the hpsv2 package, where it is installed.
         dtype: The precision of the towers. A lower one disturbs the gradient.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: An option is not allowed, or a file is missing or does not fit.
     """
 
     plannable = True
@@ -99,7 +100,7 @@ class HPSReward(Reward):
 
 
 class TransformersTower(ClipTower):
-    """The checkpoint converted to `transformers.CLIPModel`."""
+    """The towers of a checkpoint that is converted to a `transformers.CLIPModel`."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, source: str):
         from transformers import CLIPModel
@@ -112,7 +113,7 @@ class TransformersTower(ClipTower):
         super().__init__(model, preprocess, load_tokenizer(tokenizer, None, config.text_config, "hps.tokenizer"), dtype)
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Token ids [B, 77] int64 as open_clip makes them: text repaired, cut to length, padded with zeros."""
+        """Returns token ids [B, 77] int64 as open_clip makes them: text repaired, cut to length, padded with zeros."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = torch.zeros(len(prompts), length, dtype=torch.long)
         for row, ids in zip(
@@ -123,13 +124,13 @@ class TransformersTower(ClipTower):
 
 
 class HpsPackageTower(ClipTower):
-    """The same towers as the hpsv2 package builds them (its own copy of open_clip)."""
+    """The same towers, built by the hpsv2 package with its own copy of open_clip."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, source: str):
         try:
             from hpsv2.src.open_clip import create_model, get_tokenizer
         except Exception as error:
-            # A torchvision built for another torch fails with RuntimeError, a missing package with ImportError.
+            # A torchvision built for another torch raises RuntimeError, and a missing package raises ImportError.
             raise RewardError(
                 f"hps.backend='hpsv2': the package does not import ({first_line(error)}); "
                 "see scripts/install_hps.sh, or use hps.backend='transformers'"
@@ -155,16 +156,17 @@ BACKENDS = {"transformers": TransformersTower, "hpsv2": HpsPackageTower}
 
 
 def clean(prompt: str) -> str:
-    """open_clip's repair of a prompt (mojibake, curly quotes, HTML entities) that transformers' tokenizer lacks."""
+    """Repairs a prompt (mojibake, curly quotes, HTML entities) as open_clip does; transformers' tokenizer does not."""
     import ftfy
 
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip().lower()
 
 
 def config_of(weights: Mapping[str, torch.Tensor], source: str):
-    """The CLIPConfig that an open_clip ViT-H-14 checkpoint, or one of fewer layers or less width, was made with.
+    """Returns the CLIPConfig of an open_clip ViT-H-14 checkpoint, which may have fewer layers or less width.
 
-    Raises: RewardError if the checkpoint has another layout.
+    Raises:
+        RewardError: The checkpoint has another layout.
     """
     from transformers import CLIPConfig
 
@@ -215,14 +217,14 @@ def _depth(weights: Mapping[str, torch.Tensor], tower: str) -> int:
 
 
 def convert_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """open_clip's names and layouts to those of transformers' CLIPModel; a name it does not know stays as it is."""
+    """Converts open_clip's names and layouts to those of transformers' CLIPModel. Unknown names are kept."""
     converted = {}
     for name, weight in weights.items():
         new = next((re.sub(old, new, name) for old, new in RENAMES if re.match(old, name)), name)
         for old, replacement in LAYER_RENAMES:
             new = new.replace(old, replacement)
         if new in ("visual_projection.weight", "text_projection.weight"):
-            # open_clip multiplies from the right, a Linear from the left.
+            # open_clip multiplies by this matrix from the right, a Linear from the left.
             converted[new] = weight.T.contiguous()
         elif ".attn.in_proj_" in new:
             for part, third in zip("qkv", weight.chunk(3), strict=True):
@@ -233,7 +235,7 @@ def convert_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def check_fit(converted: Mapping[str, torch.Tensor], config, source: str) -> None:
-    """Refuse a checkpoint with a weight too many, too few or of another shape. Raises: RewardError."""
+    """Raises a RewardError if a checkpoint has a weight too many, too few or of another shape."""
     from transformers import CLIPModel
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977): a BLIP (2201.12086) fine-tuned on people's ranking of pictures of a prompt."""
+"""ImageReward (arXiv 2304.05977): a BLIP (2201.12086) fine-tuned on how people rank pictures of the same prompt."""
 
 import copy
 import os
@@ -17,12 +17,12 @@ from rewards.skeleton import blank
 from rewards.towers import check_weights, dtype_of, find_file, first_line, load_weights
 
 FILE = "ImageReward.pt"
-SIZES_OF = "THUDM/ImageReward"  # whose sizes are bundled
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's outputs in the paper's data
-PROMPT_LENGTH = 35  # tokens, with the first and the last
-HEAD_WIDTH = 64  # of attention, in both of BLIP's towers: what the sizes in a checkpoint cannot say
+SIZES_OF = "THUDM/ImageReward"  # the sizes of this model are bundled
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's outputs on the paper's data
+PROMPT_LENGTH = 35  # tokens, including the first and the last special token
+HEAD_WIDTH = 64  # of the attention heads in both of BLIP's towers; the shapes in a checkpoint do not tell it
 
-# BLIP's own names after "blip.", and transformers' for the same weights; those of the text encoder are the same.
+# BLIP's own names after "blip.", and transformers' names for the same weights. The text encoder has the same names.
 RENAMES = (
     (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
@@ -33,12 +33,12 @@ RENAMES = (
     (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
     (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
 )
-# In the file, but not in the score: BLIP's contrastive projections, and a table of 0, 1, 2, …
+# The file holds these, but the score does not use them: BLIP's contrastive projections, and a table of 0, 1, 2, …
 UNUSED = re.compile(r"(vision|text)_proj\.(weight|bias)|text_encoder\.embeddings\.position_ids")
 
 
 class ImageReward(Reward):
-    """How well people would rank this picture of this prompt, about -2.3 to 2: its training pictures had mean 0.
+    """How high people rank a picture for its prompt, about -2.3 to 2. Over the training pictures the mean is 0.
 
     It is the score of the image-reward package, made differentiable: (head(BLIP's first token) - MEAN) / STD.
 
@@ -49,7 +49,8 @@ class ImageReward(Reward):
         tokenizer: The hub name or folder with the vocabulary of uncased BERT.
         dtype: The precision of BLIP; the head runs in float32. A lower one disturbs the gradient.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: A file is missing or does not fit.
     """
 
     plannable = True
@@ -92,7 +93,10 @@ class ImageReward(Reward):
 class BlipTower(nn.Module):
     """BLIP's image-grounded text encoder, frozen: a BERT that looks at the picture through cross-attention.
 
-    vision_model, text_encoder: transformers' BlipVisionModel and BlipTextModel. dtype: as of a ClipTower.
+    Args:
+        vision_model: transformers' BlipVisionModel.
+        text_encoder: transformers' BlipTextModel.
+        dtype: The precision of both, a key of DTYPES (towers.py).
     """
 
     def __init__(self, vision_model: nn.Module, text_encoder: nn.Module, tokenizer=None, dtype: str = "float32"):
@@ -104,17 +108,17 @@ class BlipTower(nn.Module):
         self.tokenizer = tokenizer
 
     def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """What the first token [B, D] float32 knows of images [B, 3, H, W] in [0, 1] and prompts; differentiable."""
+        """Returns the first token's states [B, D] float32, given images [B, 3, H, W] in [0, 1]; differentiable."""
         patches = self.vision_model(pixel_values=self.preprocess(images).to(self.dtype)).last_hidden_state
         tokens, mask = (tensor.to(images.device) for tensor in self.tokenize(prompts))
-        # Added to the attention's logits. Of a mask of ones and zeros transformers would look at the values first,
-        # which waits for the GPU, and there are none while memory is planned.
+        # This mask is added to the attention's logits. Given a mask of ones and zeros, transformers looks at the values
+        # first. That waits for the GPU, and there are no values while memory is planned.
         mask = (1 - mask[:, None, None].to(self.dtype)) * torch.finfo(self.dtype).min
         states = self.text_encoder(input_ids=tokens, attention_mask=mask, encoder_hidden_states=patches)
         return states.last_hidden_state[:, 0].float()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [B, 35] int64, cut or padded to that length, and [B, 35] with 1 where there is no padding."""
+        """Returns token ids [B, 35] int64, cut or padded to that length, and a mask [B, 35] that is 0 for padding."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=PROMPT_LENGTH, return_tensors="pt"
         )
@@ -128,7 +132,11 @@ class _BlankBlip(BlipTower):
 
 
 def split_checkpoint(weights: Mapping[str, torch.Tensor], source: str) -> tuple[dict, dict]:
-    """BLIP's part under transformers' names, without what no score needs, and the head's. Raises: RewardError."""
+    """Splits a checkpoint into BLIP's weights, under transformers' names and without unused ones, and the head's.
+
+    Raises:
+        RewardError: A weight belongs to neither.
+    """
     blip, head = {}, {}
     for name, weight in weights.items():
         part, _, rest = name.partition(".")
@@ -142,7 +150,11 @@ def split_checkpoint(weights: Mapping[str, torch.Tensor], source: str) -> tuple[
 
 
 def load_blip(weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, source: str) -> BlipTower:
-    """The towers of `split_checkpoint`'s weights, of any size. Raises: RewardError for too many, too few or others."""
+    """Builds the towers, of any size, from the BLIP weights that `split_checkpoint` returns.
+
+    Raises:
+        RewardError: There are too many or too few weights, or they have other shapes, or the tokenizer does not fit.
+    """
     from transformers import BlipTextModel, BlipVisionModel
 
     vision_config, text_config = configs_of(weights, source)
@@ -160,14 +172,14 @@ def load_blip(weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, s
 
 
 def build_blip(vision_config, text_config) -> tuple[nn.Module, nn.Module]:
-    """(BlipVisionModel, BlipTextModel) with fresh weights."""
+    """Returns (BlipVisionModel, BlipTextModel) with fresh weights."""
     from transformers import BlipTextModel, BlipVisionModel
 
     return BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
 
 
 def configs_of(weights: Mapping[str, torch.Tensor], source: str) -> tuple:
-    """(BlipVisionConfig, BlipTextConfig) that the weights were made with. Raises: RewardError for another layout."""
+    """Returns the (BlipVisionConfig, BlipTextConfig) of the weights. Raises a RewardError for another layout."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
     try:
@@ -205,7 +217,11 @@ def _depth(weights: Mapping[str, torch.Tensor], layers: str) -> int:
 
 
 def load_bert_tokenizer(name: str, vocab_size: int):
-    """Uncased BERT's tokenizer with BLIP's [DEC] and [ENC] behind its vocabulary. Raises: RewardError."""
+    """Loads uncased BERT's tokenizer and adds BLIP's [DEC] and [ENC] at the end of its vocabulary.
+
+    Raises:
+        RewardError: It cannot be loaded, or does not have `vocab_size` tokens.
+    """
     from transformers import AddedToken, BertTokenizer
 
     name = os.path.expanduser(name)

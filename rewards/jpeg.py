@@ -1,8 +1,8 @@
-"""JPEG size: how well a picture compresses, exactly by Pillow, and as a differentiable estimate.
+"""Rewards for how well a picture compresses as JPEG, exactly by Pillow or as a differentiable estimate.
 
 Compressibility and incompressibility are the two file-size rewards of DDPO (arXiv 2305.13301, section 5.1), which
-needs no gradient; AlignProp (arXiv 2310.03739) and its relatives need one, and for them `jpeg_proxy` follows the
-baseline encoder of ITU T.81 (1992) up to its entropy coder, whose bits it estimates smoothly.
+needs no gradient. AlignProp (arXiv 2310.03739) and similar methods need one. For them, `jpeg_proxy` follows the
+baseline encoder of ITU T.81 (1992) up to its entropy coder, and gives a smooth estimate of the entropy coder's bits.
 """
 
 import io
@@ -34,26 +34,27 @@ CHROMINANCE = (
     (47, 66, 99, 99, 99, 99, 99, 99),
     *((99,) * 8,) * 4,
 )
-# JFIF 1.02, section 7: Y, Cb, Cr of R, G, B.
+# JFIF 1.02, section 7: the matrix from R, G, B to Y, Cb, Cr.
 YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
 
-# Of `estimated_size`, fitted by relative least squares to Pillow 13's files at qualities 95, 85, 75, 50 and 30 of 530
-# pictures: drawn scenes sharp, blurred, noisy and crowded, noise of five grains, gradients and scenes at 256 x 256.
-# The estimate is off by 20 % at most there.
-BITS_PER_MAGNITUDE_BIT = 2.26  # its Huffman code comes on top of every magnitude
+# These coefficients of `estimated_sizes` are fitted by relative least squares to the files that Pillow 13 writes of 530
+# pictures at qualities 95, 85, 75, 50 and 30. The pictures are drawn scenes (sharp, blurred, noisy and crowded), noise
+# of five grains, gradients, and scenes at 256 x 256. The estimate is off by at most 20 % there.
+BITS_PER_MAGNITUDE_BIT = 2.26  # more than 1, because every magnitude also has a Huffman code
 BITS_PER_BLOCK = 4.7  # the end of block, and the code of the DC difference
 HEADER_BITS = 8 * 623  # markers, two quantisation tables, four Huffman tables
 
 
 class JpegCompressibility(Reward):
-    """Minus the size of the picture's JPEG file in kB of 1000 bytes, as Pillow writes it. No gradient.
+    """Minus the size of the picture's JPEG file in kB of 1000 bytes, as Pillow writes it. It has no gradient.
 
-    Values are rounded to 8 bits, those outside of [0, 1] clamped; chroma is halved (4:2:0), Pillow's default.
+    Values are clamped to [0, 1] and rounded to 8 bits. Chroma has half the resolution (4:2:0), Pillow's default.
 
     Args:
         quality: The quality of the encoder, for all jpeg rewards. That of DDPO's authors is 95.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The quality is not allowed.
     """
 
     differentiable = False
@@ -68,7 +69,7 @@ class JpegCompressibility(Reward):
 
 
 class JpegIncompressibility(JpegCompressibility):
-    """Plus that size: a reward for detail."""
+    """Plus the size of the picture's JPEG file: a reward for detail."""
 
     sign = 1.0
 
@@ -76,12 +77,13 @@ class JpegIncompressibility(JpegCompressibility):
 class JpegProxy(Reward):
     """Minus the estimated size of the picture's JPEG file in kB of 1000 bytes: `jpeg_compressibility`, differentiable.
 
-    A negative weight ("jpeg_proxy:-1") is the proxy of `jpeg_incompressibility`.
+    A negative weight ("jpeg_proxy:-1") makes it the proxy of `jpeg_incompressibility`.
 
     Args:
         quality: The quality of the encoder, for all jpeg rewards. That of DDPO's authors is 95.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The quality is not allowed.
     """
 
     def __init__(self, quality: Annotated[int, (1, 100)] = 95):
@@ -100,7 +102,7 @@ def check_quality(quality: int) -> int:
 
 @torch.no_grad()
 def file_sizes(images: torch.Tensor, quality: int) -> torch.Tensor:
-    """Sizes [B] in kB (1000 bytes) of the JPEG files of images [B, 3, H, W] in [0, 1]."""
+    """Returns the sizes [B] in kB (1000 bytes) of the JPEG files of images [B, 3, H, W] in [0, 1]."""
     from PIL import Image
 
     pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -113,11 +115,14 @@ def file_sizes(images: torch.Tensor, quality: int) -> torch.Tensor:
 
 
 def estimated_sizes(images: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Estimated sizes [B] in kB (1000 bytes) of images [B, 3, H, W] in [0, 1]; differentiable.
+    """Returns the estimated sizes [B] in kB (1000 bytes) of images [B, 3, H, W] in [0, 1]; differentiable.
 
-    steps: `quantisation_steps`, [2, 8, 8]. An AC coefficient q (in steps, not rounded) costs ½ log2(1 + 4q²) magnitude
-    bits: smooth, 0 at 0, and log2(2|q|) where q is large, which is what T.81 writes after the Huffman code of its
-    size (F.1.2.2). Of a DC coefficient, the difference to the block before it in the scan counts (F.1.2.1).
+    An AC coefficient q (in steps, not rounded) costs ½ log2(1 + 4q²) magnitude bits. This is smooth, 0 at 0, and
+    log2(2|q|) for a large q, which is what T.81 writes after the Huffman code of the coefficient's size (F.1.2.2). For
+    a DC coefficient, the difference to the block before it in the scan counts (F.1.2.1).
+
+    Args:
+        steps: The result of `quantisation_steps`, [2, 8, 8].
     """
     bits = HEADER_BITS
     for plane, table, per_unit in zip(_planes(images), (steps[0], steps[1], steps[1]), (2, 1, 1), strict=True):
@@ -132,7 +137,7 @@ def estimated_sizes(images: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 
 
 def quantisation_steps(quality: int) -> torch.Tensor:
-    """Steps of luminance and chrominance, [2, 8, 8] in 8-bit levels, float32, for a quality of 1 … 100.
+    """Returns the steps of luminance and chrominance, [2, 8, 8] float32 in 8-bit levels, for a quality of 1 … 100.
 
     The scaling is that of the Independent JPEG Group's library (jpeg_quality_scaling), which Pillow uses.
     """
@@ -141,7 +146,7 @@ def quantisation_steps(quality: int) -> torch.Tensor:
 
 
 def _planes(images):
-    """Y [B, H', W'], Cb and Cr [B, H'/2, W'/2] in levels around 0; H' and W' are multiples of 16."""
+    """Returns Y [B, H', W'], Cb and Cr [B, H'/2, W'/2] in levels around 0. H' and W' are multiples of 16."""
     height, width = images.shape[-2:]
     images = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
     levels = 255 * torch.einsum("kc,bchw->kbhw", images.new_tensor(YCBCR), images)
@@ -149,9 +154,10 @@ def _planes(images):
 
 
 def _blocks(plane, per_unit):
-    """The 8 x 8 blocks of a plane [B, H, W] in the order of the scan, [B, N, 8, 8].
+    """Returns the 8 x 8 blocks [B, N, 8, 8] of a plane [B, H, W] in the order of the scan.
 
-    per_unit: side in blocks of a minimum coded unit; 2 in the luminance of 4:2:0 pictures (T.81, A.2.3).
+    Args:
+        per_unit: The side of a minimum coded unit in blocks. It is 2 for the luminance of 4:2:0 pictures (T.81, A.2.3).
     """
     batch, height, width = plane.shape
     side = 8 * per_unit
@@ -160,7 +166,7 @@ def _blocks(plane, per_unit):
 
 
 def _dct(blocks):
-    """The forward DCT of T.81, A.3.3, over the last two dimensions."""
+    """Applies the forward DCT of T.81, A.3.3, to the last two dimensions."""
     n = torch.arange(8, device=blocks.device, dtype=blocks.dtype)
     basis = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2
     basis[0] /= math.sqrt(2)

@@ -11,9 +11,9 @@ from rewards.towers import load_clip
 
 
 class PickScoreReward(Reward):
-    """The model's logit scale (100) times the cosine of image and prompt; about 18 to 24 for pictures of a prompt.
+    """The model's logit scale (100) times the cosine of image and prompt; about 18 to 24 for a picture of its prompt.
 
-    It is the score of the published code, not divided by anything: in a sum, a weight of 0.01 makes it a cosine.
+    It is the score of the published code, not divided by anything. A weight of 0.01 makes it a cosine.
 
     Args:
         model: The hub name or folder of a transformers CLIP that was trained on picks.
@@ -21,7 +21,8 @@ class PickScoreReward(Reward):
         processor: The hub name or folder of its tokenizer and preprocessing.
         dtype: The precision of the towers. A lower one disturbs the gradient.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The model or its processor cannot be loaded, or is not a CLIP's.
     """
 
     plannable = True

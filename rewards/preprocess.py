@@ -1,4 +1,4 @@
-"""From images in [0, 1] to the pixels an image tower expects, differentiably and without torchvision."""
+"""Turns images in [0, 1] into the pixels that an image tower expects, differentiably and without torchvision."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import nn
 
 from rewards.errors import RewardError
 
-# Of OpenAI's CLIP, which open_clip and HPSv2 share: the values a folder without a preprocessor file means.
+# The values of OpenAI's CLIP, which open_clip and HPSv2 share. A folder without a preprocessor file means these.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -17,18 +17,22 @@ PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 def resize(images: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
-    """Antialiased resize of images [B, 3, H, W]; where the size is already right it changes no bit."""
+    """Resizes images [B, 3, H, W] with antialiasing. If the size is already right, it changes no bit."""
     return F.interpolate(images, (height, width), mode=mode, antialias=True, align_corners=False)
 
 
 class ClipPreprocess(nn.Module):
-    """CLIP's own preprocessing: shortest side to `resize_to`, centre crop to `size`, normalise.
+    """CLIP's own preprocessing: resizes the shortest side to `resize_to`, crops the centre to `size`, and normalises.
 
-    Equals transformers' CLIPImageProcessor on PIL images but for rounding: PIL keeps 8 bits after each of its two
-    resize passes, this keeps float32; the pixels differ by at most about 1/255 before normalising.
+    It equals transformers' CLIPImageProcessor on PIL images, except for rounding. PIL rounds to 8 bits after each of
+    its two resize passes, and this class keeps float32. The pixels differ by at most about 1/255 before normalising.
 
-    size: side in pixels of the square that the tower wants. mean, std: per channel; None is the class's usual.
-    resize_to: the shortest side before the crop; None is `size`. mode: "bicubic" or "bilinear".
+    Args:
+        size: The side in pixels of the square that the tower expects.
+        mean: Per channel. None: the usual values of the class.
+        std: Per channel. None: the usual values of the class.
+        resize_to: The shortest side before the crop. None: `size`.
+        mode: "bicubic" or "bilinear".
     """
 
     usual_mean, usual_std = CLIP_MEAN, CLIP_STD
@@ -49,9 +53,14 @@ class ClipPreprocess(nn.Module):
 
     @classmethod
     def from_json(cls, text: str, size: int, source: str) -> "ClipPreprocess":
-        """From the text of a `preprocessor_config.json` or `processor_config.json`.
+        """Reads the text of a `preprocessor_config.json` or `processor_config.json`.
 
-        size: side in pixels of the square images that the tower accepts. Raises: RewardError.
+        Args:
+            size: The side in pixels of the square images that the tower accepts.
+            source: What to name in an error.
+
+        Raises:
+            RewardError: The file has a value that is not supported.
         """
         config = json.loads(text)
         config = config.get("image_processor", config)
@@ -74,8 +83,8 @@ class ClipPreprocess(nn.Module):
         return cls(size, config.get("image_mean"), config.get("image_std"), resize_to, PIL_FILTERS[resample])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, size, size] float32, normalised, of images [B, 3, H, W] in [0, 1]."""
-        # bfloat16 antialiasing does not exist on every device, and 8 bits of mantissa would lose the image anyway.
+        """Returns the normalised pixels [B, 3, size, size] float32 of images [B, 3, H, W] in [0, 1]."""
+        # Not every device can antialias in bfloat16, and 8 bits of mantissa are too few for an image anyway.
         return (self.fit(images.float()) - self.mean) / self.std
 
     def fit(self, images: torch.Tensor) -> torch.Tensor:
@@ -86,24 +95,24 @@ class ClipPreprocess(nn.Module):
         return images[..., top : top + self.size, left : left + self.size]
 
     def resize_like_pil(self, images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """One side after the other, saturating bicubic overshoot after each."""
+        """Resizes one side after the other, and clamps bicubic overshoot after each."""
         images = resize(images, images.shape[-2], width, self.mode).clamp(0, 1)
         return resize(images, height, width, self.mode).clamp(0, 1)
 
     def margin(self, surplus: int) -> int:
-        """Of `surplus` rows or columns that a crop cuts away, those at the top or the left."""
+        """Returns how many of the `surplus` rows or columns a crop cuts away at the top or the left."""
         return surplus // 2
 
 
 class TorchvisionPreprocess(ClipPreprocess):
-    """As torchvision's Resize and CenterCrop, which round half a row or column to the even number."""
+    """The preprocessing of torchvision's Resize and CenterCrop, which round half a row or column to the even number."""
 
     def margin(self, surplus: int) -> int:
         return round(surplus / 2)
 
 
 class SquashPreprocess(ClipPreprocess):
-    """SigLIP's preprocessing: both sides to `size`, whatever shape that gives the picture; values to [-1, 1]."""
+    """SigLIP's preprocessing: resizes both sides to `size`, which may distort the picture, and scales to [-1, 1]."""
 
     usual_mean = usual_std = (0.5, 0.5, 0.5)
     crops = False
@@ -113,10 +122,10 @@ class SquashPreprocess(ClipPreprocess):
 
 
 class PadPreprocess(ClipPreprocess):
-    """HPSv2's preprocessing: longest side to `size`, the rest padded with black; bicubic overshoot is kept.
+    """HPSv2's preprocessing: resizes the longest side to `size` and pads with black. Bicubic overshoot is kept.
 
-    The same as the hpsv2 package's transform with torchvision 0.17 or later; older versions resized tensors
-    without antialiasing.
+    It equals the hpsv2 package's transform with torchvision 0.17 or later. Older versions resized tensors without
+    antialiasing.
     """
 
     def fit(self, images: torch.Tensor) -> torch.Tensor:

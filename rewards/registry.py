@@ -1,8 +1,10 @@
 """The built-in rewards by name, and their options, read without importing them.
 
-A reward is one file and one line here. Its options are the arguments of its constructor, read from the source: name,
-default, annotation, and the help in the class's docstring, under "Args:". So mistakes in them are found before torch is
-loaded. An annotation is str, int, float, bool, tuple[float, float, …], Literal[…], Annotated[…, (lowest, highest)] or
+A reward is one file and one line here. Its options are the arguments of its constructor. Their names, defaults and
+annotations are read from the source, and their help from "Args:" in the class's docstring. So a wrong option is found
+before torch is loaded.
+
+An annotation is str, int, float, bool, tuple[float, float, …], Literal[…], Annotated[…, (lowest, highest)],
 Annotated[float, (lowest, highest), "exclusive"], one of the aliases below, or one of these with "| None".
 """
 
@@ -19,12 +21,12 @@ ALIASES = {"Precision": get_args(Precision)}
 
 
 class Entry(NamedTuple):
-    """Where a reward is.
+    """The place of a reward.
 
     Attributes:
-        module: the file in rewards/.
-        cls: the class in it.
-        options: the group of its options in the configuration; empty: its name.
+        module: The file in rewards/.
+        cls: The class in that file.
+        options: The group of its options in the configuration. Empty: the name of the reward.
     """
 
     module: str
@@ -54,11 +56,14 @@ class Option:
     """One argument of a reward's constructor.
 
     Attributes:
-        type: of its values.
-        choices: the allowed values, where there are few.
-        limits: the lowest and the highest allowed number.
-        exclusive: the limits themselves are not allowed.
-        length: of a tuple.
+        name: The name of the argument.
+        default: Its value if none is given.
+        help: What it does.
+        type: The type of its values.
+        choices: The allowed values, if there are only a few.
+        limits: The lowest and the highest allowed number.
+        exclusive: The limits themselves are not allowed.
+        length: The length of a tuple.
         optional: None is allowed, too.
     """
 
@@ -74,28 +79,28 @@ class Option:
 
 
 def reward_class(name: str) -> type:
-    """The class of a built-in reward; imports it, and with it torch."""
+    """Returns the class of a built-in reward. This imports its file and torch."""
     return getattr(import_module(f"rewards.{REWARDS[name].module}"), REWARDS[name].cls)
 
 
 def options_name(name: str) -> str:
-    """The group of a reward's options in the configuration."""
+    """Returns the group of a reward's options in the configuration."""
     return REWARDS[name].options or name
 
 
 @cache
 def options_of(name: str) -> tuple[Option, ...]:
-    """The options of a built-in reward, from its source.
+    """Returns the options of a built-in reward, read from its source.
 
     Raises:
-        TypeError: an argument has no default, no annotation of the above, or no help.
+        TypeError: An argument has no default, no annotation of those above, or no help.
     """
     entry = REWARDS[name]
     source = (Path(__file__).parent / f"{entry.module}.py").read_text(encoding="utf-8")
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     cls = classes[entry.cls]
     constructor = _constructor(cls)
-    while constructor is None and cls.bases and ast.unparse(cls.bases[0]) in classes:  # inherited
+    while constructor is None and cls.bases and ast.unparse(cls.bases[0]) in classes:  # the constructor is inherited
         cls = classes[ast.unparse(cls.bases[0])]
         constructor = _constructor(cls)
     if constructor is None:
@@ -112,7 +117,7 @@ def _constructor(cls: ast.ClassDef) -> ast.FunctionDef | None:
 
 
 def _arguments(constructor: ast.FunctionDef) -> list[tuple[ast.arg, ast.expr | None]]:
-    """The arguments but self, each with its default."""
+    """Returns the arguments except self, each with its default."""
     taken = constructor.args
     plain = taken.args[1:]
     defaults = [None] * (len(plain) - len(taken.defaults)) + taken.defaults
@@ -130,7 +135,7 @@ def _option(place: str, argument: ast.arg, default: ast.expr | None, helps: dict
 
 
 def _helps(docstring: str) -> dict[str, str]:
-    """{argument: its help} of a docstring's "Args:"."""
+    """Returns {argument: its help} from the "Args:" of a docstring."""
     section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", docstring, re.MULTILINE)
     entries = re.split(r"^    (?=\w+: )", section[1] if section else "", flags=re.MULTILINE)
     pairs = (entry.partition(": ")[::2] for entry in entries if entry.strip())
@@ -138,7 +143,7 @@ def _helps(docstring: str) -> dict[str, str]:
 
 
 def _parsed(annotation: ast.expr, option: Option) -> Option:
-    """The option with what its annotation says."""
+    """Returns the option, completed by what its annotation says."""
     if isinstance(annotation, ast.BinOp):  # … | None
         return replace(_parsed(annotation.left, option), optional=True)
     if isinstance(annotation, ast.Subscript):

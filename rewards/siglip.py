@@ -21,15 +21,16 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 class SiglipReward(Reward):
     """Cosine of image and prompt, in [-1, 1]; about 0.05 to 0.2 for a picture of its prompt.
 
-    The model's own probability that they belong together is sigmoid(scale · cosine + bias), with a scale of about
-    100: an increasing function of the cosine, which saturates.
+    The model's own probability that image and prompt belong together is sigmoid(scale · cosine + bias), with a scale of
+    about 100. It increases with the cosine, and saturates.
 
     Args:
         model: The hub name or folder of a SigLIP, or of a SigLIP 2 of a fixed resolution.
         revision: The branch, tag or commit of the hub's repository. None: the newest.
         dtype: The precision of the towers. A lower one disturbs the gradient.
 
-    Raises: RewardError.
+    Raises:
+        RewardError: The model cannot be loaded, or is not a SigLIP.
     """
 
     plannable = True
@@ -57,9 +58,10 @@ class SiglipReward(Reward):
 
 
 class SiglipTower(ClipTower):
-    """A frozen `transformers.SiglipModel`; its pooled states are the embeddings, without a projection.
+    """A frozen `transformers.SiglipModel`. Its pooled states are the embeddings, without a projection.
 
-    clean: what is done to a prompt before the tokenizer has it.
+    Args:
+        clean: Changes a prompt before it goes to the tokenizer.
     """
 
     def __init__(self, model, preprocess, tokenizer=None, dtype: str = "float32", clean: Callable[[str], str] = str):
@@ -70,11 +72,11 @@ class SiglipTower(ClipTower):
         return self.model.vision_model(pixel_values=pixels).pooler_output
 
     def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
-        # No attention mask: the tower was trained to see the padding, and to be read at the last position.
+        # No attention mask: the tower was trained to see the padding and to be read at the last position.
         return self.model.text_model(input_ids=tokens).pooler_output
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Token ids [B, L] int64, all padded to the text tower's length (64), each text with an end token."""
+        """Returns token ids [B, L] int64, padded to the text tower's length (64). Each text has an end token."""
         return self.tokenizer(
             [self.clean(prompt) for prompt in prompts], padding="max_length", padding_side="right", truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt",
@@ -86,10 +88,13 @@ class _BlankSiglip(BlankTokens, SiglipTower):
 
 
 def load_siglip(name: str, revision: str | None, dtype: str, field: str) -> SiglipTower:
-    """The SigLIP `name`: a hub name ("google/siglip-base-patch16-224") or a folder written by `save_pretrained`.
+    """Loads the SigLIP `name`: a hub name ("google/siglip-base-patch16-224") or a folder written by `save_pretrained`.
 
-    field: the option to name in an error.
-    Raises: RewardError if it cannot be found, is no SigLIP, lacks weights, or its tokenizer belongs to another model.
+    Args:
+        field: The option to name in an error.
+
+    Raises:
+        RewardError: It cannot be found, is not a SigLIP, lacks weights, or its tokenizer belongs to another model.
     """
     from transformers import SiglipModel
 
@@ -112,9 +117,12 @@ def load_siglip(name: str, revision: str | None, dtype: str, field: str) -> Sigl
 
 
 def load_siglip_tokenizer(name: str, revision: str | None, field: str) -> tuple[Callable, Callable[[str], str]]:
-    """(tokenizer, what to do to a prompt before): SigLIP's from its spiece.model, SigLIP 2's from its tokenizer.json.
+    """Returns (tokenizer, function that cleans a prompt before the tokenizer).
 
-    Raises: RewardError.
+    SigLIP's tokenizer is made from its spiece.model, SigLIP 2's from its tokenizer.json.
+
+    Raises:
+        RewardError: A file is missing or damaged.
     """
     from transformers import Siglip2Tokenizer
 
@@ -122,7 +130,7 @@ def load_siglip_tokenizer(name: str, revision: str | None, field: str) -> tuple[
     try:
         if json.loads(config).get("tokenizer_class") == "SiglipTokenizer":
             return unigram_tokenizer(find_file(name, "spiece.model", revision, field).read_bytes()), canonical
-        # Whatever class that file names (mostly Gemma's, whose vocabulary it is): this one lowers the case, too.
+        # The file mostly names Gemma's class, because the vocabulary is Gemma's. Siglip2Tokenizer also lowers the case.
         find_file(name, "tokenizer.json", revision, field)
         return Siglip2Tokenizer.from_pretrained(name, revision=revision or "main"), str
     except RewardError:
@@ -132,14 +140,14 @@ def load_siglip_tokenizer(name: str, revision: str | None, field: str) -> tuple[
 
 
 def canonical(prompt: str) -> str:
-    """Lower case, no ASCII punctuation, single spaces: how SigLIP's training texts were cleaned."""
+    """Cleans a prompt as SigLIP's training texts were cleaned: lower case, no ASCII punctuation, single spaces."""
     return " ".join(prompt.lower().translate(PUNCTUATION).split())
 
 
 def unigram_tokenizer(sentencepiece_model: bytes):
-    """The tokenizer of a sentencepiece unigram model, made without the sentencepiece package.
+    """Builds the tokenizer of a sentencepiece unigram model without the sentencepiece package.
 
-    transformers' own SiglipTokenizer needs that package; the file's vocabulary, scores and character map suffice.
+    transformers' own SiglipTokenizer needs that package. The file's vocabulary, scores and character map suffice here.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Rewards without weights, on torch's meta device: what planning a run's memory needs of them."""
+"""Builds rewards without weights on torch's meta device, to plan a run's memory."""
 
 import copy
 from collections.abc import Mapping
@@ -14,10 +14,15 @@ from rewards.towers import ClipTower
 
 
 def skeleton_reward(spec: str, options: Mapping[str, Mapping], tower_config: TowerConfig) -> WeightedReward:
-    """As `build_reward`, of the same shapes and precision, without files.
+    """Returns a reward of the shapes and precision that `build_reward` gives, without loading files.
 
-    tower_config: as of `Reward.skeleton`.
-    Raises: RewardError for a spec that `build_reward` refuses; whatever `tower_config` raises.
+    Whatever `tower_config` raises is passed on.
+
+    Args:
+        tower_config: See `Reward.skeleton`.
+
+    Raises:
+        RewardError: `build_reward` refuses the spec.
     """
     weights = parse_spec(spec)
     terms = {name: _skeleton(name, options, tower_config) for name in weights}
@@ -32,20 +37,20 @@ def _skeleton(name: str, options: Mapping[str, Mapping], tower_config: TowerConf
 
 
 def without_custom(reward: WeightedReward) -> WeightedReward:
-    """The same terms where they can be planned, and a `BlankReward` in the place of each other."""
+    """Returns the reward with a `BlankReward` in place of each term that cannot be planned."""
     terms = {name: term if term.plannable else BlankReward() for name, term in reward.terms.items()}
     return WeightedReward(reward.name, terms, reward.weights)
 
 
 def blank(kind: type) -> Reward:
-    """A reward of that class, for whose constructor there are no files."""
+    """Returns a reward of that class without calling its constructor, because that needs files."""
     reward = kind.__new__(kind)
     torch.nn.Module.__init__(reward)
     return reward
 
 
 def clip_tower(config: dict, dtype: str, preprocess=ClipPreprocess, with_text: bool = True) -> ClipTower:
-    """A CLIP of that configuration, which reads prompts of full length."""
+    """Returns a CLIP of that configuration, which takes every prompt as one of full length."""
     from transformers import CLIPConfig, CLIPModel
 
     with torch.device("meta"):
@@ -56,7 +61,7 @@ def clip_tower(config: dict, dtype: str, preprocess=ClipPreprocess, with_text: b
 
 
 class BlankTokens:
-    """Tokens of full length, whatever the prompt."""
+    """Makes tokens of full length, whatever the prompt."""
 
     def tokenize(self, prompts) -> torch.Tensor:
         length = self.model.config.text_config.max_position_embeddings

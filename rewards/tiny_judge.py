@@ -1,9 +1,9 @@
 """An independent judge of the tiny model's pictures: true style rating and obedience to the prompt.
 
-A small convolutional network, trained on drawn scenes only (``scripts/tiny/judge.py``), that shares nothing with
-the CLIP and the aesthetic head which alignment may optimise. It has a count class "four or more", so that a
-picture crowded with shapes is called wrong. Named in a config as ``rewards.tiny_judge:rating`` and
-``rewards.tiny_judge:obedience``; both are for measuring, not for training (``differentiable = False``).
+The judge is a small convolutional network, trained on drawn scenes only (``scripts/tiny/judge.py``). It shares nothing
+with the CLIP and the aesthetic head, which alignment may optimise. It has a count class "four or more", so that it
+finds a picture crowded with shapes wrong. A config names it as ``rewards.tiny_judge:rating`` and
+``rewards.tiny_judge:obedience``. Both are for measuring, not for training (``differentiable = False``).
 """
 
 import json
@@ -22,10 +22,11 @@ _CAPTION = re.compile(r"(a|an|two|three) (\w+) (\w+?)s? on an? (\w+) background"
 
 
 class JudgeNetwork(nn.Module):
-    """Images [B, 3, 64, 64] in [0, 1] to logits per content name and the style amounts [B, styles].
+    """Maps images [B, 3, 64, 64] in [0, 1] to logits for each content name and to style amounts [B, styles].
 
-    ``config``: ``widths`` (channels of the stages, each halving the picture) and the lists ``counts``,
-    ``colours``, ``shapes``, ``backgrounds``, ``styles``, ``style_weights``.
+    Args:
+        config: ``widths`` (the channels of the stages, each of which halves the picture) and the lists ``counts``,
+            ``colours``, ``shapes``, ``backgrounds``, ``styles``, ``style_weights``.
     """
 
     def __init__(self, config: dict):
@@ -48,7 +49,7 @@ class JudgeNetwork(nn.Module):
 
 
 def rating(images, prompts, metadata):
-    """True style rating of ``images`` [B, 3, H, W] in [0, 1], as the judge sees it: [B], 1 (plain) to 10."""
+    """Returns the style rating of ``images`` [B, 3, H, W] in [0, 1] as the judge sees it: [B], 1 (plain) to 10."""
     return style_rating(*_judged(images))
 
 
@@ -58,15 +59,16 @@ def style_rating(judge, _content, styles):
 
 
 def obedience(images, prompts, metadata):
-    """1.0 where count, colour, shape and background are all as the prompt says, else 0.0: [B].
+    """Returns 1.0 if count, colour, shape and background are all as the prompt says, else 0.0: [B].
 
-    Raises RewardError for a prompt that is not of the form "two red circles on a blue background".
+    Raises:
+        RewardError: A prompt is not of the form "two red circles on a blue background".
     """
     return torch.stack(list(content_right(images, prompts).values())).all(0).float()
 
 
 def content_right(images, prompts) -> dict[str, torch.Tensor]:
-    """Which of ``images`` [B, 3, H, W] are right, [B] bool, for "count", "colour", "shape", "background"."""
+    """Returns which ``images`` [B, 3, H, W] are right in "count", "colour", "shape" and "background", [B] bool each."""
     judge, content, _ = _judged(images)
     wanted = torch.tensor([parse(prompt, judge.config) for prompt in prompts], device=images.device)
     return {name: content[name].argmax(1) == wanted[:, i] for i, name in enumerate(CONTENT)}
@@ -77,7 +79,7 @@ obedience.differentiable = False
 
 
 def parse(prompt: str, config: dict) -> list[int]:
-    """The content indices (count, colour, shape, background) that ``prompt`` names."""
+    """Returns the content indices (count, colour, shape, background) that ``prompt`` names."""
     match = _CAPTION.fullmatch(prompt.strip())
     try:
         head, colour, shape, background = match.groups()
@@ -93,7 +95,7 @@ def parse(prompt: str, config: dict) -> list[int]:
 
 
 def load(folder=FOLDER) -> JudgeNetwork:
-    """The judge saved in ``folder`` (``config.json`` and ``model.safetensors``), frozen, in float32."""
+    """Loads the judge saved in ``folder`` (``config.json`` and ``model.safetensors``), frozen, in float32."""
     from safetensors.torch import load_file
 
     judge = JudgeNetwork(json.loads((Path(folder) / "config.json").read_text()))

@@ -1,4 +1,4 @@
-"""Frozen image and text towers: finding the files, loading, embedding. Shared by all rewards that have some."""
+"""Frozen image and text towers, shared by all rewards that have some: finds their files, loads them, embeds."""
 
 import json
 import os
@@ -22,43 +22,46 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ClipTower(nn.Module):
     """A frozen `transformers.CLIPModel` that embeds images and prompts on the unit sphere.
 
-    model: a CLIPModel, or one whose text half was dropped when `tokenizer` is None.
-    dtype: precision of the towers, a key of DTYPES; pixels are prepared and embeddings normalised in float32.
-    Raises: RewardError for an unknown dtype.
+    Args:
+        model: A CLIPModel. Its text half may be missing if `tokenizer` is None.
+        dtype: The precision of the towers, a key of DTYPES. Pixels are prepared and embeddings normalised in float32.
+
+    Raises:
+        RewardError: The dtype is unknown.
     """
 
     def __init__(self, model: nn.Module, preprocess: ClipPreprocess, tokenizer=None, dtype: str = "float32"):
         super().__init__()
         self.dtype = dtype_of(dtype)
-        # What the model multiplies a cosine by, before bfloat16 would make 98.9 of 100.
+        # The model multiplies a cosine by this. It is computed before the cast, because bfloat16 turns 100 into 98.9.
         self.register_buffer("scale", model.logit_scale.detach().float().exp(), persistent=False)
         self.model = model.to(self.dtype).requires_grad_(False).eval()
         self.preprocess = preprocess
         self.tokenizer = tokenizer
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [B, D] float32 of images [B, 3, H, W] in [0, 1]; differentiable."""
+        """Returns unit vectors [B, D] float32 of images [B, 3, H, W] in [0, 1]; differentiable."""
         return F.normalize(self.image_features(self.preprocess(images).to(self.dtype)).float(), dim=-1)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Unit vectors [B, D] float32; prompts are cut at the text tower's length (77 tokens for CLIP)."""
+        """Returns unit vectors [B, D] float32. Prompts are cut at the text tower's length (77 tokens for CLIP)."""
         device = next(self.model.parameters()).device
         return F.normalize(self.text_features(self.tokenize(prompts).to(device)).float(), dim=-1)
 
     def similarity(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Cosine [B] in [-1, 1] between each image and its prompt."""
+        """Returns the cosine [B] in [-1, 1] between each image and its prompt."""
         return (self.embed_images(images) * self.embed_prompts(prompts)).sum(dim=-1)
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
     def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
-        # No attention mask: the tower is causal and read at the first end token, which never sees the padding.
+        # No attention mask is needed: the tower is causal and is read at the first end token, before any padding.
         return self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Token ids [B, L] int64, padded on the right."""
+        """Returns token ids [B, L] int64, padded on the right."""
         length = self.model.config.text_config.max_position_embeddings
         return self.tokenizer(
             list(prompts), padding=True, padding_side="right", truncation=True, max_length=length, return_tensors="pt"
@@ -66,7 +69,7 @@ class ClipTower(nn.Module):
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The value of a key of DTYPES. Raises: RewardError."""
+    """Returns the torch dtype of a key of DTYPES. Raises a RewardError for any other name."""
     if name not in DTYPES:
         hint = did_you_mean(name, DTYPES)
         raise RewardError(f"dtype={name!r} is not known; allowed: {', '.join(DTYPES)}{hint}")
@@ -81,11 +84,16 @@ def load_clip(
     field: str,
     processor: tuple[str, str] | None = None,
 ) -> ClipTower:
-    """The CLIP `name`: a hub name ("openai/clip-vit-large-patch14") or a folder written by `save_pretrained`.
+    """Loads the CLIP `name`: a hub name ("openai/clip-vit-large-patch14") or a folder written by `save_pretrained`.
 
-    with_text: load tokenizer and text tower as well. field: the option to name in an error.
-    processor: (hub name or folder, option that names it) of tokenizer and preprocessor file; None: the model's own.
-    Raises: RewardError if it cannot be found, is no CLIP, lacks weights, or its tokenizer belongs to another model.
+    Args:
+        with_text: Load the tokenizer and the text tower as well.
+        field: The option to name in an error.
+        processor: (hub name or folder, option that names it) of the tokenizer and the preprocessor file. None: those of
+            the model.
+
+    Raises:
+        RewardError: It cannot be found, is not a CLIP, lacks weights, or its tokenizer belongs to another model.
     """
     from transformers import CLIPModel
 
@@ -106,7 +114,7 @@ def load_clip(
 
 
 def model_type(name: str, revision: str | None, field: str) -> str | None:
-    """What the config.json of a hub name or folder says that it is. Raises: RewardError."""
+    """Returns the model type in the config.json of a hub name or folder. Raises a RewardError if it is not readable."""
     config = find_file(name, "config.json", revision, field).read_text()
     try:
         return json.loads(config).get("model_type")
@@ -115,10 +123,14 @@ def model_type(name: str, revision: str | None, field: str) -> str | None:
 
 
 def load_whole(loader, name: str, revision: str | None, kind: str, field: str):
-    """`loader.from_pretrained`, with every weight that it has in the file. Raises: RewardError, that names `kind`."""
+    """Calls `loader.from_pretrained`, and checks that the file has every weight of the model.
+
+    Raises:
+        RewardError: The model cannot be loaded or lacks weights. The message names `kind`.
+    """
     try:
         model, loaded = loader.from_pretrained(name, revision=revision or "main", output_loading_info=True)
-    except Exception as error:  # damaged files and pickles that are no plain weights fail in many ways
+    except Exception as error:  # damaged files, and pickles that are not plain weights, fail in many ways
         raise RewardError(f"{field}={name!r} cannot be loaded as a {kind} model: {first_line(error)}") from error
     missing = sorted(loaded["missing_keys"])
     if missing:
@@ -127,7 +139,7 @@ def load_whole(loader, name: str, revision: str | None, kind: str, field: str):
 
 
 def load_tokenizer(name: str, revision: str | None, text_config, field: str):
-    """The CLIPTokenizer of a hub name or folder, checked against the text tower. Raises: RewardError."""
+    """Loads the CLIPTokenizer of a hub name or folder. Raises a RewardError if it does not fit the text tower."""
     from transformers import CLIPTokenizer
 
     name = os.path.expanduser(name)
@@ -136,8 +148,8 @@ def load_tokenizer(name: str, revision: str | None, text_config, field: str):
         tokenizer = CLIPTokenizer.from_pretrained(name, revision=revision or "main")
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise RewardError(f"{field}={name!r} holds no usable CLIP tokenizer: {first_line(error)}") from error
-    # transformers makes an almost empty vocabulary where the files are missing, and older CLIP configs say
-    # eos_token_id=2 and mean "the highest id".
+    # If the files are missing, transformers makes an almost empty vocabulary. Older CLIP configs say eos_token_id=2 and
+    # mean "the highest id".
     end = text_config.eos_token_id
     end = len(tokenizer) - 1 if end == 2 else end
     if tokenizer.eos_token_id != end or len(tokenizer) > text_config.vocab_size:
@@ -149,9 +161,10 @@ def load_tokenizer(name: str, revision: str | None, text_config, field: str):
 
 
 def find_file(name: str, filename: str, revision: str | None, field: str) -> Path:
-    """The local path of `filename` in a folder, or in a hub repository (downloaded, or from its cache).
+    """Returns the local path of `filename` in a folder or a hub repository (from the cache, or downloaded).
 
-    Raises: RewardError that says what was tried.
+    Raises:
+        RewardError: The file is not found. The message says what was tried.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -161,13 +174,13 @@ def find_file(name: str, filename: str, revision: str | None, field: str) -> Pat
             return Path(folder) / filename
         raise RewardError(f"{field}={name!r}: the folder has no {filename}")
     try:
-        try:  # the cache first, so that a run whose files are there needs no network
+        try:  # the cache comes first, so that a run with cached files needs no network
             return Path(hf_hub_download(name, filename, revision=revision or None, local_files_only=True))
         except OSError:
-            # Fails at once, where downloading tries for minutes.
+            # Without a network this fails at once, whereas the download tries for minutes.
             get_hf_file_metadata(hf_hub_url(name, filename, revision=revision or None), timeout=10)
             return Path(hf_hub_download(name, filename, revision=revision or None))
-    except Exception as error:  # the hub's client lets its transport's own exceptions through as well
+    except Exception as error:  # the hub's client also lets its transport's exceptions through
         raise RewardError(
             f"{field}={name!r}: no such folder here, and {filename} is neither in the Hugging Face cache nor to be had "
             f"from the hub ({first_line(error)}); give a local folder, or set HF_HOME to a cache that has it"
@@ -175,23 +188,24 @@ def find_file(name: str, filename: str, revision: str | None, field: str) -> Pat
 
 
 def load_weights(path: str | Path, field: str) -> dict:
-    """The tensors of a torch or .safetensors file, on the CPU. Only plain weights are read: no pickled code.
+    """Returns the tensors of a torch or .safetensors file, on the CPU. It reads plain weights only, no pickled code.
 
-    Raises: RewardError if the file is missing, damaged, or holds anything but plain data.
+    Raises:
+        RewardError: The file is missing, damaged, or holds anything but plain data.
     """
     path = os.path.expanduser(str(path))
     if not os.path.isfile(path):
         raise RewardError(f"{field}={str(path)!r} does not exist or is not a file")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles that it then refuses
-            if path.endswith(".safetensors"):  # torch.load reads them since torch 2.13 only
+        with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
+            if path.endswith(".safetensors"):  # torch.load reads these files only since torch 2.13
                 weights = load_file(path)
             else:
                 weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RewardError(f"{field}={str(path)!r} is not a file of plain weights, so it was not loaded") from error
     except Exception as error:
-        # Damaged files fail in many ways (zip, safetensors, end of file), all of them the file's fault.
+        # Damaged files fail in many ways (zip, safetensors, end of file). The file is at fault in all of them.
         raise RewardError(f"{field}={str(path)!r} cannot be read: {first_line(error)}") from error
     if not isinstance(weights, dict):
         raise RewardError(f"{field}={str(path)!r} holds a {type(weights).__name__}, expected a dict of weights")
@@ -203,9 +217,12 @@ def first_line(error: BaseException) -> str:
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], model: nn.Module, source: str, layout: str) -> None:
-    """Refuse a converted checkpoint with a weight too many, too few or of another shape. Raises: RewardError.
+    """Raises a RewardError if a converted checkpoint has a weight too many, too few or of another shape.
 
-    model: with the expected weights, on any device. source, layout: to name in an error.
+    Args:
+        model: A model with the expected weights, on any device.
+        source: The checkpoint to name in an error.
+        layout: The layout to name in an error.
     """
     expected = model.state_dict()
     missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
@@ -219,9 +236,10 @@ def check_weights(weights: Mapping[str, torch.Tensor], model: nn.Module, source:
 def load_preprocess(
     kind: type[ClipPreprocess], name: str, revision: str | None, size: int, field: str
 ) -> ClipPreprocess:
-    """A `kind` for pictures of `size` pixels a side, as the model's own file says, or with the kind's usual values.
+    """Builds a `kind` for pictures of `size` pixels a side, from the model's own file or else with its usual values.
 
-    Raises: RewardError for a file that is not supported.
+    Raises:
+        RewardError: The file is not supported.
     """
     # transformers 5 writes processor_config.json when it saves a whole processor.
     for filename in ("preprocessor_config.json", "processor_config.json"):

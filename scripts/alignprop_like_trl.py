@@ -1,10 +1,10 @@
-"""AlignProp with the flags of TRL's example script, towards LAION's aesthetic score.
+"""Trains AlignProp with the flags of TRL's example script, towards LAION's aesthetic score.
 
     accelerate launch scripts/alignprop_like_trl.py --num_epochs=20 --train_gradient_accumulation_steps=4 \
         --sample_num_steps=50 --train_batch_size=8 --log_with=wandb
 
-Any field of ours can be given besides, such as `--config.memory_policy=lean`. What a flag becomes is in `translate` and
-docs/moving_from_trl.md; for one that has no counterpart, a line says what there is instead.
+Any field of ours can be given as well, such as `--config.memory_policy=lean`. `translate` and docs/moving_from_trl.md
+say what each flag becomes. If a flag has no counterpart, a message says what to use instead.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import FIELDS
 from alignprop.settings.resolve import check_name
 
-SAME = {  # TRL's flag: its default there, and our field, which means the same
+SAME = {  # TRL's flag: its default in TRL, and our field of the same meaning
     "pretrained_model": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "pretrained.model"),
     "pretrained_revision": ("main", "pretrained.revision"),
     "use_lora": (True, "use_lora"),
@@ -55,9 +55,9 @@ SAME = {  # TRL's flag: its default there, and our field, which means the same
     "train_adam_epsilon": (1e-8, "train.adam_epsilon"),
     "train_max_grad_norm": (1.0, "train.max_grad_norm"),
 }
-CHANGED = {  # TRL's flag: its default here; `translate` says what becomes of it
+CHANGED = {  # TRL's flag: its default here. `translate` turns it into our fields.
     "mixed_precision": "fp16",
-    "log_image_freq": 10,  # 1 there, of pictures that training has anyway; here each of them is a whole evaluation
+    "log_image_freq": 10,  # TRL has 1, because it shows the pictures of training. Here it is a whole evaluation.
     "train_gradient_accumulation_steps": 1,
     "truncated_backprop_rand": True,
     "truncated_backprop_timestep": None,
@@ -65,21 +65,21 @@ CHANGED = {  # TRL's flag: its default here; `translate` says what becomes of it
     "push_to_hub": False,
     "hf_hub_model_id": "alignprop-finetuned-stable-diffusion",
 }
-MISSING = {  # TRL's flag: what there is instead
-    "train_use_8bit_adam": "--config.train.optimizer=adafactor is there where the optimizer's memory counts",
+MISSING = {  # TRL's flag: what to use instead
+    "train_use_8bit_adam": "--config.train.optimizer=adafactor saves the optimizer's memory",
     "negative_prompts": "guidance is always against the empty prompt; --config.guidance_scale is its strength",
     "tracker_kwargs": "see the tracker's own environment variables, such as WANDB_ENTITY",
     "accelerator_kwargs": "see the flags of `accelerate launch`, and --mixed_precision",
-    "project_kwargs": "see --logdir and --run_name, the folder in which all of a run lies, and --num_checkpoint_limit",
+    "project_kwargs": "see --logdir and --run_name, the folder of a run, and --num_checkpoint_limit",
 }
-IDLE = {  # flags that change no result: what there is instead
+IDLE = {  # TRL's flag, which changes no result: what to use instead
     "exp_name": "--run_name names the folder of a run",
-    "tracker_project_name": "trackers file a run under the project 'alignprop'; --run_name tells it from others",
+    "tracker_project_name": "trackers put runs in the project 'alignprop'; --run_name names a run",
 }
 
 
 class OneLine(argparse.ArgumentParser):
-    """Mistakes are a ConfigError instead of a page of usage."""
+    """A parser that raises a ConfigError for a mistake, instead of printing a page of usage."""
 
     def error(self, message: str):
         raise ConfigError(message)
@@ -113,11 +113,11 @@ def to_bool(text: str) -> bool:
 
 
 def translate(given: argparse.Namespace, num_processes: int) -> dict:
-    """Our fields, and their values, for TRL's flags.
+    """Returns our fields and their values for TRL's flags.
 
-    An epoch of TRL is one optimizer step, of batch size × accumulation steps × processes samples, and so it is here.
-    Its loss is 10 minus the mean reward, with the gradient of `loss="maximise"` without a coefficient. Whether a step
-    of the chain carries gradient is drawn anew at each of them, which is `estimator="per_step"`.
+    An epoch of TRL is one optimizer step of batch size × accumulation steps × processes samples, and so it is here.
+    TRL's loss is 10 minus the mean reward, which has the gradient of `loss="maximise"` with a coefficient of 1. TRL
+    draws for each step of the chain whether it carries gradient, which is `estimator="per_step"`.
     """
     fields = {field: getattr(given, name) for name, (_, field) in SAME.items()}
     samples = given.train_batch_size * given.train_gradient_accumulation_steps * num_processes
@@ -141,7 +141,11 @@ def translate(given: argparse.Namespace, num_processes: int) -> dict:
 
 
 def set_field(config: ConfigDict, field: str, value) -> None:
-    """Sets "train.learning_rate" and the like. Raises: ConfigError for an unknown name or a value of the wrong kind."""
+    """Sets a field by its dotted name, such as "train.learning_rate".
+
+    Raises:
+        ConfigError: The name is unknown, or the value is of the wrong kind.
+    """
     check_name(field)
     *path, name = field.split(".")
     place = config
@@ -149,7 +153,7 @@ def set_field(config: ConfigDict, field: str, value) -> None:
         place = place[part]
     kind = place.get_type(name)
     if isinstance(value, str) and kind is not str:
-        with suppress(ValueError, SyntaxError):  # such as "auto", of a field that takes a number as well
+        with suppress(ValueError, SyntaxError):  # such as "auto", for a field that also takes a number
             value = ast.literal_eval(value)
     if kind is tuple and not isinstance(value, tuple):
         value = (value,)
@@ -160,7 +164,7 @@ def set_field(config: ConfigDict, field: str, value) -> None:
 
 
 def configuration(arguments: list[str], num_processes: int) -> ConfigDict:
-    """The configuration that a command line asks for. Raises: ConfigError, one line for a mistake in it."""
+    """Returns the configuration that a command line asks for. Raises a ConfigError of one line for a mistake in it."""
     given, rest = make_parser().parse_known_args(arguments)
     for name in (name for name in MISSING if getattr(given, name) is not None):
         raise ConfigError(f"--{name} has no counterpart here: {MISSING[name]}")
@@ -188,7 +192,7 @@ def prompt_function():
 
 
 def say_best(data, global_step, tracker):
-    """An `image_samples_hook`; the pictures themselves are in the run's folder, and at the trackers."""
+    """An `image_samples_hook` that prints the best sample. The pictures are in the run's folder and at the trackers."""
     best = int(data["rewards"].argmax())
     tqdm.write(f"step {global_step}: best is {data['prompts'][best]!r} with {data['rewards'][best]:.3f}")
 

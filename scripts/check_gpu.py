@@ -1,15 +1,16 @@
-"""Tells in a few minutes whether this works on a GPU, how fast, and in how much of its memory.
+"""Tells in a few minutes whether this project works on a GPU, how fast it is, and how much memory it takes.
 
     python scripts/check_gpu.py                          writes check_gpu.json after every row, prints a table
-    python scripts/check_gpu.py --minutes 8              begins no row that would probably not end in time
-    python scripts/check_gpu.py --wheels wheels/         where diffusers or ml_collections is not installed, but lies
-                                                         in that folder as a wheel
+    python scripts/check_gpu.py --minutes 8              begins no row that probably does not end in time
+    python scripts/check_gpu.py --wheels wheels/         if diffusers or ml_collections is not installed, but is in
+                                                         that folder as a wheel
     python scripts/check_gpu.py --table check_gpu.json   the table of an earlier run, finished or not; needs no GPU
     python scripts/check_gpu.py --tiny                   tries the command itself, without a GPU, on the bundled model
 
-The first row is the tests that need CUDA (tests/gpu). Each other row is AlignPropTrainer's own optimizer step on random
-weights of full size (scripts/bench/gpu.py says how it is measured), in a process of its own: what goes wrong in one row
-is written into that row and costs no other. While a row is measured, another process makes its forecast on the CPU.
+The first row runs the tests that need CUDA (tests/gpu). Each other row measures AlignPropTrainer's own optimizer step
+on random weights of full size (scripts/bench/gpu.py says how). Each row runs in its own process: an error in one row is
+written into that row and does not affect the others. While a row is measured, another process makes its forecast on
+the CPU.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"name": "tests"}
-# By worth: what tells most comes first. `limit_gib` is what the row may take of the GPU, at most.
+# The rows that tell most come first. `limit_gib` is the most GPU memory that a row may take.
 ROWS = [
     {"model": "sd15", "policy": "balanced", "chunk": 4, "active": 1},
     {"model": "sdxl", "policy": "balanced", "chunk": 1, "active": 1},
@@ -37,7 +38,7 @@ ROWS = [
     {"model": "sdxl", "policy": "lean", "chunk": 1, "active": 50},
 ]
 TINY = [{"model": "tiny", "policy": p, "chunk": 1, "active": 2, "steps": 2} for p in ("balanced", "lean")]
-START = 60.0  # seconds that a row is taken to need, as long as none of its model has been measured
+START = 60.0  # the expected seconds of a row, until a row of the same model has been measured
 
 
 def main() -> None:
@@ -52,11 +53,11 @@ def main() -> None:
         report = check(options, environment)
     print(table(report))
     if any("error" in row for row in report["rows"]):
-        sys.exit("error: not every row is as it should be; the table says which, and the file has all that was printed")
+        sys.exit("error: some rows failed; the table names them, and the JSON file has all that they printed")
 
 
 def check(options: argparse.Namespace, environment: dict[str, str]) -> dict:
-    """Makes the rows until the time is over, and writes what there is after each."""
+    """Makes rows until the time is over, and writes the report after each row."""
     ends = time.monotonic() + 60 * options.minutes
     report: dict = {"rows": []}
     for row in [TESTS, *(TINY if options.tiny else ROWS)]:
@@ -73,7 +74,11 @@ def check(options: argparse.Namespace, environment: dict[str, str]) -> dict:
 
 
 def expected_seconds(row: dict, before: list[dict]) -> float:
-    """From the longest row of the same model so far; gradient through all steps takes up to three times as long."""
+    """Estimates a row's seconds from the longest row of the same model so far.
+
+    The estimate is 1.5 times as long if one of those rows had fewer active steps, because gradient through all steps
+    takes up to three times as long.
+    """
     same = [other for other in before if other.get("model") == row.get("model") and "wall_seconds" in other]
     if not same or row == TESTS:
         return START
@@ -82,7 +87,7 @@ def expected_seconds(row: dict, before: list[dict]) -> float:
 
 
 def run_tests(seconds: float, environment: dict[str, str], tiny: bool) -> dict:
-    """The tests that need CUDA; `--tiny` has their bodies run on the CPU, as far as they can."""
+    """Runs the tests that need CUDA. With `--tiny` their bodies run on the CPU, as far as they can."""
     environment = environment | ({"ALIGNPROP_GPU_TESTS_ON": "cpu"} if tiny else {})
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
     started = time.monotonic()
@@ -94,19 +99,19 @@ def run_tests(seconds: float, environment: dict[str, str], tiny: bool) -> dict:
 
 
 def measure(row: dict, seconds: float, environment: dict[str, str], tiny: bool) -> dict:
-    """A row with what was measured and what was forecast; with an "error" where its process failed."""
+    """Returns the row with what was measured and what was forecast, and with an "error" if its process failed."""
     started, device = time.monotonic(), "cpu" if tiny else "cuda"
     with tempfile.TemporaryDirectory() as folder:
         out, forecast = Path(folder) / "measured.json", Path(folder) / "forecast.json"
         script = [sys.executable, "scripts/bench/gpu.py", "--device", device, "--repeats", "2", *flags(row)]
         with open(Path(folder) / "forecast.log", "w") as log:
-            # On the CPU, so that it costs no time of the GPU.
+            # The forecast runs on the CPU, so that it costs no GPU time.
             forecasting = subprocess.Popen(
                 [*script, "--forecast", str(forecast)], cwd=ROOT, env=environment, stdout=log, stderr=log
             )
             try:
                 code, output = run([*script, "--json", str(out), "--no_table"], environment, seconds)
-                if out.exists():  # else the row's process died, and there is nothing to compare with
+                if out.exists():  # otherwise the row's process died, and there is nothing to compare with
                     forecasting.wait(timeout=max(1.0, seconds - (time.monotonic() - started)))
             except subprocess.TimeoutExpired:
                 pass
@@ -124,10 +129,10 @@ def measure(row: dict, seconds: float, environment: dict[str, str], tiny: bool) 
 
 
 def run(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
-    """Exit status and output of a process that may take so many seconds; 124 where it took longer."""
+    """Returns the exit status (124 if it took longer) and the output of a process that may take so many seconds."""
     try:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        # Unbuffered: the last line has to be the one that was printed last.
+        # The output is unbuffered, so that its last line is the one that was printed last.
         environment = environment | {"PYTHONUNBUFFERED": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds, **streams)
         return done.returncode, done.stdout
@@ -144,13 +149,13 @@ def flags(row: dict) -> list[str]:
 
 
 def environment_of(wheels: Path | None, folder: Path) -> dict[str, str]:
-    """The environment of the rows' processes, which import the packages in `wheels` before installed ones.
+    """Returns the environment of the rows' processes, which import the packages in `wheels` before installed ones.
 
     Args:
-        folder: an empty one, where the wheels are unpacked.
+        folder: An empty folder, into which the wheels are unpacked.
 
     Raises:
-        SystemExit: there is no wheel in it.
+        SystemExit: There is no wheel in `wheels`.
     """
     if wheels is None:
         return dict(os.environ)
@@ -170,17 +175,17 @@ def has_gpu(environment: dict[str, str]) -> bool:
 
 
 def write(report: dict, path: Path) -> None:
-    """Whole or not at all: a run may be cut short at any moment."""
+    """Writes the report whole or not at all, because a run may be cut short at any moment."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     os.replace(temporary, path)
 
 
-# ---- what comes of it
+# ---- results
 
 
 def table(report: dict) -> str:
-    """Markdown: the device, and a line for each row."""
+    """Returns Markdown: the device, and a table with a line for each row."""
     facts = next((row["facts"] for row in report["rows"] if row.get("facts")), {})
     lines = []
     if facts:
@@ -224,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="the time for all rows; default 8")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels of pure Python, imported first")
     parser.add_argument("--json", type=Path, default=Path("check_gpu.json"), help="default check_gpu.json")
-    parser.add_argument("--table", type=Path, help="such a file, to print the table of")
+    parser.add_argument("--table", type=Path, help="print the table of this JSON file")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, with the bundled model")
     options = parser.parse_args()
     if options.wheels and not options.wheels.is_dir():

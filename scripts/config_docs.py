@@ -1,4 +1,4 @@
-"""Writes docs/config.md, the page of all fields, from their declarations.
+"""Writes docs/config.md, the page of all fields, from the declarations of the fields.
 
 python scripts/config_docs.py
 """
@@ -14,16 +14,22 @@ from alignprop.settings.fields.field import Field  # noqa: E402
 
 HEAD = """# All fields of the configuration
 
-`python scripts/config_docs.py` makes this page of alignprop/settings/fields/, where each field has its only entry.
-A field is given as `--config.<field>=<value>`; presets (config/) are the defaults below but for what they say. A field
-that has no effect in a configuration is warned of.
+This page lists every field of the configuration. You set a field on the command line with
+`--config.<field>=<value>`. A preset in `config/` starts from the defaults below and changes some of them. The file
+`config.json` in a run's folder has the values that the run used.
+
+The last column says under which conditions a field has an effect. If you set a field that has no effect in your
+configuration, the program prints a warning.
+
+`python scripts/config_docs.py` makes this page from `alignprop/settings/fields/`. To change the page, change the fields
+there and run the script again.
 """
 
 
 def page() -> str:
     parts = [HEAD]
     for group, fields in GROUPS.items():
-        parts += [f"\n## {group}\n", "| field | default | what it does | what it may be | has an effect with |"]
+        parts += [f"\n## {group}\n", "| field | default | what it does | allowed values | has an effect with |"]
         parts += ["|---|---|---|---|---|"]
         parts += [row(field) for field in fields]
     return "\n".join(parts) + "\n"

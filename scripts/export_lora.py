@@ -1,4 +1,4 @@
-"""A trained LoRA for other tools; `alignprop export` does the same.
+"""Writes a trained LoRA for other tools. `alignprop export` does the same.
 
     python scripts/export_lora.py logs/my_run/checkpoints/best my_lora.safetensors --format kohya
 

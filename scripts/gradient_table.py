@@ -1,14 +1,14 @@
-"""What each estimator's gradient is worth, on the bundled model and the quickstart's reward: a Markdown table.
+"""Measures each estimator's gradient on the bundled model and the quickstart's reward, and prints a Markdown table.
 
     python scripts/gradient_table.py [--batches=12] [--steps=20]
 
-Columns, from `batches` optimizer steps' worth of 8 samples each (the same prompts and noise for every estimator):
+The columns are measured on `batches` batches of 8 samples each, with the same prompts and noise for every estimator:
 
 - to definition: relative difference to plain autograd through the estimator's definition (tests/helpers/definitions.py)
-- cosine: of the mean gradient with full back-propagation's; in brackets, of a single batch's, on average
-- norm: of a batch's gradient, as a multiple of full back-propagation's, on average
-- variance: of a batch's gradient, E|g - ḡ|² / |ḡ|²; in brackets, the part that is the estimator's own draw, at the
-  same prompts and noise
+- cosine: between the mean gradient and full back-propagation's; in brackets, the average for single batches
+- norm: the norm of a batch's gradient divided by that of full back-propagation, on average
+- variance: E|g - ḡ|² / |ḡ|² for the gradient g of a batch; in brackets, the part that comes from the estimator's own
+  draw, at the same prompts and noise
 """
 
 import argparse
@@ -39,7 +39,10 @@ SIZE = 8
 
 
 def make_trainer(steps: int, folder: str) -> AlignPropTrainer:
-    """The quickstart, with an adapter that already changes the pictures: a fresh one has no gradient in half of it."""
+    """Returns the quickstart's trainer, with an adapter that already changes the pictures.
+
+    Half of a fresh adapter has no gradient.
+    """
     c = get_config("quickstart")
     c.train.num_inference_steps, c.log_dir, c.eval_reward_fn = steps, folder, ""
     c.eval_diversity = c.eval_base_distance = False
@@ -52,14 +55,14 @@ def make_trainer(steps: int, folder: str) -> AlignPropTrainer:
 
 
 def sweep_gradient(trainer, key, plan) -> torch.Tensor:
-    """∂(mean loss)/∂θ of a batch, by the trainer itself; float64."""
+    """Returns ∂(mean loss)/∂θ of a batch, computed by the trainer itself; float64."""
     trainer.weights.zero_grad()
     trainer.add_gradients(key, torch.arange(SIZE), plan)
     return torch.cat([p.grad.flatten() for p in trainer.weights.parameters])
 
 
 def defined_gradient(trainer, key, name: str, plan, samples) -> torch.Tensor:
-    """The same of some samples, through the estimator's definition; their share of the batch's mean."""
+    """Returns the same gradient through the estimator's definition: the share of some samples in the batch's mean."""
     run, parameters = trainer.run, trainer.weights.parameters
     sampler, options, total = run.rollout.sampler, options_of(name, trainer), 0
     prompts, metadata = draw_prompts(trainer.prompts, *key, samples)

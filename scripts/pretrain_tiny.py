@@ -1,4 +1,4 @@
-"""Train the bundled tiny text-to-image model from scratch, on a CPU: one command, about two and a half hours.
+"""Trains the bundled tiny text-to-image model from scratch on a CPU: one command, about two and a half hours.
 
     OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py
 
@@ -6,7 +6,7 @@ Stages, in order:
 
     scenes      draw the training and test pictures, write the prompt lists
     judge       the independent classifier that measures the result
-    clip        CLIP: the text tower is final after it, the image tower is not
+    clip        CLIP; its text tower is final after this stage, its image tower is not
     vae         the autoencoder, and the scenes' latents
     unet        the denoiser, by far the longest
     unet_longer the denoiser again, from its own weights
@@ -17,9 +17,10 @@ Stages, in order:
     pipeline    put the parts together as a diffusers pipeline
     evaluate    judge generated pictures, write evaluation.json and samples.png
 
-A finished stage is skipped and an interrupted one goes on where it was saved, so the same command resumes.
-With a second core, ``--stages judge,clip`` may run beside ``--stages vae`` and ``--stages images,decoder,aesthetic``
-beside ``--stages unet``. The result is described in alignprop/assets/tiny/README.md.
+A finished stage is skipped, and an interrupted one continues from its last save, so the same command resumes. With a
+second core, ``--stages judge,clip`` may run at the same time as ``--stages vae``, and
+``--stages images,decoder,aesthetic`` at the same time as ``--stages unet``. alignprop/assets/tiny/README.md describes
+the result.
 """
 
 import argparse
@@ -42,7 +43,7 @@ STAGES = (
 
 
 def run_stage(name: str, work: Path, out: Path, scale: float, unet_minutes: float) -> None:
-    """Run one stage; ``scale`` multiplies every number of steps and of drawn scenes."""
+    """Runs one stage. ``scale`` multiplies every number of steps and of drawn scenes."""
     scaled = lambda number: max(4, int(number * scale))  # noqa: E731
     if name == "scenes":
         scenes.make(work, scaled(48000), scaled(3000), scaled(16000))
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"stages: {unknown[0]!r} is not one of {', '.join(STAGES)}")
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # small tensors: a second thread costs more than it gives
+    torch.set_num_threads(1)  # the tensors are small, so a second thread costs more than it gives
     for stage in chosen:
         done = options.work / f"{stage}.done"
         if done.exists():

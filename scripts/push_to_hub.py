@@ -1,4 +1,4 @@
-"""Uploads a run to the Hugging Face hub; `alignprop push` does the same.
+"""Uploads a run to the Hugging Face hub. `alignprop push` does the same.
 
     python scripts/push_to_hub.py logs/my_run --repo user/name --private
 

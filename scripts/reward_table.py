@@ -1,16 +1,16 @@
-"""How equal each reward is to its reference, with random weights of tiny sizes: a Markdown table.
+"""Compares each reward with its reference, on random weights of tiny sizes, and prints a Markdown table.
 
     python scripts/reward_table.py [hps clip pickscore imagereward siglip aesthetic]
 
-The references are published code (the packages hpsv2 and image-reward, installed aside in `work/` the first time) and
-transformers' processors and models; `tests/helpers/reward_references.py` has them. Columns, of pictures
-that need no resize unless it says "resized":
+The references are published code (the packages hpsv2 and image-reward, which the first call installs aside in `work/`)
+and transformers' processors and models. They are in `tests/helpers/reward_references.py`. The columns are measured on
+pictures that need no resize, unless they say "resized":
 
-- pixels: largest difference in 1/255, before normalising; in brackets, of resized pictures: PIL rounds to 8 bits
-  after each of its two passes, the rewards keep float32
-- tokens: whether all ids are equal, also of odd prompts
-- scores: largest difference, relative; in brackets, of all pictures, relative to the scores' standard deviation
-- gradient: norm of the difference to autograd through the reference, relative
+- pixels: the largest difference in 1/255, before normalising; in brackets, for resized pictures (PIL rounds to 8 bits
+  after each of its two passes, the rewards keep float32)
+- tokens: whether all ids are equal, also for odd prompts
+- scores: the largest relative difference; in brackets, for all pictures, relative to the scores' standard deviation
+- gradient: the relative norm of the difference to autograd through the reference
 """
 
 import os
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

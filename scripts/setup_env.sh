@@ -1,4 +1,4 @@
-# Sourced by run.sh and test.sh: enters the project's folder and sees to its virtual environment, .venv.
+# Sourced by run.sh and test.sh. Enters the project's folder and prepares its virtual environment, .venv.
 
 fail() {
     echo "error: $*" >&2
@@ -8,7 +8,7 @@ fail() {
 # setup_env REQUIREMENTS...: installs each file, unless it has not changed since it was installed.
 setup_env() {
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
-    # Without pip it is missing, or was interrupted: making it once more completes it.
+    # If pip does not run, .venv is missing or was interrupted. Making it again completes it.
     .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
     local file
     for file in "$@"; do

@@ -1,7 +1,7 @@
-"""What mkdocs needs to make a site of pages that are also read in the repository.
+"""Hooks for mkdocs, which makes a site of pages that are also read in the repository.
 
-Three pages live outside of docs/ because people look for them at the top of a repository. They are added to the site
-under the names below. A link to a file that is no page, such as a module, becomes that file's name.
+Some pages live outside of docs/, such as those that people look for at the top of a repository. They are added to the
+site under the names below. A link to a file that is not a page, such as a module, keeps only its text.
 """
 
 import re
@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files, config):
-    """Add the pages and pictures that live outside of docs/."""
+    """Adds the pages and pictures that live outside of docs/."""
     for source, page in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
     for source, page in PICTURES.items():
@@ -30,14 +30,14 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Lead links to where their target is on the site; of a link to no page only its text is left."""
+    """Points links to where their targets are on the site. A link to a file that is not a page keeps only its text."""
     homes = {page: source for source, page in ELSEWHERE.items()}
     folder = (ROOT / homes.get(page.file.src_uri, f"docs/{page.file.src_uri}")).parent
 
     def on_site(match):
         path = (folder / match[1]).resolve()
         if not path.exists() or not path.is_relative_to(ROOT):
-            return match[0]  # mkdocs says that it leads nowhere
+            return match[0]  # mkdocs warns that this link leads nowhere
         inside = path.relative_to(ROOT).as_posix()
         if inside in ELSEWHERE or inside in PICTURES:
             return f"]({(ELSEWHERE | PICTURES)[inside]}{match[2] or ''})"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Lint, format check, type check of the public surface and tests in the project's own virtual environment, which the first call sets up.
+# Runs lint, format check, type check of the public surface, and tests in the project's own virtual environment, which
+# the first call sets up.
 #
 #   bash scripts/test.sh          everything
-#   bash scripts/test.sh --fast   the tests of single modules alone, in about a minute
+#   bash scripts/test.sh --fast   only the tests of single modules, in about a minute
 #
 # Further options are pytest's, such as -k rollout, or -n 0 for a single process.
 set -euo pipefail
@@ -15,5 +16,5 @@ options=(-n auto --maxprocesses 4 --dist worksteal)
 for option in "$@"; do
     if [[ $option == --fast ]]; then options+=(tests/unit); else options+=("$option"); fi
 done
-# Several processes of one thread each: the tests' tensors are too small to be shared out.
+# The tests run in several processes of one thread each, because their tensors are too small to share between threads.
 OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "${options[@]}"

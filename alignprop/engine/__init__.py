@@ -1,4 +1,4 @@
-"""Processes and devices: random generators, what processes agree on, spread weights, speed, work in the background.
+"""Processes and devices: random generators, agreement of processes, sharded weights, speed, work in the background.
 
-May import settings and models.
+This folder may import settings and models.
 """

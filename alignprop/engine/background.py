@@ -1,4 +1,4 @@
-"""Work that the device need not wait for, such as encoding pictures: done in a thread of its own, in order."""
+"""A background thread for work that the device need not wait for, such as encoding pictures."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Background:
-    """Does one job after the other, in the order in which they were submitted, while its caller goes on.
+    """Does jobs one after the other, in the order in which they were submitted, while the caller goes on.
 
-    Where a job fails, those that were submitted after it are dropped, and the next `submit` or `wait` raises its error.
-    A process that ends by itself, an error included, does what was submitted first; one that is killed does not.
+    If a job fails, the jobs after it are dropped, and the next `submit` or `wait` raises its error. A process that ends
+    by itself, even with an error, first does all submitted jobs. A process that is killed does not.
 
     Args:
-        at_most: how many jobs may be pending; their pictures take memory.
+        at_most: the largest number of pending jobs. It is limited because their pictures take memory.
     """
 
     def __init__(self, at_most: int = 32):
@@ -23,10 +23,12 @@ class Background:
         self._error: BaseException | None = None
 
     def submit(self, function: Callable[..., Any], *args) -> None:
-        """Has `function(*args)` done later, and waits where too many jobs are pending.
+        """Has `function(*args)` called later. Waits first if too many jobs are pending.
 
         Args:
-            args: must not change until then. Tensors on the CPU, so that the thread has no part in the device's work.
+            function: the job.
+            args: its arguments, which must not change until then. Tensors must be on the CPU, so that the thread does
+                not interfere with the device.
         """
         self._settle(self.at_most - 1)
         self._pending.append(self._thread.submit(self._do, function, args))
@@ -44,7 +46,7 @@ class Background:
             self._error = error
 
     def _settle(self, pending: int) -> None:
-        """Waits until at most so many jobs are pending; raises what one of them raised."""
+        """Waits until at most `pending` jobs are pending. Raises the error of a job that failed."""
         while len(self._pending) > (pending if self._error is None else 0):
             self._pending[0].result()
             self._pending.popleft()

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, and what they agree on."""
+"""The processes of a run: how they start, and how they agree on a result."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,17 +21,17 @@ def start_processes(timeout_minutes: float) -> PartialState:
     """Joins the other processes, if a launcher has started several.
 
     Args:
-        timeout_minutes: the longest wait for another process.
+        timeout_minutes: the longest time to wait for another process.
     """
     return PartialState(cpu=_on_cpu(), timeout=timedelta(minutes=timeout_minutes))
 
 
 def make_accelerator(mixed_precision: str, log_with: list, folder: Path) -> Accelerator:
-    """The accelerator of a run whose results lie in `folder`."""
+    """Returns the accelerator of a run with its results in `folder`."""
     return Accelerator(
         cpu=_on_cpu(),
         mixed_precision=mixed_precision,
-        # The trainer sums micro-batches itself; without this, the environment could have accelerate divide losses.
+        # The trainer sums micro-batches itself. Without this, the environment could make accelerate divide the losses.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=log_with,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
@@ -39,14 +39,14 @@ def make_accelerator(mixed_precision: str, log_with: list, folder: Path) -> Acce
 
 
 def _on_cpu() -> bool:
-    """Whether the run is on CPUs: accelerate starts several processes there only when told so."""
+    """Returns whether the run is on CPUs. accelerate uses several processes there only if it is told so."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """`function()` of the main process, or its ConfigError, on every process.
+    """Calls `function` on the main process, and returns its result, or raises its ConfigError, on every process.
 
-    For what depends on the disk or the clock: processes that look for themselves may see different things.
+    It is for functions that depend on the disk or the clock, because each process may see something different there.
     """
     state = PartialState()
     answer: list = [None, None]

@@ -1,9 +1,9 @@
-"""FSDP2: the denoiser's weights spread over the processes, each of which holds a part of every tensor.
+"""FSDP2: the denoiser's weights are sharded, so that each process holds a part of every tensor.
 
-accelerate's own engine does it, as its configuration file says (config/accelerate/fsdp2.yaml). Here is what the engine
-cannot know: that a LoRA stays whole, where a diffusers model is cut into units, and in which precision gradients are
-averaged. Below are the few things that the rest of the code does otherwise when weights are spread: every network call
-is made by all processes together, and a tensor is gathered before it is written and spread after it is read.
+accelerate does this, as its configuration file asks (config/accelerate/fsdp2.yaml). This file tells accelerate what it
+cannot know: that a LoRA stays whole, how a diffusers model is divided into units, and in which precision gradients are
+averaged. It also has the few things that the rest of the code does differently when weights are sharded: all processes
+make every network call together, and a tensor is gathered before it is written and sharded after it is read.
 """
 
 import os
@@ -23,10 +23,13 @@ from alignprop.settings.memory_policies import MemoryPolicy
 
 
 def check_engine(accelerator: Accelerator, use_lora: bool, optimizer: str, train_text_encoder=False) -> None:
-    """Refuses what an accelerate configuration asks for and training here cannot do; warns of what it overrules.
+    """Refuses options of accelerate that training here does not support. Warns if its precision has no effect.
 
     Args:
-        use_lora, optimizer, train_text_encoder: the run's fields of these names.
+        accelerator: the accelerator, made from accelerate's own configuration.
+        use_lora: the run's field of this name.
+        optimizer: the run's field `train.optimizer`.
+        train_text_encoder: the run's field of this name.
 
     Raises:
         ConfigError: an engine other than FSDP2, or an option of FSDP2 that does not work with the sweep.
@@ -64,10 +67,10 @@ def is_fsdp(accelerator: Accelerator) -> bool:
 
 
 def check_policy(accelerator: Accelerator, memory: MemoryPolicy, compiled: bool, channels_last: bool | None) -> None:
-    """Refuses what weights that FSDP2 gathers and drops cannot have.
+    """Refuses settings that do not work when FSDP2 gathers the weights for each call and drops them after it.
 
     Raises:
-        ConfigError: with the field and what it has to be.
+        ConfigError: the message names the field and the value that it must have.
     """
     if not is_fsdp(accelerator):
         return
@@ -86,12 +89,12 @@ def is_sharded(denoiser: torch.nn.Module) -> bool:
 
 
 def shard(accelerator: Accelerator, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """Spreads `denoiser` in place; its trained tensors too, unless they are an adapter beside frozen ones.
+    """Shards `denoiser` in place. Its trained tensors are sharded too, unless they are an adapter of frozen weights.
 
     Returns:
-        The optimizer, prepared, of the denoiser's new parameters.
+        The prepared optimizer, which has the denoiser's new parameters.
     """
-    configured = accelerator.state.fsdp_plugin  # accelerate keeps one for a whole process, whatever it prepares
+    configured = accelerator.state.fsdp_plugin  # accelerate has one plugin for the whole process
     plugin = accelerator.state.fsdp_plugin = copy(configured)
     if any(not p.requires_grad for p in denoiser.parameters()):
         owns_trained = lambda m: any(p.requires_grad for p in m.parameters(recurse=False))  # noqa: E731
@@ -99,11 +102,11 @@ def shard(accelerator: Accelerator, denoiser: torch.nn.Module, optimizer: torch.
     if plugin.auto_wrap_policy is None:
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
     if plugin.transformer_cls_names_to_wrap is None:
-        # Not every model of a diffusers class has all the blocks that the class names.
+        # A diffusers class may name kinds of blocks that this model does not have.
         present = {type(module).__name__ for module in denoiser.modules()}
         plugin.transformer_cls_names_to_wrap = [n for n in denoiser._no_split_modules or () if n in present]
     if policy := plugin.mixed_precision_policy:
-        # Gathered in half precision; autocast decides what is computed in it, and gradients are averaged in float32.
+        # Weights are gathered in half precision. Autocast decides what computes in it. Gradients average in float32.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -113,14 +116,14 @@ def shard(accelerator: Accelerator, denoiser: torch.nn.Module, optimizer: torch.
 
 
 def release(denoiser: torch.nn.Module) -> None:
-    """Drops what is gathered, of which FSDP keeps some after a call: it would be stale once the weights change."""
+    """Drops gathered weights. FSDP keeps some of them after a call, and they are stale once the weights change."""
     for module in denoiser.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def on_any_process(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """bool [...]: where `flags` is true on any process."""
+    """Returns, for each entry of `flags`, whether it is true on any process; bool [...]."""
     counts = flags.to(device, torch.uint8)
     torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
     return counts.to(flags.device, torch.bool)
@@ -128,7 +131,7 @@ def on_any_process(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def gather(nested, keep: bool = True):
-    """`nested` dicts and lists with every tensor whole and on the CPU; None in its place without `keep`.
+    """Returns the `nested` dicts and lists with every tensor whole and on the CPU, or replaced by None without `keep`.
 
     All processes have to call it.
     """
@@ -141,16 +144,16 @@ def gather(nested, keep: bool = True):
 
 
 def spread(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor`, which every process has whole, laid out as `like` is."""
+    """Shards `tensor`, which every process has whole, in the same way as `like`. It stays whole if `like` is whole."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole_copy(denoiser: torch.nn.Module, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A diffusers model as `denoiser` was before it was spread, with these parameters instead of its own."""
+    """Returns an unsharded diffusers model like `denoiser`, with the parameters `weights`."""
     with torch.device("meta"):
-        whole = type(denoiser).from_config(denoiser.config)  # FSDP's class makes one of the class that it wraps
+        whole = type(denoiser).from_config(denoiser.config)  # FSDP's class makes a model of the class that it wraps
     buffers = {name: tensor for name, tensor in denoiser.state_dict().items() if name not in weights}
     whole.load_state_dict({**buffers, **weights}, assign=True)
     return whole

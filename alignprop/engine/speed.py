@@ -1,4 +1,4 @@
-"""What makes the same computation faster: the layout of convolutions, and compiled blocks."""
+"""Two ways to make the same computation faster: the memory layout of convolutions, and compiled blocks."""
 
 import torch
 
@@ -7,20 +7,22 @@ from alignprop.settings.errors import ConfigError
 
 
 def use_channels_last(model: Model) -> None:
-    """Keeps the weights of convolutions, and with them their activations, in NHWC order."""
+    """Puts the weights of convolutions, and so their activations, in NHWC order."""
     for module in (model.denoiser, model.decoder):
         module.to(memory_format=torch.channels_last)
 
 
 def compile_blocks(denoiser: torch.nn.Module, backend: str = "inductor") -> None:
-    """Compiles the denoiser's repeated blocks, each kind of block once; after its adapter and policy are in place.
+    """Compiles the denoiser's repeated blocks, each kind of block once.
+
+    The denoiser's adapter and memory policy must be in place before.
 
     Raises:
         ConfigError: diffusers names no repeated blocks for this denoiser.
     """
     if not getattr(denoiser, "_repeated_blocks", None):
         raise ConfigError(f"compile = True: {type(denoiser).__name__} has no repeated blocks that diffusers compiles")
-    # A block is traced anew for each of its widths and resolutions, with and without gradient, and for one and for
-    # several samples; with torch's default of 8 the last of these would silently run uncompiled.
+    # A block is traced again for each of its widths and resolutions, with and without gradient, and for one and for
+    # several samples. Under torch's default limit of 8 the last of these variants would silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     denoiser.compile_repeated_blocks(backend=backend)

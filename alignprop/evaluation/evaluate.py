@@ -1,7 +1,7 @@
-"""Evaluation: fixed prompts, fixed noise, any number of rewards, and a report a person can look at.
+"""The evaluation of a model: fixed prompts, fixed noise, any number of rewards, and a report for people.
 
-Picture j of a prompt set always has the same prompt and the same noise, whatever the batch size or the number of
-processes, and nothing here touches the randomness of training.
+Picture j of a prompt set always has the same prompt and the same noise. The batch size and the number of processes
+do not change them. An evaluation does not touch the randomness of training.
 """
 
 import csv
@@ -31,21 +31,21 @@ from alignprop.settings.memory_policies import chunks
 
 Sample = Callable[[list[torch.Generator], Conditioning, list[str], list[dict]], torch.Tensor]
 
-NUM_COMPARED = 8  # pictures whose base distance is measured: the first, whatever the batch size
+NUM_COMPARED = 8  # The base distance is measured on the first 8 pictures, whatever the batch size.
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation of n pictures found.
+    """The results of an evaluation of n pictures.
 
     Attributes:
-        prompts: n prompts.
-        images: float [min(n, keep), 3, H, W] in [0, 1], the first pictures.
-        rewards: the reward of interest, float64 [n].
-        terms: for each single reward, its own scores, float64 [n].
-        measures: what is said of all pictures together, as far as it was measured: "diversity" (evaluation/judges.py),
-            "base_distance" (method/base_distance.py).
-        metadata: n rows, those of the prompts.
+        prompts: the prompts of the n pictures.
+        images: the first pictures, float [min(n, keep), 3, H, W] in [0, 1].
+        rewards: the scores under the reward of interest, float64 [n].
+        terms: the scores under each single reward, by its name, float64 [n].
+        measures: the measures of all pictures together, as far as they were measured: "diversity"
+            (evaluation/judges.py) and "base_distance" (method/base_distance.py).
+        metadata: the metadata rows of the n prompts.
     """
 
     prompts: list[str]
@@ -57,12 +57,12 @@ class Evaluation:
 
     @property
     def columns(self) -> dict[str, torch.Tensor]:
-        """Everything that was measured, [n] each; the reward only where it is not one of the terms itself."""
+        """All scores by name, [n] each; the reward is included only if it does not equal one of the terms."""
         alone = any(torch.equal(self.rewards, scores) for scores in self.terms.values())
         return self.terms if alone else {"reward": self.rewards, **self.terms}
 
     def row(self) -> dict:
-        """The means, as a row of metrics.jsonl."""
+        """Returns the means as a row of metrics.jsonl."""
         return {
             "kind": "eval",
             "reward": self.rewards.mean().item(),
@@ -72,19 +72,19 @@ class Evaluation:
         }
 
     def labels(self) -> list[str]:
-        """A caption for each kept picture: its prompt and its score under the first single reward."""
+        """Returns a caption for each kept picture: its prompt and its score under the first single reward."""
         scores = next(iter(self.terms.values())).tolist()
         return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], scores, strict=False)]
 
 
 def statistics(scores: torch.Tensor) -> dict[str, float]:
-    """Mean, standard deviation and standard error of the mean of scores [n]."""
+    """Returns the mean, the standard deviation and the standard error of the mean of scores [n], and n."""
     std = scores.std().item() if len(scores) > 1 else 0.0
     return {"mean": scores.mean().item(), "std": std, "stderr": std / math.sqrt(len(scores)), "n": len(scores)}
 
 
 class _Picture(NamedTuple):
-    """What is told of picture j to all processes; None is what was not asked for."""
+    """The data of picture j that all processes receive. A value that was not asked for is None."""
 
     j: int
     scores: dict[str, float]
@@ -98,13 +98,13 @@ class Evaluator:
 
     Args:
         rollout: samples the pictures.
-        judges: score them.
-        num_images: n; the prompts repeat, each time with other noise.
-        num_prompts: how many of the prompts are used, all where there are fewer; None: all.
-        batch_size: pictures at once on one process.
-        decode_chunk: pictures that are decoded and scored at once; 0: the batch.
-        keep: how many of the pictures are returned.
-        base_distance: measure it, where the model has an adapter.
+        judges: score the pictures.
+        num_images: the number n of pictures. Prompts repeat if there are fewer, each time with different noise.
+        num_prompts: the number of prompts to use; all prompts if there are fewer, or if it is None.
+        batch_size: the number of pictures that one process samples at once.
+        decode_chunk: the number of pictures that are decoded and scored at once; 0 means the whole batch.
+        keep: the number of pictures to return.
+        base_distance: whether to measure the base distance; it needs a model with an adapter.
         phases: brings the modules of a phase to the device (memory/residency.py).
     """
 
@@ -117,7 +117,7 @@ class Evaluator:
         self.accelerator = accelerator
         self.num_images, self.batch_size, self.seed, self.keep = num_images, batch_size, seed, keep
         self.decode_chunk, self.phases = decode_chunk, phases
-        # Shuffled, so that few pictures of a sorted prompt file still show all kinds of prompts.
+        # The prompts are shuffled, so that a few pictures of a sorted prompt file still show all kinds of prompts.
         order = torch.randperm(len(prompts), generator=generator(seed, "evaluation order")).tolist()[:num_prompts]
         self.order = [order[j % len(order)] for j in range(num_images)]
 
@@ -128,12 +128,13 @@ class Evaluator:
         should_stop: Callable[[], bool] = lambda: False,
         sample: Sample | None = None,
     ) -> Evaluation | None:
-        """The same result on every process.
+        """Runs the evaluation; every process gets the same result.
 
         Args:
-            sample: (generators, cond, prompts, metadata) -> final latents; None: the rollout.
             on_image: called with (j, picture [3, H, W]) for each picture, on the process that made it.
-            should_stop: asked before each batch, by all processes together; True ends it, and the result is None.
+            should_stop: called by all processes together before each batch. If it returns True, the evaluation ends
+                and returns None.
+            sample: (generators, cond, prompts, metadata) -> final latents; None means the rollout.
         """
         size, n, accelerator = self.batch_size, self.num_images, self.accelerator
         at_once = size * accelerator.num_processes
@@ -145,8 +146,8 @@ class Evaluator:
                 return None
             start = first + accelerator.process_index * size
             batch = range(start, min(start + size, n))
-            # The weights that FSDP2 has spread are gathered by all processes together: one that has no picture left
-            # draws the first again, for nothing.
+            # All processes together gather the weights that FSDP2 has sharded. So a process without a picture left
+            # samples the first picture again and discards it.
             if not batch and not is_sharded(self.rollout.denoiser):
                 continue
             for picture in self._batch(batch or range(1), sample, compares and first < NUM_COMPARED)[: len(batch)]:
@@ -186,7 +187,10 @@ class Evaluator:
         return [*map(_Picture, batch, rows, torch.cat(images).cpu(), embeddings, distances)]
 
     def _distances(self, batch: range, latents, cond, base_cond) -> list[float | None]:
-        """Base distances of the pictures that are compared; where FSDP2 has spread the weights, of one at least."""
+        """Returns the base distance of each picture that is compared, and None for each other picture.
+
+        If FSDP2 has sharded the weights, at least one distance is computed, because all processes gather together.
+        """
         rows = slice(max(sum(j < NUM_COMPARED for j in batch), is_sharded(self.rollout.denoiser)))
         noise = generators(batch[rows], self.seed, "base distance")
         distances = torch.empty(0)
@@ -197,10 +201,10 @@ class Evaluator:
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> dict:
-    """scores.csv (a row per picture), summary.json (statistics overall and per prompt) and grid.png.
+    """Writes scores.csv (a row per picture), summary.json (statistics overall and per prompt) and grid.png.
 
     Returns:
-        What summary.json holds.
+        The content of summary.json.
     """
     names = list(evaluation.terms)
     with open(folder / "scores.csv", "w", newline="") as file:

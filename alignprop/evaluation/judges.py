@@ -1,4 +1,4 @@
-"""What judges the pictures of a run: the reward that it is after, others that are only measured, their diversity."""
+"""The judges of a run's pictures: the reward of interest, rewards that are only measured, and diversity."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,18 +16,19 @@ BuildReward = Callable[[str, Mapping[str, Mapping]], WeightedReward]
 
 
 def load_tower(config: ConfigDict) -> ClipTower:
-    """The image half of `clip.model`, with its weights."""
+    """Loads the image half of `clip.model`, with its weights."""
     c = config.clip
     return load_clip(c.model, c.revision, c.dtype, with_text=False, field="clip.model")
 
 
 @dataclass(frozen=True)
 class Judges:
-    """
+    """Everything that judges pictures in an evaluation.
+
     Attributes:
         reward: the reward of interest.
-        extra: further rewards to measure; terms that `reward` has too are not among them.
-        tower: the CLIP in whose space pictures of a prompt are compared, where they are.
+        extra: further rewards to measure, without the terms that `reward` already has.
+        tower: the CLIP model that embeds pictures to measure their diversity; None if diversity is not measured.
     """
 
     reward: WeightedReward
@@ -36,7 +37,7 @@ class Judges:
 
     @property
     def phases(self) -> dict[str, tuple[WeightedReward | None, ClipTower | None]]:
-        """Which of them judge in which phase (memory/residency.py); the tower with the reward that has it."""
+        """The judges of each phase (memory/residency.py). The tower belongs to "decode" if `reward` contains it."""
         with_reward = any(module is self.tower for module in self.reward.modules())
         return {
             "decode": (self.reward, self.tower if with_reward else None),
@@ -46,12 +47,14 @@ class Judges:
     def judge(
         self, images: list[torch.Tensor], prompts: list[str], metadata: list[dict], phases: Phases, only: str = ""
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """The scores of pictures, [n] for each single reward, and the unit vectors [n, D] that their diversity needs.
+        """Returns the scores of n pictures, [n] for each single reward, and their unit vectors [n, D] for diversity.
 
         Args:
-            images: chunks [b, 3, H, W] of the n pictures, each of which is judged at once.
+            images: the n pictures in chunks [b, 3, H, W]; a chunk is judged at once.
+            prompts: the n prompts.
+            metadata: the metadata rows of the n prompts.
             phases: brings the judges of a phase to the device.
-            only: the one phase whose judges are asked; empty: all.
+            only: the only phase in which judges are asked; empty means all phases.
         """
         scores, embeddings = {}, None
         for phase, (reward, tower) in self.phases.items():
@@ -67,7 +70,8 @@ class Judges:
     def try_on(self, images: torch.Tensor, prompts, metadata, needs_gradient: bool, phases: Phases) -> None:
         """Scores some pictures, so that a broken reward is found now and not after the first evaluation.
 
-        Raises: rewards.RewardError.
+        Raises:
+            rewards.RewardError: a reward is broken.
         """
         with phases("decode"):
             try_reward(self.reward, images, prompts, metadata, needs_gradient)
@@ -89,16 +93,18 @@ def build_judges(
     config: ConfigDict, prompts: PromptSet | None, reward_function=None, build: BuildReward = build_reward,
     build_tower: Callable[[ConfigDict], ClipTower] = load_tower,
 ) -> Judges:  # fmt: skip
-    """
+    """Builds the judges that a configuration asks for.
+
     Args:
-        config: resolved.
-        prompts: of the evaluation; None where they are not known yet: more than the configuration's number of them.
+        config: the resolved configuration.
+        prompts: the evaluation's prompts; None if they are not known yet. Then there are assumed to be at least
+            `num_eval_prompts` of them, or `num_eval_images` if that is None.
         reward_function: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
-        build: makes a reward of its name and the options of all rewards.
-        build_tower: makes the CLIP `clip.model`, where no reward has it.
+        build: makes a reward from its name and the options of all rewards.
+        build_tower: makes the CLIP `clip.model` if no reward has it.
 
     Raises:
-        rewards.RewardError: one of them is unknown, or its files cannot be had.
+        rewards.RewardError: a reward is unknown, or its files are not available.
     """
     c = config
     options = {name: c[name].to_dict() for name in {options_name(reward) for reward in REWARDS} if name in c}
@@ -111,10 +117,10 @@ def build_judges(
 
 
 def measured(config: ConfigDict, prompts: PromptSet, reward_function=None) -> list[str]:
-    """The names of all that an evaluation of a training run measures, as in its row; loads nothing.
+    """Returns the names of everything that an evaluation of a training run measures, as in its row. Loads nothing.
 
     Args:
-        config, prompts, reward_function: as of `build_judges`.
+        config, prompts, reward_function: as in `build_judges`.
     """
     c = config
     named = [*(as_reward(reward_function).terms if reward_function else parse_spec(c.reward_fn))]
@@ -124,34 +130,34 @@ def measured(config: ConfigDict, prompts: PromptSet, reward_function=None) -> li
 
 
 def diversity(embeddings: torch.Tensor, prompts: list[str]) -> float | None:
-    """Mean of 1 - cosine over all pairs of pictures of a prompt, on average over the prompts that have a pair.
+    """Returns the mean of 1 - cosine over all pairs of pictures of a prompt, averaged over the prompts with a pair.
 
     Args:
-        embeddings: unit vectors [n, D] of the pictures.
-        prompts: n, theirs.
+        embeddings: the unit vectors [n, D] of the pictures.
+        prompts: the prompts of the n pictures.
 
     Returns:
-        From 0, where those of a prompt are all the same picture, to 2; None where no prompt has two.
+        A number from 0 (all pictures of a prompt are the same) to 2; None if no prompt has two pictures.
     """
     rows_of: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows_of.setdefault(prompt, []).append(row)
     distances = []
     for rows in (rows for rows in rows_of.values() if len(rows) > 1):
-        # The square of the sum holds each pair twice, and each vector with itself.
+        # The square of the sum contains each pair twice, and each vector paired with itself.
         n, of_sum = len(rows), embeddings[rows].double().sum(dim=0).square().sum()
         distances.append(1 - (of_sum - n) / (n * (n - 1)))
     return torch.stack(distances).mean().item() if distances else None
 
 
 def _is_diverse(c: ConfigDict, prompts: PromptSet | None) -> bool:
-    """Whether the diversity of an evaluation is to be measured, and can be: some prompt repeats."""
+    """Whether an evaluation measures diversity: it is asked for, and some prompt repeats."""
     known = c.num_eval_images if prompts is None else len(prompts)
     return c.eval_diversity and c.num_eval_images > min(c.num_eval_prompts or known, known)
 
 
 def _tower(c: ConfigDict, reward: WeightedReward, extra: WeightedReward | None, build_tower) -> ClipTower:
-    """`clip.model`: that of a reward that is there anyway, or one of its own."""
+    """Returns the CLIP `clip.model`: the one that a reward already has, or else a newly built one."""
     own, clip = c.aesthetic, c.clip
     same = (own.clip, own.clip_revision, own.dtype) == (clip.model, clip.revision, clip.dtype)
     names = ("clip", "aesthetic")[: 1 + same]

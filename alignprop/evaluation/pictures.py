@@ -1,4 +1,4 @@
-"""Labelled picture grids (PNG), and the curves of a run or of a soup (matplotlib)."""
+"""Draws labelled grids of pictures (PNG), and the curves of a run or of a weight soup (matplotlib)."""
 
 import json
 import math
@@ -10,27 +10,27 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-CONTENTS = "contents"  # what a grid's PNG says of its pictures: [[label, [left, top, right, bottom]], …] in JSON
+CONTENTS = "contents"  # A grid's PNG lists its pictures under this key: JSON [[label, [left, top, right, bottom]], …].
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """A float tensor [3, H, W] in [0, 1] as a picture of 8 bits; NaN becomes black."""
+    """Returns a float tensor [3, H, W] in [0, 1] as an 8-bit picture; NaN becomes black."""
     pixels = image.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def save_image(image: torch.Tensor, path: str | os.PathLike) -> None:
-    """Write one picture, a float tensor [3, H, W] in [0, 1], as a PNG."""
+    """Writes one picture, a float tensor [3, H, W] in [0, 1], as a PNG."""
     _save_png(to_pil(image), path)
 
 
 def save_grid(images: torch.Tensor, labels: Sequence[str], path: str | os.PathLike, columns: int | None = None) -> None:
-    """Write pictures [B, 3, H, W] in [0, 1] as one PNG, with ``labels`` under them; see `draw_grid`."""
+    """Writes pictures [B, 3, H, W] in [0, 1] as one PNG, with ``labels`` under them; see `draw_grid`."""
     _save_png(draw_grid(images, labels, columns), path)
 
 
 def read_grid(path: str | os.PathLike) -> list[tuple[str, Image.Image]]:
-    """Label and picture, as large as it is drawn, of everything in a PNG of `save_grid`; nothing from any other PNG."""
+    """Returns the (label, picture) pairs in a PNG of `save_grid`, in the size drawn; none from any other PNG."""
     with Image.open(path) as grid:
         return [(label, grid.crop(box)) for label, box in json.loads(grid.info.get(CONTENTS, "[]"))]
 
@@ -38,13 +38,19 @@ def read_grid(path: str | os.PathLike) -> list[tuple[str, Image.Image]]:
 def save_before_after(
     before: torch.Tensor, after: torch.Tensor, labels: Sequence[str], path: str | os.PathLike
 ) -> None:
-    """Write two rows of pictures [B, 3, H, W] in [0, 1], ``before`` above ``after``, one label per column."""
+    """Writes two rows of pictures [B, 3, H, W] in [0, 1], ``before`` above ``after``, with one label per column."""
     texts = [""] * len(before) + list(labels)
     _save_png(draw_grid(torch.cat([before, after]), texts, len(before), row_titles=("before", "after")), path)
 
 
 def save_comparison(rows: Mapping[str, torch.Tensor], labels: Sequence[str], path: str | os.PathLike) -> None:
-    """Write a row of pictures [B, 3, H, W] in [0, 1] for each name, with the prompts of the labels under the last."""
+    """Writes a row of pictures for each name, 8 at most, with the prompts of the labels under the last row.
+
+    Args:
+        rows: the pictures [B, 3, H, W] in [0, 1] of each name.
+        labels: the captions of the pictures, as `Evaluation.labels` returns them.
+        path: the PNG to write.
+    """
     count = min(8, *map(len, rows.values()))
     texts = [""] * count * (len(rows) - 1) + [label.rpartition("\n")[0] for label in labels[:count]]
     pictures = torch.cat([images[:count] for images in rows.values()])
@@ -59,17 +65,18 @@ def draw_grid(
     min_side: int = 128,
     max_lines: int = 4,
 ) -> Image.Image:
-    """Pictures in a grid on white.
+    """Draws pictures in a grid on a white background.
 
     Args:
         images: float [B, 3, H, W] in [0, 1].
-        labels: B texts, wrapped to the picture's width; each line of a text gets ``max_lines`` at most.
-        columns: pictures per row, by default at most 8.
-        row_titles: written left of each row.
+        labels: B texts, wrapped to the width of a picture.
+        columns: the number of pictures per row; by default 8 at most.
+        row_titles: the titles on the left of the rows.
         min_side: smaller pictures are enlarged by a whole factor, so that the text under them can be read.
+        max_lines: the number of wrapped lines that each line of a label may take.
 
     Raises:
-        ValueError: not of that shape, no picture, or a different number of labels.
+        ValueError: the images have another shape, there are none, or the number of labels differs.
     """
     if images.ndim != 4 or len(images) == 0 or len(labels) != len(images):
         raise ValueError(f"a grid of pictures {tuple(images.shape)} got {len(labels)} labels")
@@ -104,14 +111,14 @@ def draw_grid(
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # matplotlib's: Pillow's own has neither arrows nor Greek and Cyrillic letters
+    # The font comes with matplotlib, because Pillow's own has neither arrows nor Greek and Cyrillic letters.
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _wrap(text: str, font, width: int, max_lines: int) -> list[str]:
-    """Break ``text`` into lines of at most ``width`` pixels; a word that is too long is cut."""
+    """Breaks ``text`` into lines of at most ``width`` pixels; cuts a word that is too long."""
     lines = []
     for paragraph in text.split("\n") if text else []:
         wrapped = [""]
@@ -145,9 +152,9 @@ def _save_png(picture: Image.Image, path: str | os.PathLike) -> None:
 
 
 def plot_curves(rows: Sequence[dict], path: str | os.PathLike) -> None:
-    """Draw a run's metrics rows: training reward, held-out rewards and measures, gradient norm, latest adjoint norms.
+    """Draws a run's metrics rows: training reward, held-out rewards and measures, gradient norm, latest adjoint norms.
 
-    What no row holds gets no panel; with no panel nothing is written.
+    A quantity that no row has gets no panel. Without any panel, no file is written.
     """
     train = [row for row in rows if row.get("kind") == "train"]
     held_out = [row for row in rows if row.get("kind") == "eval"]
@@ -156,7 +163,7 @@ def plot_curves(rows: Sequence[dict], path: str | os.PathLike) -> None:
 
     curves = [("training reward", "optimizer step", *_series(train, "reward"))]
     curves += [("held-out reward", "optimizer step", *_series(held_out, "reward"))]
-    if len(names) > 1:  # with a single one it is the reward itself
+    if len(names) > 1:  # A single one is the reward itself, which already has a panel.
         parts = [{"step": row["step"], **(row.get("rewards") or {})} for row in held_out]
         curves += [(f"held-out {name}", "optimizer step", *_series(parts, name)) for name in names]
     for name in ("diversity", "base_distance"):
@@ -183,11 +190,12 @@ def plot_soup(
     results: Mapping[str, Sequence[tuple[float, float]]],
     path: str | os.PathLike,
 ) -> None:
-    """Draw every reward against the mixing coefficient, one panel each.
+    """Draws each reward over the mixing coefficient, in a panel of its own.
 
     Args:
-        coefficients: C mixing coefficients of the first checkpoint, in any order.
-        results: for each named reward C pairs (mean, standard error), in the same order.
+        coefficients: the C mixing coefficients of the first checkpoint, in any order.
+        results: C pairs (mean, standard error) for each named reward, in the same order.
+        path: the PNG to write.
     """
     order = sorted(range(len(coefficients)), key=lambda i: coefficients[i])
     figure, axes = _panels(len(results))
@@ -199,7 +207,7 @@ def plot_soup(
 
 
 def plot_bars(results: Mapping[str, Mapping[str, Mapping[str, float]]], path: str | os.PathLike) -> None:
-    """Draw {variant: {measure: {"mean", "stderr"}}}, a panel a measure and a bar a variant."""
+    """Draws {variant: {measure: {"mean", "stderr"}}}, with a panel for each measure and a bar for each variant."""
     measures = list(next(iter(results.values())))
     figure, axes = _panels(len(measures))
     for axis, measure in zip(axes, measures, strict=True):
@@ -211,13 +219,13 @@ def plot_bars(results: Mapping[str, Mapping[str, Mapping[str, float]]], path: st
 
 
 def _series(rows: Sequence[dict], key: str) -> tuple[list, list]:
-    """Steps and values of the rows that have ``key``; a null value is a gap in the line."""
+    """Returns the steps and the values of the rows that have ``key``; a null value becomes a gap in the line."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
 
 
 def _panels(count: int):
-    # Figure rather than pyplot: no global state, and the Agg canvas whatever the user's backend
+    # Figure is used instead of pyplot: it has no global state, and draws with Agg whatever the user's backend is.
     from matplotlib.figure import Figure
 
     columns = 2 if count == 4 else min(count, 3)

@@ -1,7 +1,7 @@
-"""What ends a run before its last step, and what makes a checkpoint its best: conditions on what evaluations measure.
+"""Conditions that end a run before its last step, and the measures by which a checkpoint is a run's best.
 
-A measure has the name that it has in an evaluation's row: a single reward's, "diversity", "base_distance"; "reward" is
-what is trained for.
+A measure has the same name as in an evaluation's row: the name of a single reward, "diversity" or "base_distance".
+"reward" is the reward that is trained for.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from alignprop.settings.errors import ConfigError, one_of
 from rewards import WeightedReward
 
-MEASURES = ("diversity", "base_distance")  # of an evaluation, besides its rewards
+MEASURES = ("diversity", "base_distance")  # An evaluation measures these in addition to its rewards.
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Condition:
     """One part of `stop_when`.
 
     Attributes:
-        text: as it was written.
-        name: of the measure.
-        below: it is met below the limit; else above.
-        limit: a value of the measure, or the multiple of its first value.
-        relative: whether it is that multiple.
+        text: the part as the user wrote it.
+        name: the name of the measure.
+        below: True if the condition is met below the limit, False if it is met above.
+        limit: a value of the measure, or a multiple of the measure's first value.
+        relative: whether `limit` is such a multiple.
     """
 
     text: str
@@ -41,13 +41,14 @@ class Condition:
 
 
 def parse_stop_when(text: str, names: Collection[str]) -> list[Condition]:
-    """ "clip<0.25,reward>9,clip<0.9x" as conditions.
+    """Parses conditions such as "clip<0.25,reward>9,clip<0.9x".
 
     Args:
-        names: of what is measured.
+        text: the value of `stop_when`.
+        names: the names of all measures.
 
     Raises:
-        ConfigError: a part is no condition, or about something that is not measured.
+        ConfigError: a part is not a condition, or is about something that is not measured.
     """
     conditions = []
     for part in map(str.strip, text.split(",") if text.strip() else ()):
@@ -63,10 +64,10 @@ def parse_stop_when(text: str, names: Collection[str]) -> list[Condition]:
 
 
 def values(row: dict, reward: WeightedReward) -> dict[str, float]:
-    """What an evaluation's row has, by name; what it has not, or is not finite, is left out.
+    """Returns the measures in an evaluation's row by name, without those that are missing or not finite.
 
-    "reward" is computed from the means of the single rewards, because the run that wrote the row may have been after
-    another one. With `reward_combine` = "min" it is then the least of the means, not the mean of the least.
+    "reward" is computed from the means of the single rewards, because the run that wrote the row may have trained for
+    another reward. With `reward_combine` = "min" it is therefore the minimum of the means, not the mean of the minima.
     """
     measures = row["rewards"] | {name: row.get(name) for name in MEASURES}
     measures = {name: value for name, value in measures.items() if value is not None and math.isfinite(value)}
@@ -77,11 +78,12 @@ def values(row: dict, reward: WeightedReward) -> dict[str, float]:
 
 
 def reason_to_stop(conditions: Sequence[Condition], evaluations: Sequence[dict[str, float]]) -> str:
-    """The first condition that the newest evaluation meets, in words; "" where there is none.
+    """Returns the first condition that the newest evaluation meets, in words; "" if it meets none.
 
     Args:
-        evaluations: the `values` of all of them, oldest first. A measure's first value is that of the first evaluation
-            that has it, which itself meets no condition with "x".
+        conditions: the conditions, in the order of `stop_when`.
+        evaluations: the `values` of all evaluations, oldest first. A measure's first value comes from the first
+            evaluation that has the measure. That evaluation itself meets no condition with "x".
     """
     for condition in conditions:
         having = [measures[condition.name] for measures in evaluations if condition.name in measures]

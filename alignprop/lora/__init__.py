@@ -1,4 +1,4 @@
-"""A LoRA: its factors in a network's layers, a model's adapter, its files in several formats, scaling, mixtures of two.
+"""LoRAs: factors in a network's layers, a model's adapter, files in several formats, scaling, mixtures of two LoRAs.
 
-May import settings, models and engine.
+It may import settings, models and engine.
 """

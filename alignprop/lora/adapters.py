@@ -1,6 +1,7 @@
-"""The LoRA of a whole model: of its denoiser, and of its text encoders where they are trained too.
+"""The LoRA of a whole model: of its denoiser, and of its text encoders if they are trained too.
 
-Its layers are named as in a file (networks.py), so that what mixes or scales a LoRA need not know where they belong.
+Its layers have the same names as in a file (networks.py), so that code that mixes or scales a LoRA need not know
+which network a layer belongs to.
 """
 
 import torch
@@ -21,14 +22,14 @@ from alignprop.models.base import Model
 from alignprop.models.loading import no_place_for_encoders
 from alignprop.settings.errors import ConfigError
 
-ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # a CLIP's attention, as in diffusers' training scripts
+ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # CLIP's attention, as in diffusers' training scripts.
 
 
 def add_adapter(model: Model, rank: int, alpha: float, target_modules, seed: int, text_encoders: bool = False) -> None:
-    """Adds a trainable float32 adapter whose ΔW is zero to the denoiser, and to the text encoders where asked for.
+    """Adds a trainable float32 adapter with ΔW = 0 to the denoiser and, if `text_encoders`, to the text encoders.
 
     Raises:
-        ConfigError: no layer of the denoiser has such a name, or the model's LoRA files hold no text encoder.
+        ConfigError: no layer of the denoiser has such a name, or the model's LoRA files cannot hold a text encoder.
     """
     add_lora(model.denoiser, rank, alpha, target_modules or model.lora_targets, seed)
     if text_encoders and not model.lora_encoders:
@@ -36,11 +37,11 @@ def add_adapter(model: Model, rank: int, alpha: float, target_modules, seed: int
     for name, encoder in model.lora_encoders.items() if text_encoders else ():
         add_lora(encoder, rank, alpha, ENCODER_TARGETS, seed, name)
         for parameter in trainable_parameters(encoder).values():
-            parameter.data = parameter.data.to(model.device)  # where it stays: only what is frozen comes and goes
+            parameter.data = parameter.data.to(model.device)  # It stays there: only frozen tensors come and go.
 
 
 def trained_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
-    """All that is trained, by its name in the state of a run."""
+    """Returns all trained parameters, by their names in the state of a run."""
     return {
         name_in_file(model, part, name): parameter
         for part, module in adaptable_networks(model).items()
@@ -49,22 +50,22 @@ def trained_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
 
 
 def adapted_networks(model: Model) -> list[torch.nn.Module]:
-    """The denoiser and the text encoders, as far as they have an adapter."""
+    """Returns those of the denoiser and the text encoders that have an adapter."""
     return [module for module in adaptable_networks(model).values() if has_lora(module)]
 
 
 def get_adapter(model: Model) -> LoraWeights:
-    """The model's adapter, on the CPU."""
+    """Returns the model's adapter, on the CPU."""
     loras = {part: get_lora(module) for part, module in adaptable_networks(model).items() if has_lora(module)}
     tensors = {name_in_file(model, part, n): t for part, lora in loras.items() for n, t in lora.tensors.items()}
     return LoraWeights(tensors, loras[""].scale)
 
 
 def set_adapter(model: Model, weights: LoraWeights | None) -> None:
-    """Replaces whatever adapter the model has by `weights`, frozen; None leaves the plain model.
+    """Replaces the model's adapter, if any, by `weights`, which are frozen. None leaves the model without an adapter.
 
     Raises:
-        ConfigError: some of the adapter's tensors have no place in the model, or another shape.
+        ConfigError: some of the adapter's tensors have no place in the model, or have another shape.
     """
     loras = split(model, weights) if weights else {}
     for part, module in adaptable_networks(model).items():
@@ -83,7 +84,7 @@ def update_adapter(model: Model, weights: LoraWeights) -> None:
         if has_lora(module) != (part in loras):
             has = "no" if has_lora(module) else "a"
             raise ConfigError(
-                f"resume_from: the checkpoint has {has} LoRA of the {part or 'denoiser'}, and this run has "
+                f"resume_from: the checkpoint has {has} LoRA for the {part or 'denoiser'}, but this run has "
                 f"train_text_encoder = {has_lora(module)}"
             )
         if part in loras:
@@ -91,23 +92,25 @@ def update_adapter(model: Model, weights: LoraWeights) -> None:
 
 
 def start_from(model: Model, weights: LoraWeights) -> None:
-    """Gives the trainable adapter that the model already has the ΔW of `weights`.
+    """Sets the ΔW of the trainable adapter that the model already has to that of `weights`.
 
     Raises:
-        ConfigError: they have layers that the adapter has not, or a larger rank, or are of another model.
+        ConfigError: `weights` have layers that the adapter does not have, or a larger rank, or are for another model.
     """
     for part, lora in split(model, weights).items():
         module = adaptable_networks(model)[part]
         if not has_lora(module):
-            raise ConfigError(f"init_lora has a LoRA of the {part}, and this run has train_text_encoder = False")
+            raise ConfigError(f"init_lora has a LoRA for the {part}, but this run has train_text_encoder = False")
         start_lora(module, lora)
 
 
 def split(model: Model, weights: LoraWeights) -> dict[str, LoraWeights]:
-    """The adapters that `weights` is made of, by their part (lora/networks.py), with the names of its layers.
+    """Splits `weights` into the adapters of the single networks, by part (lora/networks.py).
+
+    Layers then have the names that they have in their network.
 
     Raises:
-        ConfigError: some of it has no place in the model, or another shape.
+        ConfigError: some of the tensors have no place in the model, or have another shape.
     """
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights.tensors.items():

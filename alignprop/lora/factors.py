@@ -1,6 +1,6 @@
-"""The LoRA adapter of one network, a denoiser or a text encoder: creating, replacing, checking.
+"""Creates, replaces and checks the LoRA adapter of one network, a denoiser or a text encoder.
 
-One that does not fit the network is refused: an adapter that loads as a silent no-op costs its user days.
+An adapter that does not fit the network is refused: one that loads silently without an effect costs its user days.
 """
 
 import re
@@ -11,12 +11,12 @@ import torch
 from alignprop.engine.seeding import generator
 from alignprop.settings.errors import ConfigError
 
-ADAPTER = "default"  # its name in the network
+ADAPTER = "default"  # The adapter has this name in the network.
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """An adapter on its own: ΔW = scale · B @ A for every adapted module.
+    """The weights of an adapter outside of a network: ΔW = scale · B @ A for every adapted module.
 
     Attributes:
         tensors: "<module>.lora_A.weight" [rank, in, ...] and "<module>.lora_B.weight" [out, rank, ...], float32.
@@ -34,22 +34,24 @@ class LoraWeights:
         return self.tensors[f"{module}.lora_A.weight"].shape[0]
 
     def delta(self, module: str) -> torch.Tensor:
-        """ΔW, in the shape of the module's weight."""
+        """Returns ΔW, in the shape of the module's weight."""
         a, b = self.tensors[f"{module}.lora_A.weight"], self.tensors[f"{module}.lora_B.weight"]
         return self.scale * (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
 
 
 def add_lora(network, rank: int, alpha: float, target_modules, seed: int, encoder: str = "") -> None:
-    """Adds a trainable float32 adapter whose ΔW is zero to a frozen network.
+    """Adds a trainable float32 adapter with ΔW = 0 to a frozen network.
 
     Args:
-        rank: of each ΔW.
+        network: a denoiser or a text encoder.
+        rank: the rank of each ΔW.
         alpha: ΔW = alpha / rank · B @ A.
-        target_modules: endings of the names of the layers to adapt.
-        encoder: the name of the text encoder that it is, if it is one.
+        target_modules: the endings of the names of the layers to adapt.
+        seed: the seed of the initial A.
+        encoder: the name of the network if it is a text encoder.
 
     Raises:
-        ConfigError: no layer has such a name.
+        ConfigError: no layer's name has one of the endings.
     """
     from peft import LoraConfig
 
@@ -72,7 +74,7 @@ def trainable_parameters(network) -> dict[str, torch.nn.Parameter]:
 
 
 def get_lora(network) -> LoraWeights:
-    """The network's adapter, on the CPU."""
+    """Returns the network's adapter, on the CPU."""
     from peft import get_peft_model_state_dict
 
     config = network.peft_config[ADAPTER]
@@ -81,15 +83,15 @@ def get_lora(network) -> LoraWeights:
 
 
 def set_lora(network, weights: LoraWeights | None) -> None:
-    """Replaces whatever adapter the network has by `weights`, frozen; None leaves the plain network.
+    """Replaces the network's adapter, if any, by `weights`, which are frozen. None leaves the network without one.
 
     Raises:
-        ConfigError: some of the adapter's tensors have no place in the network, or another shape.
+        ConfigError: some of the adapter's tensors have no place in the network, or have another shape.
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
     if has_lora(network):
-        # What diffusers calls so, transformers calls otherwise.
+        # The method has one name in diffusers and another in transformers.
         delete = network.delete_adapters if hasattr(network, "delete_adapters") else network.delete_adapter
         delete(ADAPTER)
     if weights is None:
@@ -143,11 +145,13 @@ def update_lora(network, weights: LoraWeights) -> None:
 
 
 def start_lora(network, weights: LoraWeights) -> None:
-    """Gives the trainable adapter that the network already has the ΔW of `weights`; layers that these lack stay as
-    they are, and where the adapter's rank is larger, the further ranks add nothing yet.
+    """Sets the ΔW of the trainable adapter that the network already has to that of `weights`.
+
+    Layers that `weights` do not have stay unchanged. If the adapter's rank is larger, its further ranks add nothing
+    to ΔW at first.
 
     Raises:
-        ConfigError: they have layers that the adapter has not, or a larger rank.
+        ConfigError: `weights` have layers that the adapter does not have, or a larger rank.
     """
     from peft import set_peft_model_state_dict
 
@@ -156,7 +160,7 @@ def start_lora(network, weights: LoraWeights) -> None:
         endings = sorted({re.sub(r"^.*?(\w+(\.\d+)?)$", r"\1", module) for module in weights.modules})
         raise ConfigError(
             f"init_lora: {len(others)} of its {len(weights.modules)} layers have no LoRA in this run, for example "
-            f"{others[0]!r}; with lora_target_modules={','.join(endings)} they have"
+            f"{others[0]!r}; lora_target_modules={','.join(endings)} gives them one"
         )
     largest, rank = max(map(weights.rank, weights.modules)), own.rank(own.modules[0])
     if largest > rank:
@@ -171,7 +175,16 @@ def start_lora(network, weights: LoraWeights) -> None:
 
 
 def check_modules(network, weights: LoraWeights, what: str = "model") -> None:
-    """Raises: ConfigError, unless every factor has a place in the network, called `what`, of its shape."""
+    """Checks that the network has a layer of the right shape for every factor.
+
+    Args:
+        network: a denoiser or a text encoder.
+        weights: the adapter.
+        what: what error messages call the network.
+
+    Raises:
+        ConfigError: a factor has no layer in the network, or has another shape.
+    """
     layers = {name: getattr(layer, "weight", None) for name, layer in network.named_modules()}
     absent = [m for m in weights.modules if layers.get(m) is None or layers[m].dim() < 2]
     if absent:

@@ -1,4 +1,4 @@
-"""A LoRA on the Hugging Face hub, as a local file."""
+"""Downloads a LoRA from the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -15,23 +15,23 @@ _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+\.safetensors))?")
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether it may be "user/name" or "user/name/folder/file.safetensors" of the hub."""
+    """Whether `text` may be a name on the hub: "user/name" or "user/name/folder/file.safetensors"."""
     return bool(_NAME.fullmatch(text))
 
 
 def fetch_lora(name: str, field: str) -> Path:
-    """Downloads a LoRA, unless the cache has it.
+    """Downloads a LoRA, unless the cache already has it.
 
     Args:
-        name: "user/name", or a file in it as "user/name/folder/file.safetensors".
-        field: what named it, for the error message.
+        name: "user/name", or a file of that repository as "user/name/folder/file.safetensors".
+        field: the setting that names the LoRA, for error messages.
 
     Returns:
-        The file in the hub's cache; peft's settings, where it has them, are beside it.
+        The file in the hub's cache. If it is peft's `adapter_model.safetensors`, peft's settings are next to it.
 
     Raises:
-        ConfigError: there is no such path and no such LoRA on the hub, the hub cannot be reached, or one of several
-            files has to be named.
+        ConfigError: the hub has no such LoRA, it cannot be reached, or the repository has several files, so that one
+            has to be named.
     """
     repo, file = _NAME.fullmatch(name).groups()
     try:
@@ -42,16 +42,17 @@ def fetch_lora(name: str, field: str) -> Path:
         return Path(hf_hub_download(repo, file))
     except ConfigError:
         raise
-    except Exception as error:  # the hub's client fails in many ways
+    except Exception as error:  # The hub's client raises many kinds of errors.
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ConfigError(
-            f"{field} = {name!r} does not exist here, and is no LoRA that the hub gives ({type(error).__name__}: "
+            f"{field} = {name!r} is no local file or folder, and could not be loaded from the hub "
+            f"({type(error).__name__}: "
             f"{reason}); give a LoRA file, a checkpoint or a run folder"
         ) from error
 
 
 def _only_lora(repo: str, name: str, field: str) -> str:
-    """The file of a repository that is its LoRA: one of the usual names, or the only one there is."""
+    """Returns the LoRA file of a repository: the one with a usual name, or else its only .safetensors file."""
     for usual in (LORA_FILE, PEFT_FILE):
         try:
             check_reachable(repo, None, usual)

@@ -1,4 +1,4 @@
-"""LoRA files: diffusers' own `pytorch_lora_weights.safetensors`, and what else is read."""
+"""Reads LoRA files of many formats, and writes diffusers' own `pytorch_lora_weights.safetensors`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +23,17 @@ def save_lora(model, weights: LoraWeights, folder) -> None:
 def read_lora(path, model=None) -> LoraWeights:
     """Reads an adapter from a file, or from a folder that holds one.
 
-    Its layout may be any of lora/layouts.py, and any other that diffusers converts for the model's pipeline
-    (foreign.py). Among them are the attention-processor keys (`….processor.to_q_lora.down.weight`) of AlignProp's
-    released checkpoints, which diffusers' `load_lora_weights` silently ignores.
+    The file may have any layout of lora/layouts.py, or any other layout that diffusers converts for the model's
+    pipeline (foreign.py). These include the attention-processor keys (`….processor.to_q_lora.down.weight`) of
+    AlignProp's released checkpoints, which diffusers' `load_lora_weights` silently ignores.
 
     Args:
-        model: that it is for, on any device. Without one, layers have to be named as diffusers does.
+        path: the file or the folder.
+        model: the model that the LoRA is for, on any device. Without it, layers must have diffusers' names.
 
     Raises:
-        ConfigError: no such file, not a whole safetensors file, numbers that are not finite, not a LoRA, or not of
-            this model.
+        ConfigError: there is no such file, it is not a whole safetensors file, some numbers are not finite, it is not
+            a LoRA, or it is for another model.
     """
     path = find_lora(path)
     source = repr(str(path))
@@ -43,7 +44,7 @@ def read_lora(path, model=None) -> LoraWeights:
     if model is None:
         return _weights({diffusers_name(name): factors for name, factors in layers.items()})
     placed, unknown = place(layers, model, source)
-    if unknown and model.denoiser_name == "unet":  # of which diffusers knows no other names than we do
+    if unknown and model.denoiser_name == "unet":  # For a UNet, diffusers knows no names that `place` does not know.
         raise ConfigError(
             f"{source}: {len(layers) - len(unknown)} of its {len(layers)} layers are this model's, {len(unknown)} are "
             f"not, for example {unknown[0]!r} — is it from another base model?"
@@ -53,10 +54,12 @@ def read_lora(path, model=None) -> LoraWeights:
 
 
 def find_lora(path) -> Path:
-    """The LoRA file that a path is of: itself, or the one in that folder.
+    """Returns the LoRA file of a path: the path itself, or the LoRA file in it if it is a folder.
+
+    The file need not exist.
 
     Raises:
-        ConfigError: there is none, or one has to be chosen.
+        ConfigError: the folder has several files, so that one has to be named.
     """
     path = Path(path)
     if not path.is_dir():
@@ -69,7 +72,7 @@ def find_lora(path) -> Path:
 
 
 def _weights(layers: dict[str, Factors]) -> LoraWeights:
-    """With one scale for all layers where they have the same, and else with each one's in its B."""
+    """Returns the layers with their common scale; if their scales differ, each B is multiplied by its layer's scale."""
     scales = {factors.scale for factors in layers.values()}
     common = scales.pop() if len(scales) == 1 else 1.0
     tensors = {}
@@ -80,7 +83,7 @@ def _weights(layers: dict[str, Factors]) -> LoraWeights:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors in float32, and the header."""
+    """Reads the tensors of a file in float32, and its header."""
     if not path.is_file():
         raise ConfigError(f"no LoRA file at {str(path)!r}")
     try:
@@ -88,19 +91,21 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        # A pickle (.bin, .pt, .ckpt) could run code, so it is not even tried.
+        # Pickles (.bin, .pt, .ckpt) are not even tried, because they could run code.
         raise ConfigError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
     check_finite(tensors, repr(str(path)))
     return tensors, metadata
 
 
 def check_finite(tensors: dict[str, torch.Tensor], source: str) -> None:
-    """
+    """Checks that all tensors are finite.
+
     Args:
-        source: what the tensors are of, as a message begins.
+        tensors: the tensors by name.
+        source: where the tensors are from; the error message begins with it.
 
     Raises:
-        ConfigError: some are not finite.
+        ConfigError: some of the tensors are not finite.
     """
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:

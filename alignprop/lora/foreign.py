@@ -1,7 +1,7 @@
-"""LoRA layers in whatever other layout diffusers converts for the model's pipeline.
+"""Reads LoRA layers in other layouts, if diffusers converts them for the model's pipeline.
 
-What lora/layouts.py reads does not come here: for FLUX.1 diffusers takes the released width for granted, and it drops
-what it has no place for without an error.
+Layouts that lora/layouts.py reads are not converted here, because diffusers assumes the released width for FLUX.1 and
+drops layers that it has no place for without an error.
 """
 
 from dataclasses import replace
@@ -14,12 +14,12 @@ from alignprop.settings.errors import ConfigError
 
 
 def read_foreign(raw: dict[str, torch.Tensor], model: Model, source: str) -> dict[str, Factors]:
-    """The layers by diffusers' names of them; whether the model has them is not checked.
+    """Returns the layers by their names in diffusers. Does not check whether the model has such layers.
 
     Args:
         raw: the tensors of some layers of a file.
-        model: that it is for; its pipeline's `lora_state_dict` converts them.
-        source: the file, for errors.
+        model: the model that the LoRA is for; its pipeline's `lora_state_dict` converts the layers.
+        source: the file's name in error messages.
 
     Raises:
         ConfigError: diffusers does not know the layout, or does not convert all of it.
@@ -27,7 +27,7 @@ def read_foreign(raw: dict[str, torch.Tensor], model: Model, source: str) -> dic
     cls = model.pipeline_class()
     try:
         answer = cls.lora_state_dict(dict(raw))
-    except Exception as error:  # its readers fail in many ways
+    except Exception as error:  # The readers of diffusers raise many kinds of errors.
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ConfigError(f"{source}: diffusers cannot convert this layout for a {cls.__name__} ({reason})") from error
     converted, alphas = answer[:2] if isinstance(answer, tuple) else (answer, None)

@@ -1,7 +1,7 @@
-"""LoRAs in kohya's format, as they are written; lora/layouts.py reads them.
+"""Writes LoRAs in kohya's format; lora/layouts.py reads them.
 
-A layer has three tensors, `<name>.lora_down.weight` [rank, in, …], `<name>.lora_up.weight` [out, rank, …] and the
-number `<name>.alpha`, and ΔW = alpha / rank · up @ down. The names are in lora/kohya_names.py.
+A layer has three tensors: `<name>.lora_down.weight` [rank, in, …], `<name>.lora_up.weight` [out, rank, …] and the
+number `<name>.alpha`. Its ΔW is alpha / rank · up @ down. The names are in lora/kohya_names.py.
 """
 
 import torch
@@ -12,12 +12,12 @@ from alignprop.settings.errors import ConfigError
 
 
 def pack(tensors: dict[str, torch.Tensor], scale: float, model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the header of a file in kohya's format.
+    """Returns the tensors and the header of a file in kohya's format.
 
     Args:
         tensors: "<module>.lora_A.weight" and "<module>.lora_B.weight" of all modules (lora/networks.py).
         scale: ΔW = scale · B @ A.
-        model: that the modules are of; on any device.
+        model: the model that the LoRA is for, on any device.
 
     Raises:
         ConfigError: some of the modules have no name that every tool knows.
@@ -31,7 +31,7 @@ def pack(tensors: dict[str, torch.Tensor], scale: float, model) -> tuple[dict[st
             f"for example {unknown[0]!r}; use 'diffusers'"
         )
     layers = {name: _stack(modules, tensors, model) for name, modules in names.items() if adapted & {*modules}}
-    # One for all layers: of the attentions' own, where they differ, diffusers takes no notice.
+    # All layers get the same alpha, because diffusers ignores the attention layers' own alphas if they differ.
     alpha = max(len(down) for down, _ in layers.values())
     file = {}
     for name, (down, up) in layers.items():
@@ -42,9 +42,10 @@ def pack(tensors: dict[str, torch.Tensor], scale: float, model) -> tuple[dict[st
 
 
 def _stack(modules, tensors, model) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of one layer whose ΔW are those of the modules, one below the other; a module without one has zeros.
+    """Returns A and B of one layer that stacks the ΔW of several modules; the ΔW of a module without a LoRA is zero.
 
-    [ΔW1; ΔW2] = blockdiag(B1, B2) @ [A1; A2]. Blocks of one size for every module let a reader take it apart again.
+    [ΔW1; ΔW2] = blockdiag(B1, B2) @ [A1; A2]. The blocks of all modules have the same size, so that a reader can
+    split the layer again.
     """
     pairs = [(tensors.get(f"{module}.lora_A.weight"), tensors.get(f"{module}.lora_B.weight")) for module in modules]
     if len(pairs) == 1:

@@ -1,6 +1,6 @@
-"""What kohya's LoRA format calls the layers of a model, where all tools that read it agree.
+"""The names of a model's layers in kohya's LoRA format, if the tools that read the format agree on them.
 
-It depends on the denoiser:
+They depend on the denoiser:
 
 | denoiser | `<name>`, for example | read by |
 |---|---|---|
@@ -8,15 +8,15 @@ It depends on the denoiser:
 | Stable Diffusion XL | lora_unet_input_blocks_4_1_…_attn1_to_q: the released checkpoint's | all |
 | FLUX.1 | lora_unet_double_blocks_0_img_attn_qkv: the released checkpoint's, fused | all but A1111 |
 
-"All" are diffusers' `load_lora_weights`, ComfyUI, the Stable Diffusion web UI (A1111), its relatives such as Forge, and
-sd-scripts, which the format is from. Layers of FLUX.1 outside of its blocks have no place here, because diffusers drops
-them in silence. Stable Diffusion 3 has none at all: diffusers does not read sd-scripts' names of it, while ComfyUI
-reads diffusers' (`transformer.….lora_A.weight`); sd-scripts reads only its own.
+"All" means diffusers' `load_lora_weights`, ComfyUI, the Stable Diffusion web UI (A1111), its relatives such as Forge,
+and sd-scripts, where the format comes from. Layers of FLUX.1 outside of its blocks have no names here, because
+diffusers drops them silently. Stable Diffusion 3 has no names at all: diffusers does not read the names that sd-scripts
+uses, and sd-scripts reads no others. ComfyUI reads the names of diffusers (`transformer.….lora_A.weight`).
 
-Layers of text encoders are lora_te_text_model_encoder_layers_0_self_attn_q_proj, or lora_te1_…, lora_te2_… where
-there are several, as in Stable Diffusion XL, or might be, as in FLUX.1.
+A layer of a text encoder has a name like lora_te_text_model_encoder_layers_0_self_attn_q_proj. It begins with
+lora_te1_ or lora_te2_ if the model has several text encoders, as in Stable Diffusion XL, or might have, as in FLUX.1.
 
-What is known of a denoiser is the table `_FORMATS`, by its class.
+The table `_FORMATS` has what is known about each denoiser, by its class.
 """
 
 import re
@@ -28,15 +28,17 @@ import torch
 from alignprop.lora.networks import adaptable_networks, name_in_file
 from alignprop.models.base import split_name
 
-PREFIX = "lora_unet_"  # of every denoiser, also of those that are no UNet
+PREFIX = "lora_unet_"  # The names of every denoiser's layers begin with it, even if the denoiser is not a UNet.
 
 
 @dataclass(frozen=True)
 class Format:
-    """Attributes:
-    names: the denoiser -> {name in the file, without PREFIX: the modules whose outputs that layer stacks}.
-    header: the denoiser -> what tools that do not look at the names know the base model by.
-    encoders: the denoiser -> {text encoder: what precedes its layers in the file}.
+    """kohya's format for one class of denoisers.
+
+    Attributes:
+        names: the denoiser -> {name in the file, without PREFIX: the modules whose outputs this layer stacks}.
+        header: the denoiser -> header entries, by which some tools identify the base model instead of by the names.
+        encoders: the denoiser -> {text encoder: the prefix of its layers' names in the file}.
     """
 
     names: Callable[[torch.nn.Module], dict[str, tuple[str, ...]]]
@@ -45,13 +47,13 @@ class Format:
 
 
 def find_format(denoiser: torch.nn.Module) -> Format | None:
-    """None where kohya's format cannot be read by all."""
-    # FSDP2 makes a subclass of the denoiser's own class.
+    """Returns kohya's format for a denoiser; None if the tools do not agree on names for its layers."""
+    # FSDP2 replaces the denoiser's class by a subclass of it.
     return next((_FORMATS[cls.__name__] for cls in type(denoiser).__mro__ if cls.__name__ in _FORMATS), None)
 
 
 def known_layers(model) -> dict[str, tuple[str, ...]]:
-    """{name in the file: the modules (lora/networks.py) whose outputs that layer stacks}; empty for unknown formats."""
+    """Returns {name in the file: the modules (lora/networks.py) that this layer stacks}; empty for unknown formats."""
     form, layers = find_format(model.denoiser), {}
     if form is None:
         return layers
@@ -65,14 +67,14 @@ def known_layers(model) -> dict[str, tuple[str, ...]]:
 
 
 def released_names(denoiser) -> dict[str, tuple[str, ...]]:
-    """{the released checkpoint's name of a layer, with underscores: the modules that it stacks}, where it is known."""
+    """Returns {layer's name in the released checkpoint, with underscores: the modules it stacks}; {} if not known."""
     if hasattr(denoiser, "single_transformer_blocks") and find_format(denoiser):
         return _double_stream_names(denoiser)
     return _original_unet_names(denoiser) if hasattr(denoiser, "down_blocks") else {}
 
 
 def flat_names(module) -> dict[str, str]:
-    """{name with underscores: module} of every layer with a weight matrix or kernel, whether it is adapted or not."""
+    """Returns {name with underscores: module} of every layer with a weight matrix or kernel, adapted or not."""
     layers = {name: getattr(layer, "weight", None) for name, layer in module.named_modules()}
     plain = (name for name in layers if not re.search(r"\.(base_layer|lora_)", name))
     return {name.replace(".", "_"): name for name in plain if layers[name] is not None and layers[name].dim() > 1}
@@ -106,19 +108,23 @@ _RESNET = {
 
 
 def _original_unet_name(module: str, layers: int) -> str:
-    """The released checkpoint counts through all blocks; a block is a list: resnet, attention, upsampler.
+    """Returns the name of a UNet's layer in the released checkpoint.
+
+    The checkpoint numbers all its blocks in sequence. A block is a list: resnet, attention, upsampler.
 
     Args:
-        layers: resnets of one of diffusers' down blocks, which have a downsampler beside them; up blocks have one more.
+        module: the layer's name in diffusers.
+        layers: the number of resnets in one of diffusers' down blocks, which also have a downsampler. Up blocks have
+            one resnet more.
     """
     if module in _OUTSIDE:
         return _OUTSIDE[module]
     side, number, kind, index, inner = re.fullmatch(r"([a-z]+)_blocks?\.?(\d*)\.(\w+)\.(\d+)\.(.+)", module).groups()
     index, inner = int(index), _RESNET[inner] if kind == "resnets" else inner
     member = {"resnets": 0, "attentions": 1, "upsamplers": 2, "downsamplers": 0}[kind]
-    if side == "mid":  # resnet, attention, resnet
+    if side == "mid":  # The middle block is a list: resnet, attention, resnet.
         return f"middle_block.{2 * index if kind == 'resnets' else 1}.{inner}"
-    first = int(number) * (layers + 1) + (side == "down")  # input block 0 is conv_in
+    first = int(number) * (layers + 1) + (side == "down")  # Input block 0 is conv_in.
     if kind == "downsamplers":
         return f"input_blocks.{first + layers}.{member}.op"
     if kind == "upsamplers":

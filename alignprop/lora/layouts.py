@@ -1,6 +1,6 @@
-"""The tensors of LoRA files in the layouts of several tools, and the layers of a model that they belong to.
+"""Reads the tensors of LoRA files in the layouts of several tools, and finds the model's layers that they belong to.
 
-The name of a tensor says the network, the layer in it, and what the tensor is:
+The name of a tensor contains the network, the layer in it, and the kind of the tensor:
 
 | part of the name | is written as |
 |---|---|
@@ -11,8 +11,8 @@ The name of a tensor says the network, the layer in it, and what the tensor is:
 | B [out, rank, …] | the same with B or up |
 | alpha, a number | .alpha |
 
-That covers diffusers, peft, kohya's sd-scripts, OneTrainer, SimpleTuner, ai-toolkit and ComfyUI, wherever a layer of
-the file is one layer of the model or a stack of them. Other layouts are left to diffusers (foreign.py).
+This covers diffusers, peft, kohya's sd-scripts, OneTrainer, SimpleTuner, ai-toolkit and ComfyUI, if each layer of the
+file is one layer of the model or a stack of several. Diffusers converts other layouts (foreign.py).
 """
 
 import re
@@ -29,13 +29,13 @@ _FACTOR = re.compile(
     r"(.+?)(?:\.lora_|\.lora\.|_lora\.|(?<=_lora\d)\.|\.lora_linear_layer\.)(A|B|down|up)(?:\.(\w+))?\.weight"
 )
 _DENOISER = re.compile(r"(lora_unet|lora_transformer|unet|transformer|diffusion_model|base_model_model)_")
-_ENCODERS = {  # what precedes a layer's name, where points are underscores
+_ENCODERS = {  # The prefixes of layers' names, after points have become underscores.
     "text_encoder": ("text_encoder", "lora_te", "lora_te1", "clip_l", "text_encoders_clip_l_transformer"),
     "text_encoder_2": ("text_encoder_2", "lora_te2", "clip_g", "text_encoders_clip_g_transformer"),
     "text_encoder_3": ("text_encoder_3", "lora_te3"),
     "T5": ("t5", "text_encoders_t5xxl_transformer"),
 }
-_OTHER_KINDS = (  # what is in the name of a tensor, and what its file is
+_OTHER_KINDS = (  # Pairs: a pattern in a tensor's name, and the kind of file that has such a tensor.
     (r"\.hada_w", "a LoHa"),
     (r"\.lokr_w", "a LoKr"),
     (r"\.oft_", "an OFT adapter"),
@@ -51,12 +51,13 @@ _OTHER_KINDS = (  # what is in the name of a tensor, and what its file is
 
 @dataclass(frozen=True)
 class Factors:
-    """ΔW = scale · up @ down, of one layer of a file.
+    """The factors of one layer of a file: ΔW = scale · up @ down.
 
     Attributes:
-        down: [rank, in, …]. up: [out, rank, …].
-        scale: alpha / rank; None where the tensors do not say it.
-        keys: the names of its tensors in the file.
+        down: the factor [rank, in, …].
+        up: the factor [out, rank, …].
+        scale: alpha / rank; None if the layer has no alpha among its tensors.
+        keys: the names of the layer's tensors in the file.
     """
 
     down: torch.Tensor
@@ -66,16 +67,16 @@ class Factors:
 
 
 def parse(raw: dict[str, torch.Tensor], source: str) -> dict[str, Factors]:
-    """The layers of a file by their names in it.
+    """Returns the layers of a file by their names in it.
 
     Args:
         raw: the tensors of the file.
-        source: what a message calls the file.
+        source: the file's name in error messages.
 
     Raises:
-        ConfigError: it is no LoRA, or more than one; or a factor is without its other.
+        ConfigError: the file is not a LoRA, it holds several LoRAs, or a layer has only one of the two factors.
     """
-    keys, others, adapters = {}, [], {}  # the keys of each layer by what they are
+    keys, others, adapters = {}, [], {}  # `keys` has {"down": key, "up": key, "alpha": key} of each layer.
     for key in raw:
         if match := _FACTOR.fullmatch(key):
             adapters.setdefault(match[3], key)
@@ -86,7 +87,9 @@ def parse(raw: dict[str, torch.Tensor], source: str) -> dict[str, Factors]:
             others.append(key)
     _refuse_other_kinds(others, len(raw), source)
     if len(adapters) > 1:
-        raise ConfigError(f"{source} holds several adapters, of {' and of '.join(map(repr, adapters.values()))}")
+        raise ConfigError(
+            f"{source} holds several adapters, with the keys {' and '.join(map(repr, adapters.values()))}"
+        )
     others += [key for found in keys.values() if not {"down", "up"} <= {*found} for key in found.values()]
     if others or not raw:
         raise ConfigError(
@@ -105,21 +108,23 @@ def _refuse_other_kinds(keys: list[str], of: int, source: str) -> None:
     for pattern, kind in _OTHER_KINDS:
         if found := [key for key in keys if re.search(pattern, key)]:
             raise ConfigError(
-                f"{source} is {kind}, by {len(found)} of its {of} keys, such as {found[0]!r}; only LoRAs can be read"
+                f"{source} looks like {kind}: {len(found)} of its {of} keys are, such as {found[0]!r}; only LoRAs "
+                "can be read"
             )
 
 
 def diffusers_name(name: str) -> str:
-    """The name that a layer has in lora/networks.py, of one that is named as diffusers does."""
+    """Turns a layer's name in a file of diffusers into its name in lora/networks.py."""
     name = re.sub(r"^(unet|transformer)\.", "", name)
     return re.sub(r"^(text_encoder\w*)\.(?!text_model\.|text_projection\.)", r"\1.text_model.", name)
 
 
 def place(layers: dict[str, Factors], model: Model, source: str) -> tuple[dict[str, Factors], list[str]]:
-    """The same layers by their names in the model (lora/networks.py), stacks of several taken apart.
+    """Finds the model's layers for the layers of a file, and splits stacks of several layers.
 
     Returns:
-        The layers, and the names of those that are none of the model's denoiser under any name that is known here.
+        The layers by their names in the model (lora/networks.py), and the names of the file's layers that match no
+        layer of the model's denoiser under any name that is known here. Layers with ΔW = 0 may be left out.
 
     Raises:
         ConfigError: some are of a text encoder that has no such layer, or that LoRAs of this model have no place for.
@@ -130,7 +135,7 @@ def place(layers: dict[str, Factors], model: Model, source: str) -> tuple[dict[s
         if modules:
             placed |= _split(factors, modules, model, name)
         elif not factors.up.any():
-            continue  # its ΔW is 0
+            continue  # Its ΔW is 0, so nothing is lost.
         elif encoder := _encoder_of(name):
             raise ConfigError(
                 f"{source} has a LoRA of a text encoder ({encoder}) that LoRAs of this model have no place for: "
@@ -142,9 +147,9 @@ def place(layers: dict[str, Factors], model: Model, source: str) -> tuple[dict[s
 
 
 def _places(model: Model) -> dict[str, tuple[str, ...]]:
-    """{name with underscores and without what says "denoiser": the model's layers that it stacks}."""
+    """Returns {name with underscores, without a prefix for the denoiser: the model's layers that it stacks}."""
     released = released_names(model.denoiser)
-    # One of a stack, in OneTrainer's files.
+    # OneTrainer's files name each layer of a stack separately.
     single = {f"{name}_{i}": (m,) for name, stack in released.items() if len(stack) > 1 for i, m in enumerate(stack)}
     places = released | single | {name: (module,) for name, module in flat_names(model.denoiser).items()}
     for part, network in adaptable_networks(model).items():
@@ -170,7 +175,7 @@ def _encoder_of(name: str) -> str:
 
 
 def _split(factors: Factors, modules: tuple[str, ...], model: Model, name: str) -> dict[str, Factors]:
-    """The factors of each of the layers whose outputs a file's layer has one below the other."""
+    """Splits a file's layer that stacks the outputs of several layers, and returns the factors of each of them."""
     if len(modules) == 1:
         return {modules[0]: factors}
     sizes = [layer(model, module).weight.shape[0] for module in modules]
@@ -178,14 +183,14 @@ def _split(factors: Factors, modules: tuple[str, ...], model: Model, name: str) 
         raise ConfigError(f"LoRA: {name!r} is {sum(sizes)} wide in this model, {len(factors.up)} in the file")
     split = {}
     for module, up in zip(modules, factors.up.split(sizes), strict=True):
-        used = up.flatten(1).any(0)  # a stack's factors are zero where the outputs are another layer's
+        used = up.flatten(1).any(0)  # A rank that belongs to another layer of the stack is zero here.
         if used.any():
             split[module] = replace(factors, down=factors.down[used], up=up[:, used])
     return split
 
 
 def _modern(name: str) -> str:
-    """A layer's name where diffusers once had it as an attribute of an attention's processor."""
+    """Turns a name from when diffusers kept the LoRA in an attention's processor into the layer's present name."""
     name = re.sub(r"\.processor\.to_(q|k|v|out)$", r".to_\1", name)
     name = re.sub(r"(attn\d?)\.to_out$", r"\1.to_out.0", name)
     return re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", name)

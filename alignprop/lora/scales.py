@@ -1,6 +1,6 @@
-"""The scale of each layer of a LoRA, alpha / rank, as peft's settings say it.
+"""Reads the scale of each layer of a LoRA, alpha / rank, from peft's settings.
 
-diffusers writes them into the header of a file, and peft into `adapter_config.json` beside it.
+diffusers writes these settings into the header of a file, and peft into `adapter_config.json` next to it.
 """
 
 import json
@@ -16,17 +16,15 @@ _HEADER = "lora_adapter_metadata"
 
 
 def stated_scales(layers: dict[str, Factors], metadata: dict[str, str], path: Path) -> dict[str, float]:
-    """
-    Args:
-        layers: of a file, by their names in it.
-        metadata: the file's header.
-        path: of the file.
+    """Returns the scale alpha / rank of every layer: from its own tensors, or else from the settings, or else 1.
 
-    Returns:
-        alpha / rank of every layer: what its own tensors say, or else the settings, or else 1.
+    Args:
+        layers: the layers of a file, by their names in it.
+        metadata: the file's header.
+        path: the file.
 
     Raises:
-        ConfigError: the settings are damaged, or those of another adapter than a LoRA.
+        ConfigError: the settings are damaged, or belong to an adapter that is not a LoRA.
     """
     settings = _read_settings(metadata, path)
     try:
@@ -37,18 +35,18 @@ def stated_scales(layers: dict[str, Factors], metadata: dict[str, str], path: Pa
 
 
 def _where(metadata: dict[str, str], path: Path) -> str:
-    return f"{_HEADER} in its header" if _HEADER in metadata else f"{PEFT_CONFIG} beside it"
+    return f"{_HEADER} in its header" if _HEADER in metadata else f"{PEFT_CONFIG} next to it"
 
 
 def _read_settings(metadata: dict[str, str], path: Path) -> dict:
-    """peft's settings, {} where there are none."""
+    """Reads peft's settings; returns {} if the file is not one that has them."""
     beside = path.with_name(PEFT_CONFIG)
     if _HEADER not in metadata and path.name != PEFT_FILE:
         return {}
     try:
         settings = json.loads(metadata[_HEADER] if _HEADER in metadata else beside.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{str(path)!r}: {PEFT_CONFIG}, which says its alpha, cannot be read beside it") from error
+        raise ConfigError(f"{str(path)!r}: cannot read {PEFT_CONFIG} next to it, which contains alpha") from error
     except ValueError as error:
         raise ConfigError(f"{str(path)!r}: the {_where(metadata, path)} is damaged") from error
     if not isinstance(settings, dict):
@@ -59,9 +57,9 @@ def _read_settings(metadata: dict[str, str], path: Path) -> dict:
 
 
 def _scale(name: str, rank: int, settings: dict) -> float:
-    """alpha / rank of a layer, with peft's rules for patterns of names.
+    """Returns alpha / rank of a layer, by peft's rules for patterns of names.
 
-    diffusers has the network before the name of each setting, as in "unet.r".
+    In diffusers' header the name of each setting begins with the network, as in "unet.r".
     """
     networks = [key.removesuffix("r") for key in settings if key == "r" or key.endswith(".r")]
     if not networks:

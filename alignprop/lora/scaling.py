@@ -1,4 +1,4 @@
-"""How much the adapter of a denoiser or a text encoder counts: as it was trained, not at all, or anything else."""
+"""Scales the adapter of a denoiser or a text encoder: as it was trained, to zero, or by any other factor."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -9,14 +9,17 @@ from alignprop.lora.factors import ADAPTER
 
 
 def scale_lora(network, scale: float) -> None:
-    """From now on the adapter's weight change counts `scale` times: 1 is the adapter, 0 the base, both to the bit."""
+    """Multiplies the adapter's weight change by `scale` from now on; 1 is exactly the adapter, 0 exactly the base."""
     for layer in _adapted_layers(network):
         layer.set_scale(ADAPTER, scale)
 
 
 @contextmanager
 def without_lora(*networks):
-    """Within it they are the base model's. What is trained stays so: peft's own switch would freeze it."""
+    """A context in which the networks are those of the base model.
+
+    Trained parameters stay trainable, which is why it does not use peft's own switch: that would freeze them.
+    """
     layers = [layer for network in networks for layer in _adapted_layers(network)]
     before = [layer.scaling[ADAPTER] for layer in layers]
     for network in networks:
@@ -29,15 +32,18 @@ def without_lora(*networks):
 
 
 def linear_schedule(timesteps: torch.Tensor, scale: float) -> Callable[[torch.Tensor], float]:
-    """How much an adapter counts at a timestep: linearly from 0 at the chain's first step to `scale` at its last.
+    """Returns the adapter's scale as a function of the timestep: linear from 0 at the first step to `scale` at the end.
 
-    Early steps lay a picture out, which the base model is left to do. Annealed importance guidance (Jena et al. 2024,
-    arXiv 2409.06493) blends the outputs of the two models so; blending weights costs no further network call.
+    The early steps decide a picture's layout, and this leaves them to the base model. Annealed importance guidance
+    (Jena et al. 2024, arXiv 2409.06493) blends the outputs of the two models in this way. Blending weights instead
+    needs no further network call.
 
     Args:
-        timesteps: of the chain, [N].
+        timesteps: the timesteps of the chain, [N].
+        scale: the scale at the last step.
     """
-    scales = torch.linspace(scale, 0, len(timesteps), dtype=torch.float64).flip(0)  # a chain of one step has the last
+    # The line starts at the last step, so that a chain of one step has the scale of the last step.
+    scales = torch.linspace(scale, 0, len(timesteps), dtype=torch.float64).flip(0)
     scale_at = dict(zip(timesteps.tolist(), scales.tolist(), strict=True))
     return lambda timestep: scale_at[timestep.item()]
 

@@ -1,6 +1,6 @@
-"""Weight soups: one LoRA mixed out of two checkpoints with a coefficient c (Wortsman et al. 2022, 2203.05482).
+"""Weight soups: mixes two checkpoints into one LoRA with a coefficient c (Wortsman et al. 2022, arXiv 2203.05482).
 
-c = 1 is the first checkpoint and c = 0 the second, exactly; the second may be the base model itself.
+c = 1 is exactly the first checkpoint, and c = 0 exactly the second. The second may be the base model.
 """
 
 import torch
@@ -10,20 +10,20 @@ from alignprop.settings.errors import ConfigError
 
 
 def mix(first: LoraWeights, second: LoraWeights | None, c: float, mode: str) -> LoraWeights | None:
-    """c·first + (1-c)·second.
+    """Returns the mixture c·first + (1-c)·second.
 
     Args:
         first: the first adapter.
-        second: the second; None is the base model (ΔW = 0).
-        c: the coefficient of the first.
-        mode: "delta" mixes the weight changes, ΔW = c·ΔW1 + (1-c)·ΔW2, exactly: linear in c. "factors" mixes A and
-            B separately, as AlignProp's released code does; then c scales both factors, so ΔW has terms in c².
+        second: the second adapter; None means the base model (ΔW = 0).
+        c: the coefficient of the first adapter.
+        mode: "delta" mixes the weight changes exactly: ΔW = c·ΔW1 + (1-c)·ΔW2 is linear in c. "factors" mixes A and
+            B separately, as AlignProp's released code does. Then c scales both factors, so ΔW has terms in c².
 
     Returns:
-        The mixed adapter; None where it is the base model.
+        The mixed adapter; None if the mixture is the base model.
 
     Raises:
-        ConfigError: "factors" of adapters that differ in modules, rank or scale.
+        ConfigError: mode is "factors", and the adapters differ in modules, rank or scale.
     """
     if c == 1:
         return first
@@ -33,7 +33,7 @@ def mix(first: LoraWeights, second: LoraWeights | None, c: float, mode: str) -> 
 
 
 def _mix_deltas(first: LoraWeights, second: LoraWeights | None, c: float) -> LoraWeights:
-    """Stacks the ranks: [c·s1·B1, (1-c)·s2·B2] @ [A1; A2] is the mixed ΔW itself, and still a LoRA."""
+    """Stacks the ranks: [c·s1·B1, (1-c)·s2·B2] @ [A1; A2] is exactly the mixed ΔW, and it is still a LoRA."""
     parts = [(c, first)] + ([(1 - c, second)] if second else [])
     tensors = {}
     for module in sorted({m for _, weights in parts for m in weights.modules}):

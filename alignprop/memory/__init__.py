@@ -1,4 +1,4 @@
-"""What is on the device and what layers keep; what a training step will cost, and the memory policy that fits.
+"""Memory: moves modules to the device, limits what layers keep, forecasts costs, and chooses the memory policy.
 
 May import settings, models, engine, lora, method and evaluation.
 """

@@ -1,11 +1,11 @@
-"""Bytes and FLOPs of a computation, counted operator by operator, on a real device or on none at all.
+"""Counts the bytes and FLOPs of a computation operator by operator, on a real device or on torch's meta device.
 
-On torch's meta device tensors have shapes and no data: code runs there without weights, without memory and in a
-moment, and its operators allocate the same storages. So memory is planned by running the real code, not by formulas
-that would have to follow its every change.
+On the meta device tensors have shapes and no data. Code runs there quickly, without weights and without memory, and
+its operators allocate storages of the same sizes. So memory is planned by running the real code. Formulas would have
+to follow every change of that code.
 
-What is not seen: memory that an operator uses while it runs (a convolution's workspace), the allocator's
-fragmentation, and the device's own context.
+Three things are not counted: memory that an operator uses only while it runs (such as a convolution's workspace),
+fragmentation in the allocator, and the context of the device.
 """
 
 import copy
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-BLOCK = 512  # bytes; CUDA's caching allocator rounds every allocation up to a multiple of it
+BLOCK = 512  # bytes; CUDA's caching allocator rounds every allocation up to a multiple of this
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# torch's registry lacks the CPU's fused attention, which would count as nothing.
+# torch's registry lacks the CPU's fused attention, which would otherwise count as nothing.
 _FORMULAS = {
     **flop_registry,
     _FLASH: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
@@ -34,17 +34,18 @@ _FORMULAS = {
 class Account(TorchDispatchMode):
     """While active, counts the storages alive on one kind of device, and the floating point operations done there.
 
-    A storage counts from the operator that allocates it until it is freed, once however many tensors view it. What
-    existed before does not count unless it is given to `track`. Attention on meta tensors counts as the fused kernel
-    that a real device would run.
+    A storage counts from the operator that allocates it until it is freed. It counts once, however many tensors view
+    it. Storages that existed before do not count unless they are given to `track`. Attention on meta tensors counts as
+    the fused kernel that a real device runs.
 
     Args:
         device_type: "cpu", "cuda", "meta", …
 
     Attributes:
-        bytes: of the counted storages that are alive now, each rounded up to a multiple of `BLOCK`.
-        peaks: the most that `bytes` has been, by phase; what is left from an earlier phase is included.
-        flops: by phase; two per multiply-add of matrix products, convolutions and attention, nothing for the rest.
+        bytes: the bytes of the counted storages that are alive now, each rounded up to a multiple of `BLOCK`.
+        peaks: the highest value of `bytes` in each phase. Storages left from an earlier phase are included.
+        flops: the floating point operations in each phase. Each multiply-add of matrix products, convolutions and
+            attention counts as two; other operations do not count.
     """
 
     def __init__(self, device_type: str):
@@ -54,16 +55,16 @@ class Account(TorchDispatchMode):
         self.peaks: dict[str, int] = {}
         self.flops: dict[str, int] = {}
         self._phase = ""
-        self._storages: dict[int, tuple[int, weakref.ref]] = {}  # address: size, watch
+        self._storages: dict[int, tuple[int, weakref.ref]] = {}  # address: (size, weak reference)
 
     @property
     def peak(self) -> int:
-        """The most that `bytes` has been."""
+        """The highest value that `bytes` has had."""
         return max(self.peaks.values(), default=0)
 
     @contextmanager
     def phase(self, name: str):
-        """Within it peaks and FLOPs are those of the phase `name`; outside of all phases, of ""."""
+        """Counts peaks and FLOPs for the phase `name` in the `with` block; outside of all phases the name is ""."""
         outer, self._phase = self._phase, name
         self._note_peak()
         try:
@@ -72,19 +73,20 @@ class Account(TorchDispatchMode):
             self._phase = outer
 
     def track(self, *things) -> None:
-        """Counts what existed before.
+        """Counts storages that existed before.
 
         Args:
-            things: modules (their parameters, with gradients, and buffers), tensors, lists, tuples and dicts of them.
+            things: modules, tensors, and lists, tuples and dicts of them. Of a module its parameters, their gradients
+                and its buffers count.
 
         Raises:
-            TypeError: any other thing.
+            TypeError: a thing is neither a module nor a tensor.
         """
         for tensor in _tensors(things):
             self._count(tensor)
 
     def untrack(self, *things) -> None:
-        """Counts these no more, as if they had left the device."""
+        """Stops counting these things, as if they had left the device."""
         for tensor in _tensors(things):
             self._release(tensor.untyped_storage()._cdata)
 
@@ -99,9 +101,9 @@ class Account(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # `linear` would arrive whole, and count as nothing
+        if torch.is_inference_mode_enabled():  # there `linear` is not split up, and would count as nothing
             raise RuntimeError("an Account cannot see into torch.inference_mode(); use torch.no_grad()")
-        # An output in the storage of an input is a view of it, or the input itself, changed in place.
+        # An output that shares the storage of an input is a view of it, or is the input itself, changed in place.
         inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **kwargs)
         outputs = [t for t in tree_iter(out) if isinstance(t, torch.Tensor) and t.device.type == self.device_type]
@@ -121,7 +123,7 @@ class Account(TorchDispatchMode):
         address, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
         if address in self._storages and self._storages[address][0] == size:
             return
-        self._release(address)  # it has been resized
+        self._release(address)  # a storage at this address has been resized
         self._storages[address] = size, weakref.ref(storage, lambda _: self._release(address))
         self.bytes += size
         self._note_peak()
@@ -149,10 +151,11 @@ def _tensors(things) -> Iterator[torch.Tensor]:
 
 
 def _fuse_attention() -> torch.library.Library:
-    """Gives attention on meta tensors a kernel of its own, until the library is destroyed.
+    """Gives attention on meta tensors a fused kernel, until the library is destroyed.
 
-    Left alone it is matrix products that keep every attention matrix: gigabytes that no real device keeps. A
-    `TorchFunctionMode` would not do, because torch suspends it within `backward`, where checkpoints are recomputed.
+    By default attention there consists of matrix products, which keep every attention matrix. These are gigabytes that
+    no real device keeps. A `TorchFunctionMode` does not suffice, because torch suspends it within `backward`, where
+    checkpoints are recomputed.
     """
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention_on_meta, "AutogradMeta")
@@ -162,7 +165,7 @@ def _fuse_attention() -> torch.library.Library:
 def _attention_on_meta(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ) -> torch.Tensor:
-    """As the CPU's fused kernel, the one that has a meta implementation with a backward."""
+    """Computes attention by the CPU's fused kernel, which has a meta implementation with a backward pass."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_full((), float("-inf")))
     if query.dim() != 4 or query.shape[-1] != value.shape[-1]:  # no device has a fused kernel for these
@@ -173,16 +176,16 @@ def _attention_on_meta(
 
 
 def on_meta(thing):
-    """A deep copy of a module, or of any object that holds modules, with every tensor on the meta device.
+    """Returns a deep copy of a module, or of any object that holds modules, with every tensor on the meta device.
 
-    No data are copied. Tensors that were one stay one.
+    No data are copied. A tensor that is used in several places is still a single tensor in the copy.
     """
     with _MetaCopies():
         return copy.deepcopy(thing)
 
 
 class _MetaCopies(TorchFunctionMode):
-    """Within it `copy.deepcopy` copies the shape of a tensor instead of the tensor."""
+    """Makes `copy.deepcopy` copy the shape of a tensor instead of the tensor, in the `with` block."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (torch.Tensor.__deepcopy__, torch.Tensor.clone):  # the latter is how a parameter copies itself

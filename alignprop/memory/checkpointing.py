@@ -1,4 +1,4 @@
-"""What the layers of a model keep for the backward pass, as a memory policy says."""
+"""Makes the layers of a model keep for the backward pass only what a memory policy allows."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ from alignprop.settings.memory_policies import MemoryPolicy
 
 
 def apply_policy(model: Model, policy: MemoryPolicy) -> None:
-    """Makes the layers of `model` save what `policy` says; after its adapter has been added."""
+    """Makes the layers of `model` save only what `policy` allows. Its adapter must have been added before."""
     if policy.lean:
         make_lean(model.denoiser)
         make_lean(model.decoder)
@@ -23,11 +23,11 @@ def apply_policy(model: Model, policy: MemoryPolicy) -> None:
 
 
 def checkpoint_blocks(denoiser: nn.Module) -> None:
-    """Each transformer block of a denoiser recomputes its activations in the backward pass.
+    """Makes each transformer block of a denoiser recompute its activations in the backward pass.
 
-    diffusers' own checkpointing does so for a UNet's resnets too. Lean ones keep little, and convolutions cost much to
-    compute again: for Stable Diffusion 1.5 a fifth of the operations with 50 active steps instead of an eighth, for 1 %
-    less memory.
+    diffusers' own checkpointing recomputes a UNet's resnets too. But lean resnets keep little, and convolutions are
+    costly to recompute. For Stable Diffusion 1.5 with 50 active steps, recomputation takes a fifth of the operations
+    with the resnets and an eighth without them. The resnets save only 1 % of the memory.
     """
     names = getattr(denoiser, "_repeated_blocks", None) or ()
     blocks = [module for module in denoiser.modules() if type(module).__name__.removeprefix("FSDP") in names]
@@ -37,9 +37,9 @@ def checkpoint_blocks(denoiser: nn.Module) -> None:
 
 
 def checkpoint_layers(decoder: nn.Module) -> None:
-    """Each resnet, upsampling and attention layer of a VAE recomputes its activations in the backward pass.
+    """Makes each resnet, upsampling and attention layer of a VAE recompute its activations in the backward pass.
 
-    diffusers' own checkpointing does so for whole blocks of three resnets, which then are all held at once.
+    diffusers' own checkpointing recomputes whole blocks of three resnets, whose activations are then all held at once.
     """
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
@@ -49,17 +49,17 @@ def checkpoint_layers(decoder: nn.Module) -> None:
 
 
 class Checkpointed:
-    """A module that computes its activations again in the backward pass, instead of keeping them."""
+    """A module that recomputes its activations in the backward pass instead of keeping them."""
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        # Nothing here is random.
+        # No layer here draws random numbers, so the state of the generators need not be saved.
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _checkpoint(modules: Iterable[nn.Module]) -> None:
-    """Gives each module a class of its own name that is `Checkpointed` before it is what it was, as FSDP2 does."""
+    """Gives each module a class of the same name that derives from `Checkpointed` and its old class, as FSDP2 does."""
     for module in modules:
         cls = type(module)
         if not issubclass(cls, Checkpointed):

@@ -1,9 +1,10 @@
-"""What a training step will cost, before it is run: the run's own code on tensors without data.
+"""Forecasts the cost of a training step before it runs, by running the same code on tensors without data.
 
-A step is linear in its sampler steps, so two short ones say what any other costs. FLOPs per sample of N steps, K of
-them active, are N rollout calls, the decode with its backward pass, and K calls of the sweep, the lowest of which
-needs no ∂f/∂x. To these come what `kl_coeff` calls and, where text encoders are trained, what they do. Memory does not
-depend on K but for the stored latents, or for the graphs that are kept.
+The cost of a training step is linear in the number of sampler steps, so two simulations with few sampler steps, or
+three if graphs are kept, give the cost for any number. With N sampler steps, K of them active, the FLOPs per sample
+are those of N rollout calls, the decode with its backward pass, and K calls of the sweep. The call at the lowest active
+step needs no ∂f/∂x. The calls for `kl_coeff` and the work of trained text encoders are added. Memory depends on K only
+by the stored latents and by the graphs that are kept.
 """
 
 from dataclasses import dataclass, replace
@@ -18,23 +19,23 @@ from alignprop.settings.memory_policies import MemoryPolicy
 from alignprop.settings.options import estimator_options
 
 GIB = 2**30
-# What the account does not see: workspaces of kernels, and what the allocator cannot hand out again.
+# A margin for memory that the account does not see: workspaces of kernels, and fragmentation in the allocator.
 MARGIN = 0.08
-# A CUDA context with its libraries, which shares the GPU with the allocator: 0.76 GiB on an H100 (docs/gpu.md).
+# The memory of a CUDA context with its libraries, outside the allocator. It is 0.76 GiB on an H100 (docs/gpu.md).
 CONTEXT = int(0.8 * GIB)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The cost of training with a policy.
+    """The cost of training with a memory policy.
 
     Attributes:
-        policy: its name.
-        capacity: samples in a micro-batch of one process.
-        peaks: bytes on the device at most, by phase: "encode", "denoise" (the rollout), "decode" (the VAE and the
-            reward, with their backward pass), "sweep", "compare" (with the base model, for `kl_coeff`), "update",
+        policy: the name of the policy.
+        capacity: the number of samples in a micro-batch of one process.
+        peaks: the most bytes on the device in each phase: "encode", "denoise" (the rollout), "decode" (the VAE and the
+            reward, with their backward pass), "sweep", "compare" (with the base model, for `kl_coeff`), "update", and
             "measure" (the rewards that only an evaluation measures).
-        flops: floating point operations per sample, on average over what the estimator draws.
+        flops: floating point operations per sample, on average over the plan that the estimator draws.
     """
 
     policy: str
@@ -48,35 +49,38 @@ class Forecast:
 
     @property
     def phase(self) -> str:
-        """Where the peak is."""
+        """The phase with the highest peak."""
         return max(self.peaks, key=self.peaks.get)
 
     def fits(self, gpu_bytes: float) -> bool:
-        """Whether it does in a GPU of that size, with room for what is not counted."""
+        """Says whether the peak fits in a GPU of that size, with a margin for memory that is not counted."""
         return self.peak * (1 + MARGIN) + CONTEXT <= gpu_bytes
 
 
 def forecast(
     build: Build, config: ConfigDict, policy: str, memory: MemoryPolicy, capacity: int, done: dict | None = None
 ) -> Forecast:
-    """The cost of the run that `config` describes.
+    """Forecasts the cost of a training step of the run that `config` describes.
 
     Args:
-        config: resolved; its `memory` and `per_gpu_capacity` are not used.
-        policy: the name to give it.
-        done: short steps that were simulated for an earlier forecast of the same networks, and of a configuration
-            that differs in its estimator only; this one adds its own.
+        build: makes the networks.
+        config: the resolved configuration. Its `memory` and `per_gpu_capacity` are not used.
+        policy: the name of the policy, for the result.
+        memory: the values of the policy.
+        capacity: the number of samples in a micro-batch of one process.
+        done: the short steps that earlier forecasts simulated; this forecast adds more. Their networks must be the
+            same, and their configuration may differ only in its estimator.
     """
     train, done = config.train, {} if done is None else done
     estimator = build_estimator(config.estimator, **estimator_options(config))
     plan = estimator(any_chain(train.num_inference_steps), train.total_batch_size, generator(config.seed, 0, "plan"))
-    if plan.copies:  # their last step is called again with them
+    if plan.copies:  # the active step is called again with the copies, so no graph is kept
         memory = replace(memory, keep_steps=0)
     most_active = int(plan.active.any(dim=1).sum())
-    # Chunks follow each other and cost the same, so one is enough, unless their graphs are kept.
+    # Chunks run one after the other at the same cost, so one chunk is simulated, unless graphs are kept.
     largest = max(memory.sweep_chunk or capacity, memory.decode_chunk or capacity)
     samples = capacity if memory.keep_steps else min(largest, capacity)
-    prompts = capacity if config.train_text_encoder else 1  # else they are remembered
+    prompts = capacity if config.train_text_encoder else 1  # without training, prompts are remembered
 
     def short_steps(keep_steps: int, *counts: int) -> list[ShortStep]:
         keys = [(replace(memory, keep_steps=keep_steps), samples, prompts, k, plan.copies) for k in counts]
@@ -96,11 +100,11 @@ def forecast(
 
 
 def _flops(kept: list[ShortStep], recomputed: list[ShortStep], plan: GradientPlan, keep: int) -> float:
-    """Of the simulated samples, on average over what the plan draws; without the text encoders."""
+    """Returns the FLOPs of the simulated samples without the text encoders, averaged over the samples of the plan."""
     lowest, call = (short.flops["sweep"] for short in recomputed[:2])
     kept_lowest, kept_call = (short.flops["sweep"] for short in kept[:2])
     call, kept_call = call - lowest, kept_call - kept_lowest
-    below = plan.active.int().cumsum(dim=0) - plan.active.int()  # active steps that still need λ
+    below = plan.active.int().cumsum(dim=0) - plan.active.int()  # lower active steps, which still need λ
     into_latents = plan.active & (plan.coupling != 0) & (below > 0)
     sweeps = []
     for k, n in zip(plan.active.sum(dim=0).tolist(), into_latents.sum(dim=0).tolist(), strict=True):
@@ -119,7 +123,7 @@ def _peaks(
 ) -> dict[str, int]:
     last = shorts[-1]
     peaks = {phase: peak for phase, peak in last.peaks.items() if phase}
-    # Of the samples that are not in this chunk, and of the steps that were not simulated.
+    # These bytes belong to samples outside the simulated chunk and to active steps that were not simulated.
     waiting = last.waiting * (capacity - samples)
     waiting += last.latents * (capacity * most_active - samples * len(shorts))
     for phase in ("denoise", "decode", "sweep"):

@@ -1,18 +1,18 @@
-"""Frozen layers that keep for the backward pass only what the gradient of their input takes.
+"""Frozen layers that keep for the backward pass only what the gradient of their input needs.
 
-torch keeps what a gradient of any kind might take. Under frozen weights most of that is never read, or is cheap to
-compute again from something that is kept anyway:
+torch keeps what any gradient of a layer might need. If the weights are frozen, most of that is never read, or is cheap
+to recompute from something that is kept anyway. The lean layers keep:
 
-    convolution              nothing: the gradient of its input takes its weight alone
-    SiLU after a GroupNorm   the GroupNorm's input, which that keeps anyway; its own is computed again
-    LoRA after a LayerNorm   likewise, the LayerNorm's input
-    LoRA elsewhere           its input as it is, not in float32
-    GEGLU                    the projection that it takes apart, and not its factors besides
-    RMSNorm                  its input as it is, not in float32
+    convolution              nothing, because the gradient of its input needs only its weight
+    SiLU after a GroupNorm   the input of the GroupNorm, which is kept anyway; the input of the SiLU is recomputed
+    LoRA after a LayerNorm   the input of the LayerNorm, which is kept anyway; the input of the LoRA is recomputed
+    LoRA elsewhere           its input in the input's dtype, not in float32
+    GEGLU                    the projection that it splits, but not the factors that it multiplies
+    RMSNorm                  its input in the input's dtype, not in float32
 
-Outputs are the same to the bit and gradients but for the order of sums. The exception is a LoRA on activations of half
-precision, which it follows, with gradient and without: in each call its float32 factors are rounded to their dtype.
-The gradients of the factors are summed in float32.
+Outputs are the same to the bit. Gradients differ only by the order of sums. The exception is a LoRA on activations of
+half precision: in each call, with or without gradient, its float32 factors are rounded to the dtype of the
+activations. The gradients of the factors are summed in float32.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,11 @@ from torch.autograd.function import once_differentiable
 
 
 def make_lean(module: nn.Module) -> None:
-    """Changes the layers of `module` in place, after its adapter has been added: layers made later are plain ones.
+    """Makes the layers of `module` lean, in place.
 
-    Names and weights stay what they are. Each call decides anew: a layer whose weights are trained by then, or that
-    runs without gradient, under autocast or in the hands of torch.compile, keeps what it always did.
+    Its adapter must have been added before, because layers that are added later stay plain. Names and weights do not
+    change. Each call decides what the layer keeps. It keeps what torch keeps if its weights are trained at that time,
+    or if it runs without gradient, under autocast or under torch.compile.
     """
     from diffusers.models.activations import GEGLU
     from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle, RMSNorm, SD35AdaLayerNormZeroX
@@ -55,8 +56,8 @@ def make_lean(module: nn.Module) -> None:
 
 
 def _keeps_less(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
-    """Whether this call, of a layer with these weights, may keep less than torch does."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # which makes such choices by itself
+    """Says whether a layer with these weights may keep less than torch does in this call."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # torch.compile itself chooses what to keep
         return False
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -76,8 +77,8 @@ def _conv2d(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 class _Conv2d(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *options):
-        # Not by `save_for_backward`: a checkpoint computes again whatever comes before the last tensor that is saved,
-        # which would be this weight, after the convolution.
+        # The weight is not saved by `save_for_backward`, because a checkpoint recomputes everything before the last
+        # tensor that is saved so. With this weight it would recompute the convolution.
         ctx.weight, ctx.options, ctx.shape = weight, options, x.shape
         return F.conv2d(x, weight, bias, *options)
 
@@ -85,14 +86,14 @@ class _Conv2d(Function):
     @once_differentiable
     def backward(ctx, grad):
         weight, (stride, padding, dilation, groups) = ctx.weight, ctx.options
-        # A transposed convolution is this gradient: in cuDNN the same kernel, in the layout of `grad` and the weight.
-        # `aten.convolution_backward` wants an input, of which it reads the shape, but which it first copies on a CPU.
+        # A transposed convolution computes this gradient. In cuDNN it is the same kernel, in the layout of `grad` and
+        # the weight. `aten.convolution_backward` needs an input only for its shape, but copies it on a CPU.
         sizes = zip(ctx.shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         left_over = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in sizes]
         return F.conv_transpose2d(grad, weight, None, stride, padding, left_over, groups, dilation), *[None] * 6
 
 
-# ---- norms, whose output can be computed again
+# ---- norms, whose output can be recomputed
 
 
 def _norm(layer: nn.GroupNorm | nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
@@ -100,12 +101,12 @@ def _norm(layer: nn.GroupNorm | nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     if not _keeps_less(x, layer.weight, layer.bias):
         return norm(x)
     if isinstance(layer, nn.GroupNorm) and not x.is_cpu:
-        x = x.contiguous()  # which torch does, and keeps
+        x = x.contiguous()  # torch makes this copy too, and keeps it
     return _with_recipe(norm(x), norm, x)
 
 
 def _ada_layer_norm(layer, x: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-    """diffusers' layers that return x, normalised and modulated in one or two ways, and what modulates it later."""
+    """Calls a diffusers layer that returns x normalised and modulated in one or two ways, and later modulations."""
     norm = partial(type(layer).forward, layer)
     outputs = norm(x, *args, **kwargs)
     if _keeps_less(x, layer.linear.weight):
@@ -116,7 +117,7 @@ def _ada_layer_norm(layer, x: torch.Tensor, *args, **kwargs) -> tuple[torch.Tens
 
 
 def _with_recipe(y: torch.Tensor, norm: Callable, x: torch.Tensor) -> torch.Tensor:
-    """y = norm(x), which will know so for as long as it is this very tensor."""
+    """Notes on the tensor y that it is norm(x). The note stays on this tensor object only."""
     y.recipe = (norm, x)
     return y
 
@@ -125,7 +126,7 @@ def _recipe(y: torch.Tensor) -> tuple[Callable, torch.Tensor] | None:
     return getattr(y, "recipe", None) if y._version == 0 else None  # not if it has been changed in place
 
 
-# ---- what reads a norm's output
+# ---- layers that read the output of a norm
 
 
 def _silu(layer: nn.SiLU, x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +149,7 @@ class _Silu(Function):
 
 
 def _lora_linear(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """peft's `lora.Linear` with the one, ordinary adapter that it mostly has, in the dtype of x."""
+    """Computes peft's `lora.Linear` in the dtype of x, if it has a single, ordinary adapter, as it mostly has."""
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     if (
         name not in layer.lora_A
@@ -186,12 +187,13 @@ class _Times(Function):
         grad_factor = None
         if ctx.needs_input_grad[1]:
             x = ctx.norm(source) if ctx.norm else source
-            # In float32 as peft has it: the two branches of guidance nearly cancel, and rounding would not.
+            # This product is in float32, as in peft. The gradients of the two branches of guidance nearly cancel, but
+            # rounding errors would not.
             grad_factor = grad.flatten(0, -2).to(factor.dtype).T @ x.flatten(0, -2).to(factor.dtype)
         return grad_x, grad_factor, None, None
 
 
-# ---- others
+# ---- other layers
 
 
 def _geglu(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -220,7 +222,7 @@ def _rms_norm(layer, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Recomputed(Function):
-    """function(x), all of it computed again."""
+    """Computes function(x), and all of it again in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, function):

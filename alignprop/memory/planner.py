@@ -1,4 +1,4 @@
-"""Which memory policy to train with: forecasts of each, from a model that is loaded or from its configuration alone."""
+"""Chooses a memory policy by forecasts of its cost, from a loaded model or from its configuration files alone."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,12 +26,12 @@ from rewards.towers import ClipTower
 
 
 class Choice(NamedTuple):
-    """A memory policy and the samples of a micro-batch.
+    """A memory policy and the size of a micro-batch.
 
     Attributes:
-        policy: the policy's name.
-        memory: its values, with those that the configuration's `memory` sets.
-        capacity: samples in a micro-batch of one process.
+        policy: the name of the policy.
+        memory: the values of the policy, replaced by those that the configuration's `memory` sets.
+        capacity: the number of samples in a micro-batch of one process.
     """
 
     policy: str
@@ -40,10 +40,10 @@ class Choice(NamedTuple):
 
 
 def skeletons(config: ConfigDict) -> Build:
-    """Makes the configured model and its judges, from their configuration files alone.
+    """Returns a function that builds the configured model and its judges from their configuration files alone.
 
     Raises:
-        ConfigError, rewards.RewardError: they are not to be found.
+        ConfigError, rewards.RewardError: the files are not found.
     """
     source, is_file = config.pretrained, config.pretrained.model.endswith(SINGLE_FILE)
     if is_file and not source.config:
@@ -70,7 +70,7 @@ def _skeleton_reward(spec: str, options: Mapping[str, Mapping]) -> WeightedRewar
 
 
 def _skeleton_tower(config: ConfigDict) -> ClipTower:
-    """The image half of `clip.model`: that of an aesthetic reward on it."""
+    """Builds the image tower of `clip.model`, as the tower of an aesthetic reward that uses this CLIP."""
     options = config.aesthetic.to_dict() | {"clip": config.clip.model, "dtype": config.clip.dtype}
     reward = skeleton_reward(
         "aesthetic", {"aesthetic": options}, lambda name, field, family: _tower_config(name, "clip.model", family)
@@ -83,9 +83,10 @@ def _tower_config(name: str, field: str, family: str) -> dict:
 
 
 def candidates(config: ConfigDict, num_processes: int, names=tuple(POLICIES)) -> list[Choice]:
-    """The choices with the named policies, from the fastest to the most frugal.
+    """Lists the choices with the named policies, from the fastest to the most frugal.
 
-    Where `per_gpu_capacity` is "auto", with several capacities each; what `memory` sets is in all of them.
+    If `per_gpu_capacity` is "auto", each policy comes with several capacities. All choices have the values that the
+    configuration's `memory` sets.
     """
     share = max(config.train.total_batch_size // num_processes, 1)
     capacities = [config.per_gpu_capacity]
@@ -98,26 +99,28 @@ def candidates(config: ConfigDict, num_processes: int, names=tuple(POLICIES)) ->
         trains_all = config.task == "train" and not config.use_lora
         if memory.residency == "phase" and (memory.keep_steps or trains_all):
             continue
-        # A GPU that is called with few samples at a time loses more than kept graphs save.
+        # With few samples per call a GPU loses more time than kept graphs save.
         few = 4 if name == "roomy" and len(capacities) > 1 else 1
         choices += [Choice(name, memory, n) for n in capacities if n >= few]
     return choices
 
 
 def choose_policy(config: ConfigDict, model: Model, judges: Judges, accelerator: Accelerator, say) -> Choice:
-    """What a run should begin with, where its configuration says "auto".
+    """Chooses what a run begins with, as far as its configuration says "auto".
 
-    On a GPU the fastest that fits, by forecast; without one there is no limit to plan for.
+    On a GPU this is the fastest choice that fits by its forecast, or the most frugal choice if none fits. Without a GPU
+    there is no limit to plan for.
 
     Args:
-        config: resolved.
-        model, judges: with their weights, on the host.
-        say: told of the choice.
+        config: the resolved configuration.
+        model, judges: the networks with their weights, on the host.
+        accelerator: gives the device and the processes.
+        say: called with each message about the planning.
     """
     c, on_gpu = config, accelerator.device.type == "cuda"
     names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
     if accelerator.distributed_type == DistributedType.FSDP and c.memory_policy == "auto":
-        names = ("balanced",)  # what spread weights need is not planned
+        names = ("balanced",)  # the planner cannot forecast the memory of spread weights
     elif c.memory_policy == "auto" and (not on_gpu or c.task != "train"):
         names = ("fast",)  # sampling alone needs little
     choices = candidates(c, accelerator.num_processes, names)
@@ -132,28 +135,33 @@ def choose_policy(config: ConfigDict, model: Model, judges: Judges, accelerator:
             forecasts.append(forecast(lambda: (on_meta(model), on_meta(counted)), c, *choice, done))
             if forecasts[-1].fits(size):
                 break
-    except Exception as error:  # a model may do what only real tensors can; that must not cost anyone the run
+    except Exception as error:  # a model may do what only real tensors can, which must not end the run
         choice = next((choice for choice in choices if choice.policy == "balanced"), choices[-1])
-        say(f"the model could not be planned ({type(error).__name__}: {error}); beginning with {choice.policy!r}")
+        say(
+            f"the memory of this model could not be forecast ({type(error).__name__}: {error}); "
+            f"starting with {choice.policy!r}"
+        )
         return choice
     say(table(forecasts, c.train.total_batch_size, size))
     return choice
 
 
 def next_choice(config: ConfigDict, num_processes: int, choice: Choice, reason: str) -> Choice:
-    """The next more frugal memory policy, or the next smaller capacity, of those left to choose from.
+    """Returns the next choice after one that did not fit: a smaller capacity or a more frugal memory policy.
 
     Args:
-        choice: what did not fit.
-        reason: what it failed with.
+        config: the resolved configuration.
+        num_processes: the number of processes.
+        choice: the choice that did not fit.
+        reason: the error with which it failed.
 
     Raises:
-        ConfigError: with the reason, where nothing is left.
+        ConfigError: no choice is left. The message has the reason.
     """
     names = tuple(POLICIES) if config.memory_policy == "auto" else (choice.policy,)
     choices = candidates(config, num_processes, names)
     tried = [(other.policy, other.capacity) for other in choices].index((choice.policy, choice.capacity))
-    # Lean layers stay so.
+    # Layers that were made lean cannot be changed back.
     rest = [other for other in choices[tried + 1 :] if other.memory.lean >= choice.memory.lean]
     if not rest:
         raise ConfigError(
@@ -163,7 +171,7 @@ def next_choice(config: ConfigDict, num_processes: int, choice: Choice, reason: 
 
 
 def table(forecasts: list[Forecast], total_batch_size: int, gpu: float | None) -> str:
-    """A line per forecast, with "fits" where it does in `gpu` bytes."""
+    """Returns a table with one line per forecast, which says whether it fits in `gpu` bytes unless that is None."""
     lines = [f"{'policy':10} {'capacity':>8} {'peak GiB':>9}  {'where':8} {'TFLOP/sample':>12} {'TFLOP/step':>12}"]
     for f in forecasts:
         fits = "" if gpu is None else "  fits" if f.fits(gpu) else "  does not fit"
@@ -173,5 +181,5 @@ def table(forecasts: list[Forecast], total_batch_size: int, gpu: float | None) -
 
 
 def gpu_bytes() -> int | None:
-    """Of the GPU that is there, as far as nobody else uses them; None without one."""
+    """Returns the bytes of this process's GPU that no other process uses; None without a GPU."""
     return torch.cuda.mem_get_info()[0] + CONTEXT if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""Which modules of a run are on the device, phase by phase."""
+"""Moves the modules that a phase of a run needs to the device."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,25 +11,25 @@ from alignprop.models.base import Model
 
 
 class Residency:
-    """Brings to the device what the phase at hand uses: `with residency("decode"): …`.
+    """Brings the modules of the current phase to the device: `with residency("decode"): …`.
 
-    Phases: "encode" (prompts to embeddings), "denoise" (the rollout), "decode" (VAE and reward), "sweep" and "compare"
-    (network calls with gradient), "measure" (rewards that are only measured). The modules of "encode" and "measure",
-    which are seldom used, leave the device when another phase begins; those of the others do so where `residency` is
-    "phase". Phases with the same modules follow each other without a move.
+    The phases are "encode" (prompts to embeddings), "denoise" (the rollout), "decode" (VAE and reward), "sweep" and
+    "compare" (network calls with gradient), and "measure" (rewards that are only measured). The modules of "encode" and
+    "measure" are seldom used, and leave the device when another phase begins. The modules of the other phases do so
+    only if `residency` is "phase". Nothing moves between two phases with the same modules.
 
-    Only frozen tensors move. Their values on the host stay as they are, so that leaving costs nothing: they go over
-    the bus once for each time that their phase begins.
+    Only frozen tensors move. Their values also stay on the host, so leaving the device costs nothing. They are copied
+    to the device once each time that their phase begins.
 
     Args:
-        device: where modules compute.
-        phases: the modules of each phase; a module may be in several.
+        device: the device on which modules compute.
+        phases: the modules of each phase. A module may be in several phases.
         residency: "all" or "phase".
-        copy: also where host and device are the same, so that an account sees modules come and go.
+        copy: whether to copy even if host and device are the same, so that an account sees modules come and go.
 
     Attributes:
-        phase: the one whose modules are on the device; "" before the first.
-        leaving: the phases whose modules leave when another begins.
+        phase: the phase that has its modules on the device; "" before the first phase.
+        leaving: the phases whose modules leave the device when another phase begins.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class Residency:
             if phase not in self.leaving:
                 for module in modules:
                     module.to(device)
-            elif device.type == "cuda":  # an earlier policy may have left them there
+            elif device.type == "cuda":  # an earlier policy may have left the modules there
                 for tensor in _frozen(modules):
                     tensor.data = tensor.data.cpu()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Within it the modules of `phase` are on the device, and after it those of the phase around it, if any.
+        """Brings the modules of `phase` to the device, and after the block those of an enclosing phase, if any.
 
-        They stay until another phase begins: most phases are entered again at once, by the next samples.
+        The modules stay there until another phase begins, because the next samples often enter the same phase at once.
         """
         around = self._inside
         self._enter(phase)
@@ -65,7 +65,7 @@ class Residency:
                 self._enter(around)
 
     def leave(self) -> None:
-        """Back to the values on the host; what was loaded into them in between comes along next time."""
+        """Puts the host's values back into the tensors. Values loaded into them later go to the device next time."""
         for tensor, host in self._on_host:
             tensor.data = host
         self._on_host, self.phase = [], ""
@@ -80,13 +80,13 @@ class Residency:
         for tensor in _frozen(self.phases[phase]):
             host = tensor.data
             if host.device.type == "cpu" and self.device.type == "cuda" and not host.is_pinned():
-                host = host.pin_memory()  # several times faster over the bus
+                host = host.pin_memory()  # copying from pinned memory is several times faster
             tensor.data = host.to(self.device, non_blocking=True, copy=self.copy)
             self._on_host.append((tensor, host))
 
 
 def phases_of(model: Model, judges: Judges) -> dict[str, list[nn.Module]]:
-    """The modules that each phase of a run uses."""
+    """Returns the modules that each phase of a run uses."""
     networks = [model.denoiser]
     return {
         "encode": model.text_encoders,

@@ -1,4 +1,7 @@
-"""A step with few sampler steps on tensors without data: the run's own code, its bytes and operations counted."""
+"""Runs a training step with few sampler steps on tensors without data, and counts its bytes and operations.
+
+It calls the code of a real run.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,15 +26,18 @@ from alignprop.settings.options import gradient_options, rollout_options
 from alignprop.weights import TrainedWeights
 
 Build = Callable[[], tuple[Model, Judges]]
-"""Makes the model and its judges on the meta device, anew for each call: a policy changes its model."""
+"""Makes the model and its judges on the meta device. Each call makes new ones, because a policy changes its model."""
 
 
 class ShortStep(NamedTuple):
     """The cost of a micro-batch with few sampler steps.
 
     Attributes:
-        peaks, flops: by phase.
-        latents, picture, waiting: bytes of a sample's latents, of its picture, and of all that waits for its turn.
+        peaks: the most bytes on the device, by phase.
+        flops: floating point operations, by phase.
+        latents: bytes of the latents of a sample.
+        picture: bytes of the picture of a sample.
+        waiting: bytes of all tensors that a sample holds while another chunk of samples is processed.
     """
 
     peaks: dict[str, int]
@@ -44,15 +50,17 @@ class ShortStep(NamedTuple):
 def simulate(
     build: Build, config: ConfigDict, memory: MemoryPolicy, samples: int, prompts: int, steps: int, copies: int
 ) -> ShortStep:
-    """A micro-batch, an update, and what only an evaluation measures: the run's own code, counted.
+    """Counts a micro-batch, an update, and the rewards that only an evaluation measures.
 
     Args:
         build: makes the networks.
-        config: resolved; its estimator, `memory` and numbers of samples and of sampler steps are not used.
-        memory: what layers keep, and what is on the device.
-        samples: of the micro-batch.
-        prompts: distinct ones that are encoded.
-        steps: sampler steps, all of them active; with `copies` of each sample, the last alone.
+        config: the resolved configuration. Its estimator, its `memory` and its numbers of samples and of sampler steps
+            are not used.
+        memory: the policy, which says what layers keep and what is on the device.
+        samples: the number of samples in the micro-batch.
+        prompts: the number of distinct prompts that are encoded.
+        steps: the number of sampler steps. All are active, but with copies only the last one is.
+        copies: the number of copies of each sample (method/plans.py).
     """
     model, judges = build()
     device = model.device = torch.device("meta")
@@ -71,7 +79,7 @@ def simulate(
             apply_policy(model, memory)
             for parameter in weights.parameters:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-            _update(weights)  # from the second step on there are the optimizer's moments
+            _update(weights)  # creates the optimizer's moments, which exist from the second step on
         reader = _WithoutTokens(model, prompts, in_float32=not config.use_lora)
         rollout = Rollout(model, any_chain(steps), memory=memory, **rollout_options(config))
         gradient = RewardGradient(
@@ -83,7 +91,7 @@ def simulate(
             _update(weights)
         with torch.no_grad():
             latents = model.init_latents(generators(range(1), *key))
-            with account.phase(""), residency("decode"):  # for its size alone
+            with account.phase(""), residency("decode"):  # only for the size of a picture
                 picture = model.decode(latents)
             if any(judges.phases["measure"]):
                 pictures = picture.expand(samples, -1, -1, -1)
@@ -94,12 +102,13 @@ def simulate(
 
 
 class _WithoutTokens:
-    """A model that reads prompts of full length: what that costs does not depend on their words.
+    """A model that encodes prompts of full length, because the cost does not depend on the words.
 
     Args:
-        model: has all the rest.
-        prompts: how many there are.
-        in_float32: the conditioning is; autocast does not exist on the meta device, where float32 is an upper limit.
+        model: the model that does everything else.
+        prompts: the number of distinct prompts.
+        in_float32: whether the conditioning is float32. Autocast does not exist on the meta device, so float32 gives
+            an upper limit there.
     """
 
     def __init__(self, model: Model, prompts: int, in_float32: bool):
@@ -123,12 +132,12 @@ class _WithoutTokens:
 
     @property
     def _empty_prompts(self) -> int:
-        """1 where there is an unconditional branch, which reads an empty prompt."""
+        """1 if there is an unconditional branch, which needs an empty prompt; 0 otherwise."""
         return len(self._model.branches(self._model.blank_conditioning(1), guidance_scale=2.0)) - 1
 
 
 def any_chain(steps: int) -> Sampler:
-    """Of no model in particular: what a step costs does not depend on its coefficients."""
+    """Returns a sampler with arbitrary coefficients, because the cost of a step does not depend on them."""
     zeros, ones, falling = torch.zeros(steps), torch.ones(steps), torch.linspace(1, 0, steps + 1)
     return Sampler(torch.arange(steps), ones, ones, zeros, p=ones, q=ones, alpha=1 - falling, sigma=falling)
 
@@ -140,7 +149,13 @@ def _update(weights: TrainedWeights) -> None:
 
 
 def encode(text_encoders: list[torch.nn.Module], samples: int, backward: bool = False) -> None:
-    """Calls text encoders, where they are, as prompts of full length would; and back, through those with an adapter."""
+    """Calls text encoders on their devices with prompts of full length.
+
+    Args:
+        text_encoders: the networks.
+        samples: the number of prompts.
+        backward: whether to back-propagate through the encoders that have an adapter.
+    """
     for encoder in text_encoders:
         length = getattr(encoder.config, "max_position_embeddings", 512)
         with torch.set_grad_enabled(backward):
@@ -150,7 +165,7 @@ def encode(text_encoders: list[torch.nn.Module], samples: int, backward: bool = 
 
 
 class _OneProcess:
-    """As much of an `Accelerator` as the trained weights need."""
+    """The part of an `Accelerator` that the trained weights need."""
 
     distributed_type, num_processes, scaler = DistributedType.NO, 1, None
 

@@ -1,4 +1,4 @@
-"""How far a fine-tuned model has moved from the base model, which it still is without its adapter."""
+"""The distance of a fine-tuned model from its base model, which is the same model without its adapter."""
 
 import torch
 
@@ -10,9 +10,10 @@ from alignprop.models.base import Conditioning, Model, Phases
 
 
 def base_conditioning(model: Model, prompts: list[str], cond: Conditioning, phases: Phases) -> Conditioning:
-    """What the base model makes of prompts of which the fine-tuned one has made `cond`.
+    """Returns the base model's conditioning for the prompts.
 
-    That is `cond` itself, unless a text encoder has an adapter, which is then brought to the device.
+    This is `cond`, the fine-tuned model's conditioning, unless a text encoder has an adapter. If one has, the text
+    encoders are brought to the device, and encode the prompts without their adapters.
     """
     encoders = [encoder for encoder in model.lora_encoders.values() if has_lora(encoder)]
     if not encoders:
@@ -24,22 +25,24 @@ def base_conditioning(model: Model, prompts: list[str], cond: Conditioning, phas
 def base_distance(
     rollout: Rollout, latents, cond: Conditioning, steps, noise, base_cond: Conditioning | None = None
 ) -> torch.Tensor:
-    """Mean squared difference of the denoiser's output, with its adapter, to the base model's, [B].
+    """Returns the mean squared difference of the denoiser's output from the base model's output, [B].
 
-    Both see x = α[i]·latents + σ[i]·noise, under the conditional branch alone. Two steps of a stochastic chain that
-    differ in f only are Gaussians of one variance, and the KL divergence between them is b[i]²/(2·s[i]²)·‖f - f_base‖²:
-    this, up to a factor of the step (DPOK, Fan et al. 2023, arXiv 2305.16381; the same weighting that Ho et al. 2020,
-    arXiv 2006.11239, leave out of the loss). It has a meaning for a deterministic chain too.
+    Both networks see x = α[i]·latents + σ[i]·noise, and only the conditional branch counts. Two steps of a stochastic
+    chain that differ in f only are Gaussians with the same variance. The KL divergence between them is
+    b[i]²/(2·s[i]²)·‖f - f_base‖² (DPOK, Fan et al. 2023, arXiv 2305.16381). The base distance is this divergence up to
+    a factor that depends on the step. Ho et al. 2020 (arXiv 2006.11239) leave this weighting of the steps out of their
+    loss too. The base distance also has a meaning for a deterministic chain.
 
-    Differentiable in the adapter and in `cond` where gradients are enabled; the latents are taken for constants.
+    If gradients are enabled, the result is differentiable with respect to the adapter and `cond`. The latents count as
+    constants.
 
     Args:
-        rollout: of the model and the chain.
-        latents: final ones, float32 [B, ...].
-        cond: of the B samples.
-        steps: i of each sample, int [B].
-        noise: standard normal, [B, ...].
-        base_cond: what the base model has instead of `cond`; None: the same.
+        rollout: gives the model and the chain.
+        latents: the final latents, float32 [B, ...].
+        cond: the conditioning of the B samples.
+        steps: the step i of each sample, int [B].
+        noise: standard normal noise, [B, ...].
+        base_cond: the base model's conditioning. None means that it is `cond` too.
     """
     sampler, model, f = rollout.sampler, rollout.model, rollout.f
     shape = [-1] + [1] * (latents.dim() - 1)
@@ -60,11 +63,14 @@ def base_distance(
 def chain_distance(
     rollout: Rollout, latents, cond: Conditioning, generators: list[torch.Generator], base_cond=None
 ) -> torch.Tensor:
-    """`base_distance` on average over 4 steps in the middle of equal parts of the chain, [B].
+    """Returns the mean of `base_distance` over the middle steps of 4 equal parts of the chain, [B].
 
     Args:
-        generators: of the noise, one per sample.
-        base_cond: as of `base_distance`.
+        rollout: gives the model and the chain.
+        latents: the final latents, float32 [B, ...].
+        cond: the conditioning of the B samples.
+        generators: one for each sample, for the noise.
+        base_cond: see `base_distance`.
     """
     steps = ((torch.arange(4) + 0.5) * rollout.sampler.num_steps / 4).long().unique()
     shape = (len(steps), *latents.shape[1:])
@@ -72,7 +78,8 @@ def chain_distance(
     samples = torch.ones(len(latents), dtype=torch.long)
     distances = []
     for i, noise in zip(steps, noises, strict=True):
-        rollout.f.scale_lora(rollout.sampler.timesteps[i])  # before it is set to nothing and back
+        # The scale is set first, because `base_distance` sets it to 0 and then back to the value that it had before.
+        rollout.f.scale_lora(rollout.sampler.timesteps[i])
         distances.append(base_distance(rollout, latents, cond, i * samples, noise, base_cond))
     if is_sharded(rollout.denoiser):
         release(rollout.denoiser)

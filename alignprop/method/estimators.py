@@ -1,11 +1,11 @@
-"""Which network calls carry gradient: one row of data for each published way of back-propagating a reward.
+"""The estimators: each published way of back-propagating a reward, as a plan of which network calls carry gradient.
 
-An estimator is a function `(sampler, num_samples, generator) -> GradientPlan`. The plan is drawn for the whole
-global batch before the rollout starts, so it can be printed and tested, and every process takes its own columns:
-neither the number of processes nor the micro-batch size changes it.
+An estimator is a function `(sampler, num_samples, generator) -> GradientPlan`. It draws the plan for the whole global
+batch before the rollout starts, so a plan can be printed and tested. Every process takes the columns of its samples
+from this plan. So neither the number of processes nor the micro-batch size changes the plan.
 
-In the equations, f[i] is the network's output at the stored x[i] and sg(·) stops the gradient. Step i reaches x[j] as
-c[i]·f[i] with c[i] = b[i]·a[i+1]·…·a[j-1]; for flow matching that is σ[i+1] - σ[i].
+In the equations, f[i] is the network's output at the stored x[i], and sg(·) stops the gradient. f[i] contributes
+c[i]·f[i] to x[j], with c[i] = b[i]·a[i+1]·…·a[j-1]. For flow matching, c[i] is σ[i+1] - σ[i].
 """
 
 import inspect
@@ -24,7 +24,7 @@ Estimator = Callable[[Sampler, int, torch.Generator], GradientPlan]
 
 
 def none(sampler, num_samples, generator=None) -> GradientPlan:
-    """No gradient at all: evaluation."""
+    """No gradient at all, for evaluation."""
     return GradientPlan.exact(torch.zeros(sampler.num_steps, num_samples, dtype=torch.bool))
 
 
@@ -34,9 +34,10 @@ def full(sampler, num_samples, generator=None) -> GradientPlan:
 
 
 def truncated(sampler, num_samples, generator=None, *, first: int) -> GradientPlan:
-    """Gradient from sampler step `first` on: the last K = N - first steps.
+    """Back-propagation through the last K = N - first steps, from sampler step `first` on.
 
-    DRaFT-K (Clark et al. 2023, arXiv 2309.17400, sec. 3.2); AlignProp's K = 1 (arXiv 2310.03739, sec. 4).
+    This is DRaFT-K (Clark et al. 2023, arXiv 2309.17400, sec. 3.2), and for K = 1 AlignProp's truncation to one step
+    (arXiv 2310.03739, sec. 4).
     """
     active = _steps(sampler) >= first
     return GradientPlan.exact(active.expand(sampler.num_steps, num_samples))
@@ -45,7 +46,8 @@ def truncated(sampler, num_samples, generator=None, *, first: int) -> GradientPl
 def randomized(sampler, num_samples, generator, *, minmax: tuple[int, int]) -> GradientPlan:
     """AlignProp's randomized truncation: each trajectory draws ONE first step, uniform over minmax[0] … minmax[1]-1.
 
-    (0, N) draws K = 1 … N, so that every trajectory has at least its last step. arXiv 2310.03739, sec. 4, eq. 4.
+    (0, N) draws K = 1 … N, so that at least the last step of every trajectory is active (arXiv 2310.03739, sec. 4,
+    eq. 4).
     """
     low, high = minmax
     first = stratified_integers(low, high, num_samples, generator)
@@ -53,12 +55,12 @@ def randomized(sampler, num_samples, generator, *, minmax: tuple[int, int]) -> G
 
 
 def per_step(sampler, num_samples, generator, *, minmax: tuple[int, int]) -> GradientPlan:
-    """A new truncation step at EVERY sampler step: step i is active where a draw from minmax[0] … minmax[1] is <= i.
+    """A new truncation step at EVERY sampler step: step i is active if its draw from minmax[0] … minmax[1] is <= i.
 
-    This is what AlignProp's released code and TRL's trainer do instead of the paper's one draw per trajectory: for
-    (0, 50), step i keeps its gradient with probability (i + 1) / 51, independently of the other steps. Kept under
-    its own name to reproduce their results; both ends of the range are included, as there. Here each sample has
-    draws of its own, there the samples of a micro-batch share them: the same expectation with less variance.
+    AlignProp's released code and TRL's trainer do this instead of the paper's one draw per trajectory. With (0, 50),
+    step i keeps its gradient with probability (i + 1) / 51, independently of the other steps. The estimator is here to
+    reproduce their results. Both ends of the range are included, as in their code. In their code the samples of a
+    micro-batch share the draws. Here each sample draws separately, which gives the same expectation with less variance.
     """
     low, high = minmax
     draws = torch.randint(low, high + 1, (sampler.num_steps, num_samples), generator=generator)
@@ -68,9 +70,10 @@ def per_step(sampler, num_samples, generator, *, minmax: tuple[int, int]) -> Gra
 def draft_lv(sampler, num_samples, generator=None, *, copies: int = 2) -> GradientPlan:
     """DRaFT-LV: the last step's gradient, averaged over n more noises (Clark et al. 2023, arXiv 2309.17400, sec. 3.3).
 
-        x⁽ʲ⁾ = α·sg(x̂0) + σ·z⁽ʲ⁾,   gradient of R(x̂0(x[N-1])) + Σ_j R(x̂0(x⁽ʲ⁾)), over 1 + n
+        x⁽ʲ⁾ = α·sg(x̂0) + σ·z⁽ʲ⁾,   gradient of (R(x̂0(x[N-1])) + Σ_j R(x̂0(x⁽ʲ⁾))) / (1 + n)
 
-    at the noise level of the last step: n further calls of network, decoder and reward, and no further rollout.
+    α and σ are the noise level of the last step, and `copies` is n. This costs n further calls of network, decoder and
+    reward, but no further rollout.
     """
     last = sampler.num_steps - 1
     exits = torch.full((num_samples,), last)
@@ -78,9 +81,12 @@ def draft_lv(sampler, num_samples, generator=None, *, copies: int = 2) -> Gradie
 
 
 def refl(sampler, num_samples, generator, *, exit_window: float = 0.25) -> GradientPlan:
-    """ReFL: the chain is left at one late step τ, whose x̂0 the reward sees (Xu et al. 2023, arXiv 2304.05977, alg. 1).
+    """ReFL: the reward sees x̂0 of one late step τ, the only active one (Xu et al. 2023, arXiv 2304.05977, alg. 1).
 
-    gradient of R(p[τ]·sg(x[τ]) + q[τ]·f[τ]),   τ uniform over the last quarter of the chain (10 of 40 there)
+        gradient of R(p[τ]·sg(x[τ]) + q[τ]·f[τ])
+
+    τ is uniform over the last part of the chain, of length `exit_window`: by default a quarter, which in the paper is
+    10 of 40 steps.
     """
     exits = _exits(sampler, num_samples, generator, exit_window)
     return GradientPlan.exact(_steps(sampler) == exits, exit_step=exits)
@@ -89,9 +95,11 @@ def refl(sampler, num_samples, generator, *, exit_window: float = 0.25) -> Gradi
 def drtune(sampler, num_samples, generator, *, num_active: int = 3, exit_window: float = 0.4) -> GradientPlan:
     """DRTune: K equally spaced steps, inputs detached, early exit (Wu et al. 2024, arXiv 2405.00760, alg. 1).
 
-        x[i+1] = a·x[i] + b·f(sg(x[i])),   the reward sees x̂0[τ],   τ uniform over the last 40 %
+        x[i+1] = a[i]·x[i] + b[i]·f(sg(x[i])),   the reward sees x̂0[τ]
 
-    The K steps have the spacing ⌊(τ+1)/K⌋ and a random start; f[τ] need not be among them. All steps where τ+1 < K.
+    τ is uniform over the last part of the chain, of length `exit_window`, by default 40 %. The K = `num_active` steps
+    have the spacing ⌊(τ+1)/K⌋ and a random start, and step τ need not be among them. If τ+1 < K, all steps up to τ are
+    active.
     """
     exits = _exits(sampler, num_samples, generator, exit_window)
     count = (exits + 1).clamp(max=num_active)
@@ -105,9 +113,10 @@ def drtune(sampler, num_samples, generator, *, num_active: int = 3, exit_window:
 def sparse(sampler, num_samples, generator, *, num_active=4, late_bias=1.0, rescale=0.5) -> GradientPlan:
     """FlowBP-Sparse: K steps with a late bias, inputs detached, the reward sees x[N] (arXiv 2606.11075).
 
-        x[N] = A·x[0] + Σ_active c[i]·f(sg(x[i])) + Σ_others sg(c[i]·f[i])
+        x[N] = A·x[0] + Σ_active c[i]·f(sg(x[i])) + Σ_inactive sg(c[i]·f[i])
 
-    Each gradient is multiplied by 1 + rescale·(Σ|c| / Σ_active|c| - 1): with `rescale` = 1 the K steps stand for all.
+    `num_active` is K, and `late_bias` is the exponent of the draw (`plans.late_biased`). Each active step's gradient is
+    multiplied by 1 + rescale·(Σ|c| / Σ_active|c| - 1), so with `rescale` = 1 the K steps stand for all N.
     """
     n, everyone = sampler.num_steps, torch.zeros(num_samples, dtype=torch.long)
     active = late_biased(everyone, everyone + n, everyone + num_active, n, late_bias, generator)
@@ -118,10 +127,11 @@ def sparse(sampler, num_samples, generator, *, num_active=4, late_bias=1.0, resc
 def bridge(sampler, num_samples, generator, *, num_active=5, late_bias=4.0, rescale=0.0, coupling=0.5) -> GradientPlan:
     """FlowBP-Bridge: FlowBP-Sparse on both sides of a step j that passes α·∂f/∂x on (arXiv 2606.11075).
 
-        x[j] = Σ_{i<j} as sparse,   x[N] = A·x[j] + c[j]·f(α·x[j] + (1-α)·sg(x[j])) + Σ_{i>j} as sparse
+        x[j] = A·x[0] + Σ_{i<j} as in sparse
+        x[N] = A·x[j] + c[j]·f(α·x[j] + (1-α)·sg(x[j])) + Σ_{i>j} as in sparse
 
-    j is the later one of two uniform steps and always active; the K steps are shared out by the lengths of the sides.
-    `coupling` is α. For N and K of at least 2.
+    j is the later step of a uniform pair of steps, and is always active. The K = `num_active` steps, j among them, are
+    divided between the two sides in proportion to their lengths. `coupling` is α. N and K must be at least 2.
     """
     n = _at_least_two(sampler, "bridge")
     _, split = stratified_pairs(n, num_samples, generator)
@@ -139,12 +149,13 @@ def bridge(sampler, num_samples, generator, *, num_active=5, late_bias=4.0, resc
 def lagrange(
     sampler, num_samples, generator, *, order=3, num_active=2, support_scale=0.25, coupling=0.1
 ) -> GradientPlan:
-    """FlowBP-Lagrange: two leaps k → j → N by quadrature over a few supports (arXiv 2606.11075).
+    """FlowBP-Lagrange: two leaps k → j → N, by quadrature over a few support steps (arXiv 2606.11075).
 
         x[j] = A·x[k] + Σ_s W[s]·f[s],   x[N] = A·x[j] + W[j]·f(α·x[j] + (1-α)·sg(x[j])) + Σ_s W[s]·f[s]
 
-    W integrates the polynomial through f at `order` evenly spaced supports of a leap (method/quadrature.py). The first
-    `num_active` of them carry gradient, all but the first with `support_scale` of it. k < j uniform. `coupling` is α.
+    The weights W integrate the polynomial through f at `order` evenly spaced supports of a leap (method/quadrature.py).
+    The first `num_active` supports of each leap are active. The gradient of each, except the first, is multiplied by
+    `support_scale`. The pair k < j is uniform, and `coupling` is α. N must be at least 2.
     """
     n = _at_least_two(sampler, "lagrange")
     active, weight = torch.zeros(2, n, num_samples, dtype=torch.float64)
@@ -157,7 +168,7 @@ def lagrange(
             for i, share in list(zip(points, shares, strict=True))[:num_active]:
                 active[i, sample] = 1
                 weight[i, sample] = share * (1 if i == first else support_scale)
-    active = active.bool() & (weight != 0)  # a support may happen to have no weight
+    active = active.bool() & (weight != 0)  # the weight of a support can happen to be 0
     at_split = _steps(sampler) == splits
     weight = torch.where(active, weight, 1)
     return GradientPlan.exact(active, coupling=coupling * weight * at_split, weight=weight)
@@ -168,8 +179,9 @@ def leapalign(sampler, num_samples, generator, *, coupling=0.3) -> GradientPlan:
 
         x[j] = A·x[k] + (Σ_{k≤i<j} c[i])·f[k],   x[N] = A·x[j] + (Σ_{i≥j} c[i])·f(α·x[j] + (1-α)·sg(x[j]))
 
-    in gradient only: the values are the rollout's. k < j uniform; `coupling` is the discount α. For flow matching the
-    sums are σ[j] - σ[k] and σ[N] - σ[j]. Its weighting of samples by the similarity of leap and rollout is left out.
+    These equations define the gradient only; the values of x are the rollout's. The pair k < j is uniform, and
+    `coupling` is the discount α. For flow matching the sums are σ[j] - σ[k] and σ[N] - σ[j]. The paper also weights
+    samples by the similarity of leap and rollout, which is left out here. N must be at least 2.
     """
     _at_least_two(sampler, "leapalign")
     return lagrange(sampler, num_samples, generator, order=1, num_active=1, coupling=coupling)
@@ -184,12 +196,13 @@ ESTIMATORS = {
 
 
 def build_estimator(name: str, **options) -> Estimator:
-    """The estimator called `name`, a key of ESTIMATORS.
+    """Returns the estimator called `name`, a key of ESTIMATORS, with its options set.
 
     Args:
-        options: `first` is `trunc_backprop_timestep`, 0 … N-1; `minmax` is `truncated_backprop_minmax`,
-            0 <= minmax[0] < minmax[1] <= N; the others are the fields of `plan`. None is the method's own default;
-            what the estimator does not take is passed over.
+        name: the name of the estimator.
+        options: `first` is the field `trunc_backprop_timestep`, 0 … N-1. `minmax` is the field
+            `truncated_backprop_minmax`, 0 <= minmax[0] < minmax[1] <= N. The other options are the fields of `plan`.
+            An option that is None gets the estimator's default. Options that the estimator does not take are ignored.
     """
     taken = inspect.signature(ESTIMATORS[name]).parameters
     return partial(ESTIMATORS[name], **{k: v for k, v in options.items() if k in taken and v is not None})
@@ -200,7 +213,7 @@ def _steps(sampler: Sampler) -> torch.Tensor:
 
 
 def _exits(sampler: Sampler, num_samples: int, generator, window: float) -> torch.Tensor:
-    """τ, uniform over that share of the chain at its end."""
+    """Draws τ for each sample, uniform over the last ⌈window·N⌉ steps; int64 [B]."""
     late = math.ceil(window * sampler.num_steps)
     return stratified_integers(sampler.num_steps - late, sampler.num_steps, num_samples, generator)
 
@@ -212,7 +225,7 @@ def _at_least_two(sampler: Sampler, name: str) -> int:
 
 
 def _rescaled(sampler: Sampler, active: torch.Tensor, rescale: float) -> torch.Tensor:
-    """float64 [N, B]: the same weight at all steps of a sample."""
+    """The weight 1 + rescale·(Σ|c| / Σ_active|c| - 1), the same at all steps of a sample; float64 [N, B]."""
     size = contributions(sampler, 0, sampler.num_steps).abs()[:, None]
     factor = 1 + rescale * (size.sum() / (size * active).sum(dim=0) - 1)
     return factor.expand(active.shape)

@@ -1,11 +1,11 @@
-"""The gradient of the mean reward, for some samples: what is inside the loop of Algorithm 1 (arXiv 2310.03739).
+"""The gradient of the mean loss for some samples: the inside of the loop of Algorithm 1 (arXiv 2310.03739).
 
 cond   = encode(prompts)                                        phase "encode"
 x[N]   = the rollout of x[0], z, cond                           phase "denoise", without gradient
 λ      = ∂loss/∂x[N], through decoder and reward                phase "decode"
 ∂/∂θ  += the sweep of λ down the chain                          phase "sweep"
-∂/∂θ  += kl_coeff · ∂(base distance)/∂θ                         phase "compare", where kl_coeff is not 0
-∂/∂θ  += ∂loss/∂cond through the text encoders                  phase "encode", where they are trained
+∂/∂θ  += kl_coeff · ∂(base distance)/∂θ                         phase "compare", if kl_coeff is not 0
+∂/∂θ  += ∂loss/∂cond through the text encoders                  phase "encode", if they are trained
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ from rewards import WeightedReward
 
 
 class SampleValues(NamedTuple):
-    """What is known of each of B samples after its gradient was added; float32 [B] each.
+    """The measured values of B samples, after their gradient was added. Each tensor is float32 [B].
 
     Attributes:
-        losses: what was minimised, with the samples' base distances where `kl_coeff` is not 0.
-        rewards: the reward that the loss is made of.
-        terms: the scores of each single reward, before its weight, by its name.
-        base_distances: how far the denoiser's outputs are from the base model's; zeros where `kl_coeff` is 0.
+        losses: the loss that was minimised. It contains `kl_coeff` times the base distance.
+        rewards: the reward that the loss is computed from.
+        terms: the scores of each term of the reward, before they are weighted, by the name of the term.
+        base_distances: the distance of the denoiser's output from the base model's; zeros if `kl_coeff` is 0.
     """
 
     losses: torch.Tensor
@@ -41,7 +41,7 @@ class SampleValues(NamedTuple):
 
     @classmethod
     def join(cls, parts: list["SampleValues"]) -> "SampleValues":
-        """The values of several groups of samples, one after the other."""
+        """Concatenates the values of several groups of samples."""
         terms = {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms}
         losses, rewards, distances = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("losses", "rewards", "base_distances")
@@ -49,26 +49,29 @@ class SampleValues(NamedTuple):
         return cls(losses, rewards, terms, distances)
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "SampleValues":
-        """`function` of each tensor."""
+        """Applies `function` to each tensor."""
         terms = {name: function(scores) for name, scores in self.terms.items()}
         return SampleValues(function(self.losses), function(self.rewards), terms, function(self.base_distances))
 
 
 @dataclass(frozen=True)
 class RewardGradient:
-    """Adds ∂(mean loss of the global batch)/∂θ of some of its samples to the `.grad` of what is trained.
+    """Adds some samples' share of ∂(mean loss of the global batch)/∂θ to the `.grad` of the trained parameters.
 
     Args:
-        model: whose prompts are encoded and whose latents are decoded.
-        rollout: the sampling chain; its memory policy says how many samples are decoded at once.
+        model: encodes the prompts and decodes the latents.
+        rollout: the sampling chain. Its memory policy says how many samples are decoded at once.
         reward: scores the pictures.
         phases: brings the modules of a phase to the device.
-        backward: of a loss; it may scale it, as mixed precision needs.
-        batch_size: samples of the global batch, over which the loss is averaged.
-        loss: a key of LOSSES. loss_target: in units of the reward. loss_scale: multiplies the loss.
-        reward_noise: standard deviation of Gaussian noise on the pictures that the reward sees, in units of [0, 1].
-        kl_coeff: multiplies the base distance (base_distance.py), which is added to the loss; 0: no such term.
-        trains_text_encoder: gradient flows on into the text encoders.
+        backward: runs the backward pass of a loss. It may scale the loss first, as mixed precision requires.
+        batch_size: the number of samples in the global batch, over which the loss is averaged.
+        loss: a key of LOSSES.
+        loss_target: the target or ceiling of the loss, in units of the reward.
+        loss_scale: multiplies the loss.
+        reward_noise: the standard deviation of the Gaussian noise that is added to the pictures before the reward
+            sees them. Pictures are in [0, 1].
+        kl_coeff: multiplies the base distance (base_distance.py), which is added to the loss. 0 adds no such term.
+        trains_text_encoder: whether the gradient continues into the text encoders.
     """
 
     model: Model
@@ -90,10 +93,11 @@ class RewardGradient:
         """Adds the gradient of B samples.
 
         Args:
-            key: of the optimizer step's random numbers.
-            indices: the samples' places in the global batch, int [B].
-            prompts, metadata: theirs.
-            plan: which part of their chains carries gradient.
+            key: the key of the random numbers of this optimizer step.
+            indices: the positions of the samples in the global batch, int [B].
+            prompts: the prompts of the samples.
+            metadata: the metadata of the samples, for the reward.
+            plan: which part of each sample's chain carries gradient.
         """
         cond = encode(self.model, prompts, self.phases)
         if self.trains_text_encoder:
@@ -114,10 +118,12 @@ class RewardGradient:
         return values
 
     def adjoint(self, key, indices, latents, prompts, metadata, plan) -> tuple[torch.Tensor, SampleValues]:
-        """λ = ∂(mean loss of the global batch)/∂x[N] of the samples and their copies, and the samples' values.
+        """Returns λ = ∂(mean loss of the global batch)/∂x[N], and the values of the B samples.
+
+        λ has one row for each sample and each copy, like `latents`.
 
         Args:
-            latents: the final ones, [B·(1 + copies), ...].
+            latents: the final latents, [B·(1 + copies), ...].
         """
         prompts, metadata, copies = plan.repeat(prompts), plan.repeat(metadata), 1 + plan.copies
         noises = [generator(*key, "reward noise", int(j), n) for j in indices for n in range(copies)]
@@ -126,11 +132,11 @@ class RewardGradient:
             adjoint, chunk_values = self._adjoint(latents[rows], prompts[rows], metadata[rows], noises[rows])
             adjoints.append(adjoint)
             values.append(chunk_values)
-        # The loss of a sample is the mean over itself and its copies.
+        # A sample's loss is the mean of the losses of the sample and its copies.
         return torch.cat(adjoints) / copies, SampleValues.join(values).apply(plan.average)
 
     def _adjoint(self, latents, prompts, metadata, noises) -> tuple[torch.Tensor, SampleValues]:
-        """The same of samples that are decoded together."""
+        """Returns λ and the values of rows that are decoded together; each copy counts as a sample here."""
         latents = latents.detach().requires_grad_()
         images = self._with_noise(self.model.decode(latents), noises)
         terms = self.reward.score_terms(images, prompts, metadata)
@@ -141,23 +147,27 @@ class RewardGradient:
         return latents.grad, SampleValues(losses.detach(), rewards.detach(), terms, torch.zeros_like(losses.detach()))
 
     def _with_noise(self, images: torch.Tensor, noises: list[torch.Generator]) -> torch.Tensor:
-        """Pictures [b, 3, H, W] that may leave [0, 1]: clamped, they would pass no gradient there."""
+        """Adds the reward noise to pictures [b, 3, H, W].
+
+        The result may leave [0, 1]. It is not clamped, because clamped pixels pass no gradient.
+        """
         if not self.reward_noise:
             return images
         noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in noises])
         return images + self.reward_noise * noise.to(images)
 
     def add_base_distance(self, key, indices, prompts, cond: Conditioning, latents: torch.Tensor) -> torch.Tensor:
-        """Adds ∂(kl_coeff · mean base distance of the global batch)/∂θ of B samples, and its part to `cond`.
+        """Adds the share of B samples in ∂(kl_coeff · mean base distance of the global batch)/∂θ to `.grad`.
 
-        Each sample is compared at one step of the chain, any with the same probability.
+        If tensors of `cond` require a gradient, their share is added to their `.grad` too. Each sample is compared with
+        the base model at one step of the chain, which is drawn uniformly.
 
         Args:
             cond: the conditioning of the prompts.
-            latents: the samples' final ones, [B, ...].
+            latents: the final latents of the samples, [B, ...].
 
         Returns:
-            The base distance of each, [B].
+            The base distance of each sample, [B].
         """
         streams, sampler = generators(indices, *key, "kl"), self.rollout.sampler
         base_cond = base_conditioning(self.model, prompts, cond, self.phases)

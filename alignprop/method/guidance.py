@@ -2,8 +2,8 @@
 
     f = u + g·(c - u),  so that  vᵀ∂f = (1 - g)·vᵀ∂u + g·vᵀ∂c
 
-with u and c the unconditional and the conditional output. Both come from one call of twice the batch, or from two calls
-whose backward passes run one after the other, which holds half the activations.
+Here u is the unconditional output of the network, and c is the conditional one. Both come from one call with twice the
+batch, or from two calls. The backward passes of two calls run one after the other, which holds half the activations.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from alignprop.settings.memory_policies import chunks
 
 
 class Call(NamedTuple):
-    """The outputs of a network call with their graph, one for each branch in it, and the factor of each branch in f."""
+    """A network call: the outputs with their graph, one for each branch in the call, and each branch's factor in f."""
 
     outputs: list[torch.Tensor]
     factors: list[float]
@@ -30,8 +30,9 @@ class Graph:
     """A network call that waits for its backward pass.
 
     Attributes:
-        latents, cond: what the network was called with.
-        calls: what f was made of, as far as it carries gradient.
+        latents: the latents that the network was called with.
+        cond: the conditioning that the network was called with.
+        calls: the network calls of the branches of f that carry gradient.
     """
 
     latents: torch.Tensor
@@ -43,8 +44,8 @@ class Products(NamedTuple):
     """The products of a vector v with the derivatives of f.
 
     Attributes:
-        tensors: vᵀ ∂f/∂θ for each tensor that was asked for; None where f does not depend on it.
-        latents: vᵀ ∂f/∂x; None where the latents require no gradient.
+        tensors: vᵀ ∂f/∂θ for each requested tensor θ; None for a tensor that f does not depend on.
+        latents: vᵀ ∂f/∂x; None if the latents require no gradient.
     """
 
     tensors: list[torch.Tensor | None]
@@ -52,17 +53,17 @@ class Products(NamedTuple):
 
 
 class GuidedDenoiser:
-    """f, its graph, and its products with a vector.
+    """Computes f, its graph, and the products of a vector with the derivatives of f.
 
     Args:
         model: the model whose denoiser is called.
-        guidance_scale: what the user asks for; the model says which g that is. 1 is no guidance.
+        guidance_scale: the user's guidance scale, from which the model computes g. 1 means no guidance.
         autocast: returns the context manager in which the network is called.
-        batching: "joint" or "split" (settings/memory_policies.py).
-        grad: "both" branches carry gradient, or only the conditional one, "cond": an approximation that takes the
-            unconditional output for a constant.
-        lora_scale_at: how much the denoiser's LoRA counts at a timestep, asked before each network call; None: it
-            counts as it is.
+        batching: "joint" calls both branches at once, "split" one by one (settings/memory_policies.py).
+        grad: "both" if both branches carry gradient. "cond" if only the conditional branch does, which is an
+            approximation that treats the unconditional output as a constant.
+        lora_scale_at: returns the scale of the denoiser's LoRA at a timestep. The scale is set before each network
+            call. None leaves the LoRA's scale as it is.
     """
 
     def __init__(
@@ -74,12 +75,16 @@ class GuidedDenoiser:
         self.lora_scale_at = lora_scale_at
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """f, in the shape and precision of `latents`: half precision would lose small steps of a long chain."""
+        """Returns f in the shape and precision of `latents`; half precision loses the small steps of a long chain."""
         calls = self._calls(latents, timestep, *self._branches(cond))
         return self._combine([output for call in calls for output in call.outputs])
 
     def with_graph(self, latents, timestep, cond: Conditioning, needs_input: bool) -> tuple[torch.Tensor, Graph]:
-        """f without a graph, and the graph beside it; it reaches `latents` where `needs_input`, and `cond`."""
+        """Returns f without a graph, and its graph separately.
+
+        The graph reaches the trainable parameters, the tensors of `cond` that require a gradient and, if `needs_input`,
+        the latents.
+        """
         latents = latents.detach().requires_grad_(needs_input)
         with torch.enable_grad():
             calls = list(self._calls(latents, timestep, *self._differentiable(cond)))
@@ -90,23 +95,24 @@ class GuidedDenoiser:
         return self._combine(outputs), Graph(latents, cond, calls)
 
     def products_at(self, latents, timestep, cond: Conditioning, vector, tensors) -> Products:
-        """The products of `vector` with the derivatives of f at `latents`: a new call of the network.
+        """Calls the network at `latents`, and returns the products of `vector` with the derivatives of f.
 
         Args:
-            latents: [B, ...]; they require a gradient where ∂f/∂x is asked for.
-            cond: what the network is called with.
+            latents: [B, ...]; they require a gradient if ∂f/∂x is needed.
+            timestep: the network's time input.
+            cond: the conditioning that the network is called with.
             vector: v, [B, ...].
-            tensors: trained ones, or tensors of `cond`; none where FSDP2 has spread the trained ones: it adds to their
-                `.grad` by itself.
+            tensors: the trainable parameters and tensors of `cond` that need a product. If the list is empty, the
+                backward pass adds to `.grad` instead. Parameters that FSDP2 has spread need this.
         """
         return _products(self._calls(latents, timestep, *self._differentiable(cond)), latents, vector, tensors)
 
     def products_of(self, graph: Graph, vector, tensors) -> Products:
-        """The same from a call that was made before, whose graph is used up."""
+        """Returns the products of `vector` with the derivatives of f from the graph of an earlier call; uses it up."""
         return _products(graph.calls, graph.latents, vector, tensors)
 
     def scale_lora(self, timestep: torch.Tensor) -> None:
-        """Lets the denoiser's LoRA count as much as it does at `timestep`."""
+        """Sets the scale of the denoiser's LoRA to its value at `timestep`."""
         if self.lora_scale_at:
             scale_lora(self.model.denoiser, self.lora_scale_at(timestep))
 
@@ -119,7 +125,7 @@ class GuidedDenoiser:
         return (branches, factors) if self.grad == "both" else (branches[-1:], factors[-1:])
 
     def _calls(self, latents, timestep, branches, factors) -> Iterator[Call]:
-        """One by one: when the second call is made, nothing here holds the first."""
+        """Yields the network calls one by one. Nothing here holds the first call when the second one is made."""
         for rows in chunks(len(branches), 0 if self.batching == "joint" else 1):
             yield Call(self._call(latents, timestep, branches[rows]), factors[rows])
 
@@ -144,7 +150,7 @@ def _products(calls: Iterable[Call], latents, vector, tensors) -> Products:
         for outputs, factors in calls:
             vectors = [factor * vector for factor in factors]
             if not tensors:
-                # `torch.autograd.grad` would bypass the hooks with which FSDP2 averages and spreads gradients.
+                # `torch.autograd.grad` bypasses the hooks with which FSDP2 averages and spreads gradients.
                 torch.autograd.backward(outputs, vectors)
                 continue
             for j, product in enumerate(torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)):

@@ -1,4 +1,4 @@
-"""From rewards to the loss of each sample. Shapes: rewards [B] -> losses [B]; lower is better."""
+"""The losses: functions from the rewards [B] of B samples to their losses [B]. A lower loss is better."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,17 @@ import torch
 
 
 def maximise(rewards: torch.Tensor, target: float) -> torch.Tensor:
-    """The reward as high as it gets; `target` is not used."""
+    """-r, which makes the reward as high as possible. `target` is not used."""
     return -rewards
 
 
 def towards_target(rewards: torch.Tensor, target: float) -> torch.Tensor:
-    """|r - target|: the gradient turns round once a sample is past the target (AlignProp's aesthetic loss)."""
+    """|r - target|, AlignProp's aesthetic loss. The gradient changes its sign when a sample is past the target."""
     return (rewards - target).abs()
 
 
 def ceiling(rewards: torch.Tensor, target: float) -> torch.Tensor:
-    """max(0, target - r): a sample that has reached the ceiling is left alone."""
+    """max(0, target - r). A sample above the ceiling gets no gradient."""
     return (target - rewards).clamp(min=0)
 
 

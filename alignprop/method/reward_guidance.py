@@ -1,18 +1,20 @@
-"""Reward guidance: a higher reward from the same weights, by moving the latents on their way.
+"""Reward guidance: a higher reward from the same weights, by moving the latents during sampling.
 
-A step i of the window looks ahead to the clean latents that it predicts, and to their reward:
+Each step i in a window of the chain predicts the clean latents, and takes the gradient of their reward:
 
     x̂0 = p[i]·x[i] + q[i]·f(x[i], t[i], c)        R = reward(decode(x̂0))        g = ∂R/∂x[i]
 
-and what the sampler comes to is moved along g, each sample by itself:
+It then moves the sampler's next latents along g, each sample separately:
 
     x[i+1] ← x[i+1] + η[i] · ‖x[i+1] - x[i]‖ · g/‖g‖
 
-Through the denoiser, g is what DPS (Chung et al. 2023, arXiv 2209.14687), Universal Guidance (Bansal et al. 2023,
-arXiv 2302.07121) and FreeDoM (Yu et al. 2023, arXiv 2303.09833) follow. With f for a constant it has the direction of
-∂R/∂x̂0, as in MPGD (He et al. 2024, arXiv 2311.16424), and no network is differentiated but decoder and reward. The
-direction alone counts, as in DSG (Yang et al. 2024, arXiv 2402.03201), so that the units of a reward do not matter; and
-the length is a share of the sampler's own step, so that neither does the number of steps.
+If g is differentiated through the denoiser, it is the gradient that DPS (Chung et al. 2023, arXiv 2209.14687),
+Universal Guidance (Bansal et al. 2023, arXiv 2302.07121) and FreeDoM (Yu et al. 2023, arXiv 2303.09833) follow. If f is
+treated as a constant, g has the direction of ∂R/∂x̂0, as in MPGD (He et al. 2024, arXiv 2311.16424), and only the
+decoder and the reward are differentiated.
+
+Only the direction of g counts, as in DSG (Yang et al. 2024, arXiv 2402.03201), so the units of the reward do not
+matter. The length of the move is a share of the sampler's step, so the number of steps does not matter either.
 """
 
 import time
@@ -30,13 +32,15 @@ from rewards import RewardError, WeightedReward
 
 
 class RewardGuidance:
-    """Noise and conditioning in, final latents out, as of a rollout without a plan.
+    """Maps noise and conditioning to final latents, like a rollout without a plan, but with reward guidance.
 
     Args:
-        rollout: its chain, its network calls and its memory policy are used.
-        reward: a differentiable one.
-        strength, schedule, window: see `strengths`.
-        through: "denoiser" or "x0".
+        rollout: gives the chain, the network calls and the memory policy.
+        reward: a differentiable reward.
+        strength: see `strengths`.
+        through: "denoiser" differentiates the reward through the denoiser. "x0" treats f as a constant.
+        schedule: see `strengths`.
+        window: see `strengths`.
         phases: brings the modules of a phase to the device (memory/residency.py).
 
     Raises:
@@ -52,11 +56,13 @@ class RewardGuidance:
 
     @torch.no_grad()
     def __call__(self, generators: list[torch.Generator], cond: Conditioning, prompts, metadata) -> torch.Tensor:
-        """x[N], float32 [B, ...].
+        """Returns x[N], float32 [B, ...].
 
         Args:
-            generators: one per sample, as of `Rollout.forward`.
-            cond, prompts, metadata: of the B samples.
+            generators: one for each sample, as in `Rollout.forward`.
+            cond: the conditioning of the B samples.
+            prompts: the prompts of the samples, for the reward.
+            metadata: the metadata of the samples, for the reward.
 
         Raises:
             rewards.RewardError: the reward's gradient is not finite.
@@ -77,14 +83,16 @@ class RewardGuidance:
                     model_output = self.rollout.f(latents, self._timestep(i, latents), cond)
             following = self.rollout.next_latents(i, latents, model_output, generators)
             if strength:
-                length = _rms(following - latents)  # that of `direction` is 1
+                length = _rms(following - latents)  # `direction` has a root mean square of 1
                 following = following + strength * length * direction
             latents = following
         return latents
 
     @torch.no_grad()
     def look_ahead(self, i: int, latents, cond, prompts, metadata) -> tuple[torch.Tensor, torch.Tensor]:
-        """f at x[i], and g with a root mean square of 1 in each sample, zero where the reward is flat; [B, ...] both.
+        """Returns f at x[i] and the direction of g, both [B, ...].
+
+        The direction has a root mean square of 1 in each sample. It is zero for a sample with a gradient of zero.
 
         Raises:
             rewards.RewardError: the reward's gradient is not finite.
@@ -95,7 +103,7 @@ class RewardGuidance:
         with self.phases("denoise"):
             if through_denoiser and self.rollout.memory.residency == "all":
                 model_output, graph = f.with_graph(latents, t, cond, needs_input=True)
-            else:  # a graph would hold the weights, which may leave the device
+            else:  # No graph is kept, because it holds the weights, and these may leave the device.
                 model_output = f(latents, t, cond)
         direction = self._into_clean(p * latents + q * model_output, prompts, metadata)
         if through_denoiser:
@@ -108,7 +116,7 @@ class RewardGuidance:
         return model_output, direction
 
     def _into_clean(self, predicted: torch.Tensor, prompts, metadata) -> torch.Tensor:
-        """The direction of ∂R/∂x̂0."""
+        """Returns the direction of ∂R/∂x̂0, with a root mean square of 1 in each sample."""
         gradients = []
         for rows in chunks(len(predicted), self.rollout.memory.decode_chunk):
             with self.phases("decode"), torch.enable_grad():
@@ -116,7 +124,7 @@ class RewardGuidance:
                 images = self.rollout.model.decode(latents)
                 pictures = images.detach().requires_grad_()
                 total = self.reward(pictures, prompts[rows], metadata[rows]).sum()
-                # Brought to unit size on the way, since a decoder of half precision would lose a small gradient.
+                # The gradient is scaled to unit size here, because a decoder in half precision loses a small gradient.
                 into_pictures = self._unit(torch.autograd.grad(total, pictures)[0])
                 gradients += torch.autograd.grad(images, latents, into_pictures)
         return self._unit(torch.cat(gradients))
@@ -125,7 +133,7 @@ class RewardGuidance:
         largest = gradient.flatten(1).abs().amax(dim=1)
         if not largest.isfinite().all():
             raise RewardError(f"reward {self.reward.name!r} has no finite gradient to follow: {largest.tolist()}")
-        # First by the largest entry, since squares underflow.
+        # The largest entry is divided out first, because the squares of small entries underflow.
         scaled = gradient / _per_sample(largest.where(largest > 0, 1), gradient)
         size = _rms(scaled)
         return scaled / size.where(size > 0, 1)
@@ -135,13 +143,14 @@ class RewardGuidance:
 
 
 def strengths(sampler: Sampler, strength: float, schedule: str, window: Sequence[float]) -> torch.Tensor:
-    """η of each step, float64 [N]; 0 outside the window.
+    """Returns η of each step, float64 [N]; 0 outside the window.
 
     Args:
-        strength: the mean of η over the window.
-        schedule: "constant"; "noise": η is proportional to the share of noise σ/(α+σ) in x[i]; "late": to the rest,
-            in x[i+1].
-        window: (from, to), shares of the chain; a step counts where its middle does.
+        sampler: the chain.
+        strength: the mean of η over the steps in the window.
+        schedule: how η depends on the step in the window. With "constant" it does not. With "noise" it is proportional
+            to σ/(α+σ), the share of noise, in x[i]. With "late" it is proportional to α/(α+σ) in x[i+1].
+        window: (from, to), as shares of the chain. Step i is in the window if from <= (i + 0.5)/N < to.
 
     Raises:
         ConfigError: no step is in the window.
@@ -159,10 +168,10 @@ def strengths(sampler: Sampler, strength: float, schedule: str, window: Sequence
 
 
 class Timed:
-    """`sample(generators, …)`, and how long its calls took.
+    """Calls `sample(generators, …)` and measures the time of its calls.
 
     Attributes:
-        seconds_per_picture: the mean over all calls so far.
+        seconds_per_picture: the mean time of a picture, over all calls so far.
     """
 
     def __init__(self, sample: Callable[..., torch.Tensor], device: torch.device):
@@ -182,7 +191,7 @@ class Timed:
 
 
 def _rms(values: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each sample, shaped to multiply it."""
+    """Returns the root mean square of each sample, shaped to multiply `values`."""
     return _per_sample(values.flatten(1).square().mean(dim=1).sqrt(), values)
 
 

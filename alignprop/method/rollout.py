@@ -1,13 +1,15 @@
 """The rollout and its adjoint sweep: a sampling chain that is one differentiable operation.
 
-Forward, the chain runs without gradient and keeps its latents, which are small:
+The forward pass runs the chain without gradient and keeps its latents, which are small:
 
     x[i+1] = a[i]·x[i] + b[i]·f(x[i], t[i], c) + s[i]·z[i]
 
-Backward, λ = ∂R/∂x[N] arrives from the decoder and the reward, and is swept down the chain (sweep.py): at the steps
-that a plan makes active, the network is called once more, with gradient, at the stored latents. A sample that leaves
-the chain at step i has x̂0 = p[i]·x[i] + q[i]·f(x[i]) instead of x[N], so p and q take the place of a and b there.
-Where there is memory to spare, calls of the rollout may keep their graph for the sweep instead.
+The backward pass gets λ = ∂R/∂x[N] from the decoder and the reward, and sweeps it down the chain (sweep.py). At the
+steps that a plan makes active, it calls the network once more, with gradient, at the stored latents. If memory allows,
+the last active calls of the rollout keep their graphs for the sweep, and these steps need no second call.
+
+A sample that leaves the chain at step i ends with x̂0 = p[i]·x[i] + q[i]·f(x[i]) instead of x[N], so p and q take the
+place of a and b at that step.
 """
 
 from contextlib import nullcontext
@@ -26,21 +28,22 @@ from alignprop.settings.memory_policies import MemoryPolicy, chunks
 
 
 class Rollout(torch.nn.Module):
-    """Noise and conditioning in, final latents out, differentiable in the denoiser's trainable parameters, and in
-    those tensors of the conditioning that require a gradient.
+    """The sampling chain as a module: it maps noise and conditioning to final latents.
 
-    Where FSDP2 has spread the denoiser's weights, all processes make the same network calls.
+    The final latents are differentiable with respect to the denoiser's trainable parameters and to the tensors of the
+    conditioning that require a gradient. If FSDP2 has spread the denoiser's weights, all processes make the same
+    network calls.
 
     Args:
         model: the model whose denoiser is called.
         sampler: the chain's coefficients and timesteps.
-        guidance_scale: strength of classifier-free guidance; 1 is none.
+        guidance_scale: the strength of classifier-free guidance. 1 means no guidance.
         autocast: returns the context manager in which the network is called.
-        adjoint_clip: 0 is off; else no sample's ‖λ‖ may grow past this multiple of what it is at x[N]. A ratio, so
-            that loss scaling, batch size and reward units do not matter.
-        guidance_grad: which branches of guidance carry gradient, "both" or "cond" (method/guidance.py).
-        memory: its `sweep_chunk`, `guidance_batching` and `keep_steps` count here.
-        lora_scale_at: how much the denoiser's LoRA counts at each timestep (guidance.py).
+        adjoint_clip: the largest allowed ratio of a sample's ‖λ‖ to its ‖λ‖ at x[N]; a larger λ is scaled down. 0 turns
+            the limit off. It is a ratio so that loss scaling, batch size and reward units do not matter.
+        guidance_grad: the branches of guidance that carry gradient, "both" or "cond" (method/guidance.py).
+        memory: the memory policy. `sweep_chunk`, `guidance_batching` and `keep_steps` have an effect here.
+        lora_scale_at: returns the scale of the denoiser's LoRA at a timestep (method/guidance.py).
     """
 
     def __init__(
@@ -59,14 +62,14 @@ class Rollout(torch.nn.Module):
         self.adjoint_norms = AdjointNorms(sampler.num_steps)
 
     def forward(self, generators: list[torch.Generator], cond: Conditioning, plan: GradientPlan | None) -> torch.Tensor:
-        """Final latents, float32 [B, ...]: x[N], or x̂0 of samples that leave the chain early.
+        """Returns the final latents, float32 [B, ...]: x[N], or x̂0 for samples that leave the chain early.
 
         Args:
-            generators: one per sample; initial noise first, then a stochastic sampler's noise step by step, then that
-                of copies.
-            cond: conditioning of the B samples.
-            plan: which steps carry gradient; its B columns are these samples. None: no gradient. With copies, each
-                sample's are next to it: [B·(1 + copies), ...].
+            generators: one for each sample. Each draws the initial noise, then a stochastic sampler's noise step by
+                step, then the noise of the copies.
+            cond: the conditioning of the B samples.
+            plan: which steps carry gradient; its B columns are these samples. None means no gradient. If the plan has
+                copies, the result is [B·(1 + copies), ...], and each sample is followed by its copies.
         """
         parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         trained = [*parameters, *(tensor for tensor in cond.values() if tensor.requires_grad)]
@@ -83,9 +86,14 @@ class Rollout(torch.nn.Module):
 
     @torch.no_grad()
     def sample(self, generators, cond, plan=None, calls=None, on_step=None) -> tuple[torch.Tensor, Trajectory]:
-        """The final latents, and what the sweep of `plan`, with its `network_calls`, needs of the way there.
+        """Runs the chain; returns the final latents and the trajectory that the sweep needs.
 
-        `on_step`, if any, is called with (i, x[i], f, x[i+1]) after each step.
+        Args:
+            generators: as in `forward`.
+            cond: as in `forward`.
+            plan: as in `forward`.
+            calls: `network_calls(plan)`, if there is a plan.
+            on_step: called with (i, x[i], f, x[i+1]) after each step, if given.
         """
         active = [] if plan is None else calls[0].nonzero().squeeze(1).tolist()
         to_keep = active[max(len(active) - self.memory.keep_steps, 0) :] if plan and not plan.copies else []
@@ -116,12 +124,15 @@ class Rollout(torch.nn.Module):
         return latents, trajectory
 
     def _still_in(self, i: int, plan: GradientPlan) -> torch.Tensor:
-        """The samples that need step i, int [b]; where FSDP2 has spread the weights, all: others may need the call."""
+        """Returns the samples that need step i, int [b].
+
+        These are all samples if FSDP2 has spread the weights, because another process may need the call.
+        """
         rows = (plan.exit_step >= i).nonzero().squeeze(1)
         return torch.arange(len(plan.exit_step)) if is_sharded(self.denoiser) else rows
 
     def next_latents(self, i: int, latents, model_output, generators, plan=None) -> torch.Tensor:
-        """x[i+1] of x[i] and f; a stochastic sampler draws from the generators."""
+        """Returns x[i+1] from x[i] and f. A stochastic sampler draws its noise from the generators."""
         a, b, s = self.coefficients(i, plan, latents)
         next_latents = a * latents + b * model_output
         if self.sampler.is_stochastic:
@@ -130,7 +141,11 @@ class Rollout(torch.nn.Module):
         return next_latents
 
     def coefficients(self, i: int, plan: GradientPlan | None, like: torch.Tensor):
-        """a, b and s of step i; p, q and 0 of samples that leave the chain there; 1, 0 and 0 of those that have."""
+        """Returns the coefficients of x[i], f and z in step i.
+
+        They are a, b and s for samples in the chain, p, q and 0 for samples that leave it at step i, and 1, 0 and 0 for
+        samples that left it earlier. If the plan has early exits, each is a tensor shaped to multiply `like`.
+        """
         chain = [float(c[i]) for c in (self.sampler.a, self.sampler.b, self.sampler.s)]
         if plan is None or not plan.leaves_early:
             return chain
@@ -140,9 +155,16 @@ class Rollout(torch.nn.Module):
         return [per_sample(column, all_samples, like) for column in table[1 + (exits - i).sign()].T]
 
     def with_copies(self, latents, trajectory, generators, cond, plan) -> tuple[torch.Tensor, Trajectory]:
-        """x̂0 of the samples, each followed by those of its copies, and the trajectory of them all.
+        """Returns x̂0 of each sample followed by x̂0 of its copies, and the trajectory of samples and copies.
 
-        A copy is x = α·x̂0 + σ·z at the level of the exit step.
+        A copy is x = α·x̂0 + σ·z at the noise level of the exit step. Its x̂0 is what this step predicts from that x.
+
+        Args:
+            latents: x̂0 of the samples at the exit step, [B, ...].
+            trajectory: the trajectory of the samples, which ends at the exit step.
+            generators: as in `forward`.
+            cond: as in `forward`.
+            plan: as in `forward`.
         """
         i, sampler = int(plan.exit_step[0]), self.sampler
         noise = torch.stack([torch.randn((plan.copies, *latents.shape[1:]), generator=g) for g in generators])
@@ -159,7 +181,7 @@ class Rollout(torch.nn.Module):
         return self.sampler.timesteps[i].to(latents.device)
 
     def _keep(self, i, latents, cond, active, needs_input, tracked) -> tuple[torch.Tensor, Graph]:
-        """f of all samples, and its graph for those that are active."""
+        """Returns f of all samples, and the graph of f for the active samples."""
         t, model_output = self.timestep(i, latents), torch.empty_like(latents)
         rows, others = (flags.nonzero().squeeze(1).to(latents.device) for flags in (active, ~active))
         active_cond = track(select(cond, rows), tracked)
@@ -169,19 +191,22 @@ class Rollout(torch.nn.Module):
         return model_output, graph
 
     def network_calls(self, plan: GradientPlan) -> torch.Tensor:
-        """bool [2, N]: at which steps the sweep calls the network, and at which of them it also needs ∂f/∂x."""
+        """Returns bool [2, N]: at which steps the sweep calls the network, and at which of them it needs ∂f/∂x.
+
+        If FSDP2 has spread the weights, a step counts if any process needs it.
+        """
         steps = range(self.sampler.num_steps)
-        # Below its lowest active step no sample needs λ, so the last call skips ∂f/∂x.
+        # A sample needs no λ below its lowest active step, so its network call there needs no ∂f/∂x.
         needs_input = [bool((plan.active[:i] & plan.active[i] & (plan.coupling[i] != 0)).any()) for i in steps]
         calls = torch.stack([plan.active.any(dim=1), torch.tensor(needs_input)])
         return on_any_process(calls, self.denoiser.device) if is_sharded(self.denoiser) else calls
 
 
 class _SampleWithSweep(torch.autograd.Function):
-    """x[N] as a function of what is tracked of the conditioning and of the trainable parameters.
+    """The final latents as a function of the tracked conditioning tensors and the trainable parameters.
 
-    Its backward is the sweep. The latents of the way are saved as autograd saves tensors, so that a second backward
-    pass needs `retain_graph=True` in the first, as everywhere.
+    The backward pass is the sweep. The chain's latents are saved with `save_for_backward`. So a second backward pass
+    needs `retain_graph=True` in the first one, as for any autograd function.
     """
 
     @staticmethod
@@ -205,8 +230,8 @@ class _SampleWithSweep(torch.autograd.Function):
             stored = dict(zip(ctx.steps, ctx.saved_tensors, strict=True))
         except RuntimeError as error:
             raise RuntimeError(
-                "a second backward pass through one rollout, whose latents the first one has freed; give "
-                "retain_graph=True to the first, or sample again"
+                "the first backward pass through this rollout has freed its latents; pass retain_graph=True to the "
+                "first backward pass, or sample again"
             ) from error
         trajectory = replace(ctx.trajectory, stored=stored)
         into_cond, gradients = sweep(ctx.rollout, adjoint, trajectory, ctx.cond, ctx.plan, ctx.calls, ctx.parameters)

@@ -1,13 +1,13 @@
 """The adjoint sweep: the gradient of a sampling chain, with the activations of one network call at a time.
 
-λ = ∂R/∂x[N] arrives from the decoder and the reward, and is swept down the chain. At an active step the network is
-called with gradient, at the stored latents:
+The sweep gets λ = ∂R/∂x[N] from the decoder and the reward, and takes it down the chain. At an active step it calls the
+network with gradient, at the stored latents:
 
     ∂R/∂θ += w[i] · (b[i]·λ)ᵀ ∂f/∂θ
     λ     ←  a[i]·λ + γ[i] · (b[i]·λ)ᵀ ∂f/∂x[i]
 
-and at any other step λ ← a[i]·λ. Where text encoders are trained, ∂R/∂c is summed like ∂R/∂θ. With w = γ = 1 this is
-exact back-propagation.
+At any other step, λ ← a[i]·λ. If text encoders are trained, ∂R/∂c is summed like ∂R/∂θ. With w = γ = 1 this is exact
+back-propagation through the active network calls.
 """
 
 from dataclasses import dataclass, field
@@ -23,13 +23,13 @@ from alignprop.models.base import Conditioning, select
 
 @dataclass
 class Trajectory:
-    """What a rollout leaves for its sweep.
+    """The part of a rollout that its sweep needs.
 
     Attributes:
-        first: the lowest step that the sweep goes down to.
-        tracked: the names of the tensors of the conditioning whose gradient is asked for.
-        stored: x[i] from there on, by i.
-        kept: graphs of the active samples' network calls, by i.
+        first: the lowest step of the sweep; N if the sweep has no step.
+        tracked: the names of the conditioning tensors that need a gradient.
+        stored: x[i] for the steps of the sweep, by i.
+        kept: the graphs of network calls that the rollout kept, by i. They hold the active samples only.
     """
 
     first: int
@@ -42,17 +42,19 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
     """Sweeps λ from x[N] down to the lowest step with a network call.
 
     Args:
-        rollout: whose network is called, at the chain's coefficients.
+        rollout: gives the network and the chain's coefficients.
         adjoint: λ = ∂R/∂(final latents), [B, ...].
-        trajectory: of the forward pass; its kept graphs are used up, and their calls are made anew another time.
-        cond, plan: as in `Rollout.forward`.
-        calls: `rollout.network_calls(plan)`.
-        parameters: the trainable tensors.
+        trajectory: the trajectory of the forward pass. The sweep uses up its kept graphs. A second sweep calls the
+            network again for these steps.
+        cond: the conditioning of the B samples.
+        plan: which steps carry gradient. Copies count as samples here and in `cond`.
+        calls: `rollout.network_calls` of the plan.
+        parameters: the trainable parameters.
 
     Returns:
-        ∂R/∂c of what the trajectory tracks, [B, ...], and ∂R/∂θ for each of `parameters`, summed over the
-        samples; zeros where no step is active. None for parameters that FSDP2 has spread: it adds their gradients,
-        averaged over the processes, to `.grad` by itself.
+        ∂R/∂c for each tracked conditioning tensor, [B, ...], and ∂R/∂θ for each of `parameters`, summed over the
+        samples. Both are zeros if no step is active. ∂R/∂θ is None for parameters that FSDP2 has spread, because FSDP2
+        itself adds their gradients, averaged over the processes, to `.grad`.
     """
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     gradients = [torch.zeros_like(p, dtype=p.grad_dtype) for p in whole]
@@ -65,7 +67,7 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
         active = plan.active[i].nonzero().squeeze(1).to(adjoint.device)
         carried = a * adjoint
         if calls[0, i]:
-            # Where only other processes need this call, a sample takes part in it with nothing to add.
+            # If only other processes need this call, one sample takes part in it with a vector of zeros.
             rows = active if len(active) else active.new_zeros(1)
             weight, coupling = (per_sample(t[i], rows, adjoint) for t in (plan.weight, plan.coupling))
             vector = weight * (b * adjoint)[rows] * bool(len(active))
@@ -79,7 +81,10 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
 
 
 def _call(rollout, trajectory: Trajectory, i: int, rows, cond, vector, parameters, needs_input: bool) -> Products:
-    """The products of `vector` with the derivatives of step i's network call, kept from the rollout or made anew."""
+    """Returns the products of `vector` with the derivatives of f in step i.
+
+    They come from the graph that the rollout kept, or else from a new network call.
+    """
     if i in trajectory.kept:
         graph = trajectory.kept.pop(i)
         return rollout.f.products_of(graph, vector, [*(graph.cond[name] for name in trajectory.tracked), *parameters])
@@ -90,7 +95,7 @@ def _call(rollout, trajectory: Trajectory, i: int, rows, cond, vector, parameter
 
 
 def _add(totals: list[torch.Tensor], products: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:
-    """Adds to all rows of each total, or to some."""
+    """Adds each product that is not None to its total, or to `rows` of its total if they are given."""
     for total, product in zip(totals, products, strict=True):
         if product is not None and rows is None:
             total += product
@@ -99,10 +104,10 @@ def _add(totals: list[torch.Tensor], products: list[torch.Tensor | None], rows: 
 
 
 def track(cond: Conditioning, names) -> Conditioning:
-    """The same values, of which those of `names` are where a gradient is asked for."""
+    """Returns the conditioning detached from its graph. The tensors in `names` require a gradient."""
     return {name: tensor.detach().requires_grad_(name in names) for name, tensor in cond.items()}
 
 
 def per_sample(values: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """values[rows], shaped to multiply latents [b, ...]."""
+    """Returns values[rows], shaped to multiply latents [b, ...] like `like`."""
     return values.to(like)[rows].view(-1, *[1] * (like.dim() - 1))

@@ -1,4 +1,4 @@
-"""The model families: the one place, besides a family's own file, that knows their names."""
+"""The model families. Only this file and the files of the families know their names."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -6,11 +6,13 @@ from importlib import import_module
 
 @dataclass(frozen=True)
 class Family:
-    """
+    """The place of a model family.
+
     Attributes:
         pipeline: the diffusers pipeline class that a `model_index.json` of the family names.
-        module, cls: where the family's Model is.
-        guidance_offset: the number by which its pipeline's guidance scale exceeds the one here, of which 1 is none.
+        module: the module of the family's Model.
+        cls: the class of the family's Model.
+        guidance_offset: the pipeline's guidance scale minus ours. Ours is 1 without guidance.
     """
 
     pipeline: str
@@ -31,4 +33,4 @@ FAMILIES = {
     "flux2": Family("Flux2KleinPipeline", "alignprop.models.flux2", "Flux2Klein"),
     "z_image": Family("ZImagePipeline", "alignprop.models.z_image", "ZImage", guidance_offset=-1.0),
 }
-OLDEST = "sd"  # what a single file is taken for that comes without a configuration
+OLDEST = "sd"  # the family of a single file without a configuration

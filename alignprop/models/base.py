@@ -1,6 +1,6 @@
-"""What the rest of the code may know of a model family.
+"""The protocol through which the rest of the code uses a model family.
 
-Latent shapes, VAE scale and shift, extra embeddings and packing never leave the family's own file.
+Latent shapes, VAE scale and shift, extra embeddings and packing never leave the file of the family.
 """
 
 from collections.abc import Callable
@@ -9,28 +9,28 @@ from typing import Any, Protocol
 
 import torch
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # as diffusers pipelines call them
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # their names in diffusers pipelines
 Conditioning = dict[str, torch.Tensor]
-"""What the denoiser is conditioned on: named tensors, each with the batch as its first dimension."""
+"""The conditioning of the denoiser: named tensors, each with the batch as its first dimension."""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Splits a layer's name in a LoRA file into its text encoder ("": the denoiser) and its name there."""
+    """Splits a layer's name in a LoRA file into its text encoder ("" for the denoiser) and its name in that network."""
     part, _, inner = name.partition(".")
     return (part, inner) if part in ENCODERS else ("", name)
 
 
 def select(cond: Conditioning, samples) -> Conditioning:
-    """The conditioning of some samples: a slice, or int [b]."""
+    """Returns the conditioning of some samples, which are given as a slice or as indices, int [b]."""
     return {name: tensor[samples] for name, tensor in cond.items()}
 
 
 Phases = Callable[[str], AbstractContextManager]
-"""`with phases("decode"): …` has the modules of that phase where they compute (memory/residency.py)."""
+"""`with phases("decode"): …` brings the modules of that phase to the device (memory/residency.py)."""
 
 
 def encode(model: "Model", prompts: list[str], phases: Phases) -> Conditioning:
-    """The conditioning of B prompts; the text encoders are brought to the device only where they are needed."""
+    """Returns the conditioning of B prompts; brings the text encoders to the device only if they are needed."""
     if model.knows(prompts):
         return model.encode_prompts(prompts)
     with phases("encode"):
@@ -41,15 +41,16 @@ class Model(Protocol):
     """One text-to-image model.
 
     Attributes:
-        denoiser: the network that is trained; all else is frozen, but for adapters of `lora_encoders` where asked for.
-        denoiser_name: what its pipeline calls it.
-        text_encoders: what `encode_prompts` calls.
-        decoder: what `decode` calls.
-        device: where conditioning and latents are put; whoever moves the modules sets it.
+        denoiser: the network that is trained. Everything else is frozen, except adapters of `lora_encoders` if the
+            configuration asks for them.
+        denoiser_name: the name of the denoiser in its pipeline.
+        text_encoders: the networks that `encode_prompts` calls.
+        decoder: the network that `decode` calls.
+        device: where conditioning and latents are put. The code that moves the modules sets it.
         scheduler: the diffusers scheduler that the model came with.
         takes_guidance: whether `guidance_scale` changes anything.
-        lora_targets: endings of the names of the layers that a LoRA adapts, unless the configuration names others.
-        lora_encoders: the text encoders that a LoRA file of the family has a place for, by their names in the pipeline.
+        lora_targets: a LoRA adapts the layers with these name endings, unless the configuration names others.
+        lora_encoders: the text encoders that a LoRA file of the family can hold, by their names in the pipeline.
     """
 
     denoiser: torch.nn.Module
@@ -63,46 +64,54 @@ class Model(Protocol):
     lora_encoders: dict[str, torch.nn.Module]
 
     def pipeline_class(self) -> type:
-        """The diffusers pipeline that loads what `save_lora` writes."""
+        """Returns the diffusers pipeline class that loads the files of `save_lora`."""
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of B prompts, without graph; remembered, unless a text encoder has an adapter: it may change."""
+        """Returns the conditioning of B prompts, without graph.
+
+        It is remembered, unless a text encoder has an adapter, because training may change the adapter.
+        """
 
     def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
-        """Adds ∂R/∂θ to the `.grad` of what is trained of the text encoders.
+        """Adds ∂R/∂θ to the `.grad` of the trained parameters of the text encoders.
 
         Args:
-            gradients: ∂R/∂c, of any of the tensors of `encode_prompts(prompts)`.
+            prompts: B prompts.
+            gradients: ∂R/∂c, for any of the tensors of `encode_prompts(prompts)`.
         """
 
     def knows(self, prompts: list[str]) -> bool:
-        """Whether `encode_prompts` remembers all of them, and needs no text encoder."""
+        """Says whether `encode_prompts` remembers all these prompts, so that it needs no text encoder."""
 
     def blank_conditioning(self, count: int) -> Conditioning:
-        """Zeros in the shapes of `encode_prompts`' result for `count` prompts."""
+        """Returns zeros in the shapes that `encode_prompts` returns for `count` prompts."""
 
     def branches(self, cond: Conditioning, guidance_scale: float) -> list[Conditioning]:
-        """What `predict` is called with: [unconditional, conditional], or [conditional] where there is no guidance."""
+        """Returns the inputs of `predict`: [unconditional, conditional], or [conditional] without guidance."""
 
     def mixing_scale(self, guidance_scale: float) -> float:
-        """g in f = u + g·(c - u), where there are two branches."""
+        """Returns g in f = u + g·(c - u), the formula that mixes two branches."""
 
     def schedule(self, num_inference_steps: int) -> dict:
-        """What the scheduler's `set_timesteps` is told besides the number of steps (method/samplers.py)."""
+        """Returns the further arguments of the scheduler's `set_timesteps` (method/samplers.py)."""
 
     def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
-        """x[0]: float32 latents [B, ...], sample b drawn from the b-th generator."""
+        """Draws x[0], float32 latents [B, ...]; sample b is drawn from the b-th generator."""
 
     def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
-        """The denoiser's output under one of the branches, or several joined along the batch, like `latents`."""
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W], float32 in [0, 1]; differentiable."""
-
-    def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float) -> None:
-        """Writes an adapter so that `load_lora_weights(folder)` of its pipeline reads it.
+        """Returns the denoiser's output, in the shape of `latents`.
 
         Args:
-            tensors: both factors of each layer, as `LoraWeights` has them, under the names of lora/networks.py.
+            branch: one of the branches, or several that are joined along the batch.
+        """
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns images [B, 3, H, W], float32 in [0, 1]; differentiable."""
+
+    def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float) -> None:
+        """Writes an adapter in the format that its pipeline's `load_lora_weights(folder)` reads.
+
+        Args:
+            tensors: both factors of each layer, in the format of `LoraWeights`, with the names of lora/networks.py.
             scale: alpha / rank.
         """

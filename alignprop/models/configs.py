@@ -1,13 +1,13 @@
-"""What a model is made of, as facts to build it from: its classes and their configurations, without any weights.
+"""Finds the facts from which a model can be built without weights: its classes and their configurations.
 
-They come from a pipeline's folder, from the Hugging Face cache, or from `alignprop/assets/configs/`, which has what the
-released models' own files say, as far as it differs from the defaults of the diffusers or transformers class. The facts
-of a text-to-image model are
+The facts come from a pipeline's folder, from the Hugging Face cache, or from `alignprop/assets/configs/`. The files
+there hold the configurations of released models, without the entries that equal the defaults of the diffusers or
+transformers class. The facts of a text-to-image model are
 
     {"family": …, "denoiser": {…}, "vae": {…}, "text_encoders": [{…}, …], "scheduler": {…}, "pipeline": {…}}
 
-where "pipeline" has what the pipeline itself is told, and those of a reward's towers {"family": "clip", "model": {…}},
-every other {…} with its class as "_class_name".
+and the facts of a reward's towers are {"family": "clip", "model": {…}}. "pipeline" holds the arguments of the pipeline
+itself. Every other {…} holds the configuration of one part, with the name of its class as "_class_name".
 """
 
 import json
@@ -25,14 +25,16 @@ TOWERS = {"clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTex
 
 
 def find_config(name: str, revision: str | None = None) -> dict:
-    """The facts of a text-to-image model: a folder's, bundled ones, or the Hugging Face cache's. Downloads nothing.
+    """Finds the facts of a text-to-image model, in a folder, in the bundled files or in the Hugging Face cache.
+
+    It downloads nothing.
 
     Args:
-        name: a diffusers pipeline's folder or hub name.
+        name: the folder or hub name of a diffusers pipeline.
         revision: branch, tag or commit to look for in the cache; None is the newest.
 
     Raises:
-        ConfigError: none is found, or the files are damaged or of an unknown family.
+        ConfigError: no facts are found, or the files are damaged or of an unknown family.
     """
     if os.path.isdir(name):
         return folder_config(name)
@@ -46,15 +48,15 @@ def find_config(name: str, revision: str | None = None) -> dict:
 
 
 def find_tower_config(name: str, field: str, family: str = "clip") -> dict:
-    """The facts of a reward's image and text towers, from the same places.
+    """Finds the facts of a reward's image and text towers, in the same places as `find_config`.
 
     Args:
         name: a folder or hub name.
-        field: of the configuration, to name in an error.
-        family: a key of TOWERS, what it must be.
+        field: the field of the configuration that an error message names.
+        family: the family that the towers must have, a key of TOWERS.
 
     Raises:
-        ConfigError: none is found, or the files are damaged or of another family.
+        ConfigError: no facts are found, or the files are damaged or of another family.
     """
     facts = bundled_config(name)
     if not os.path.isdir(name) and facts is not None and facts["family"] == family:
@@ -69,12 +71,12 @@ def find_tower_config(name: str, field: str, family: str = "clip") -> dict:
 
 
 def bundled_config(name: str) -> dict | None:
-    """The bundled facts of the model or towers with that hub name, in capitals or not; None if there are none."""
+    """Returns the bundled facts of the model or towers with that hub name, in any case; None if there are none."""
     return next((facts for facts in _bundled() if name.lower() in map(str.lower, facts["hub_names"])), None)
 
 
 def folder_config(folder) -> dict:
-    """The facts of a diffusers pipeline's folder, of which only the configuration files are read.
+    """Reads the facts of a diffusers pipeline from the configuration files in its folder.
 
     Raises:
         ConfigError: a file is missing or damaged, or the pipeline is of no known family.
@@ -89,7 +91,7 @@ def folder_config(folder) -> dict:
     def facts(part, filename="config.json"):
         if part not in index:
             raise ConfigError(f"pretrained.model: {str(folder / 'model_index.json')!r} names no {part}")
-        # transformers' own files do not name the class that the pipeline uses.
+        # The class comes from the index, because transformers' files do not name the one that the pipeline uses.
         return {**_read(folder / part / filename), "_class_name": index[part][1]}
 
     encoders = [f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
@@ -110,14 +112,16 @@ def _bundled() -> list[dict]:
 def _cached(name: str, filename: str, revision: str | None) -> Path | None:
     try:
         path = try_to_load_from_cache(name, filename, revision=revision)
-    except HFValidationError:  # a path, no hub name
+    except HFValidationError:  # the name is a path, not a hub name
         return None
     return Path(path) if isinstance(path, str) else None
 
 
 def _nowhere(families) -> str:
     known = [facts["hub_names"][0] for facts in _bundled() if facts["family"] in families]
-    return f"no such folder, not in the Hugging Face cache, and not one of those whose facts are bundled: {known}"
+    return (
+        f"no such folder, not in the Hugging Face cache, and not one of the models with bundled configurations: {known}"
+    )
 
 
 def _read(path: Path) -> dict:

@@ -5,19 +5,19 @@ import torch
 from alignprop.models.base import Conditioning
 from alignprop.models.latent import LatentDiffusion, even_sigmas, resolution_shift
 
-T5_TOKENS = 512  # the pipeline's own default
-RESOLUTION = 1024  # likewise
+T5_TOKENS = 512  # the default of the pipeline
+RESOLUTION = 1024  # the default of the pipeline
 
 
 class Flux(LatentDiffusion):
-    """The Model protocol (models/base.py), its conditioning being
+    """The Model protocol (models/base.py) for FLUX.1. Its conditioning is
 
-    prompt_embeds: [B, 512, 4096], T5's.
-    pooled_prompt_embeds: [B, 768], CLIP's.
+    prompt_embeds: [B, 512, 4096], the hidden states of T5.
+    pooled_prompt_embeds: [B, 768], the pooled output of CLIP.
 
-    Guidance is distilled into the network: `guidance_scale` is an input, and there is no second branch; FLUX.1-schnell
-    does not even have that input. `true_cfg_scale` other than 1 is guidance by an empty prompt on top of it, of which
-    both conditionings come once more as negative_…
+    Guidance is distilled into the network, so `guidance_scale` is an input and there is no second branch.
+    FLUX.1-schnell does not even have that input. A `true_cfg_scale` other than 1 adds guidance by an empty prompt. The
+    conditioning then also has the same two tensors for the empty prompt, as negative_…
     """
 
     pipeline_name = "FluxPipeline"
@@ -38,7 +38,7 @@ class Flux(LatentDiffusion):
         return self.pipeline.tokenizer_2, T5_TOKENS
 
     def latent_size(self, resolution: int | None) -> tuple[int, int]:
-        # The transformer takes any number of tokens; the size that it was trained for is the VAE's, if that has one.
+        # The transformer takes any number of tokens. The VAE's configuration may name the size used in training.
         size = resolution or self.decoder.config.get("sample_size") or RESOLUTION
         return (2 * (size // (2 * self.vae_factor)),) * 2
 
@@ -79,7 +79,7 @@ class Flux(LatentDiffusion):
             hidden_states=pack(latents.to(prompt_embeds.dtype)),
             encoder_hidden_states=prompt_embeds,
             pooled_projections=branch["pooled_prompt_embeds"],
-            timestep=timestep.expand(len(latents)) / 1000,  # it multiplies by 1000 again
+            timestep=timestep.expand(len(latents)) / 1000,  # the transformer multiplies by 1000 again
             img_ids=image_ids(height // 2, width // 2, prompt_embeds),
             txt_ids=prompt_embeds.new_zeros(prompt_embeds.shape[1], 3),
             guidance=branch.get("guidance"),
@@ -88,21 +88,21 @@ class Flux(LatentDiffusion):
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, H, W] as tokens [B, H/2 · W/2, 4C], each a square of 2 × 2, row by row."""
+    """Turns latents [B, C, H, W] into tokens [B, H/2 · W/2, 4C], one for each square of 2 × 2, row by row."""
     batch, channels, height, width = latents.shape
     squares = latents.view(batch, channels, height // 2, 2, width // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
 
 
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `pack`, for latents of that height and width."""
+    """Turns tokens into latents of that height and width; the inverse of `pack`."""
     batch, _, channels = tokens.shape
     squares = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
 
 
 def image_ids(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """The positions (0, row, column) of the image tokens [rows · columns, 3], of the kind and place of `like`."""
+    """Returns the positions (0, row, column) of image tokens, [rows · columns, 3], with dtype and device of `like`."""
     options = {"dtype": like.dtype, "device": like.device}
     zero, row, column = torch.meshgrid(
         torch.zeros(1, **options), torch.arange(rows, **options), torch.arange(columns, **options), indexing="ij"

@@ -5,19 +5,20 @@ import torch
 from alignprop.models.base import Conditioning
 from alignprop.models.latent import LatentDiffusion, even_sigmas
 
-TOKENS = 512  # the pipeline's own default
-RESOLUTION = 1024  # likewise
-LAYERS = (9, 18, 27)  # of the language model, whose hidden states are put side by side
+TOKENS = 512  # the default of the pipeline
+RESOLUTION = 1024  # the default of the pipeline
+LAYERS = (9, 18, 27)  # the layers of the language model that give the hidden states of the prompt
 
 
 class Flux2Klein(LatentDiffusion):
-    """The Model protocol (models/base.py), its conditioning being
+    """The Model protocol (models/base.py) for FLUX.2 [klein]. Its conditioning is
 
-    prompt_embeds: [B, 512, 3 · D], hidden states of three layers of Qwen3.
+    prompt_embeds: [B, 512, 3 · D], the hidden states of three layers of Qwen3, side by side.
 
-    and the same once more as negative_…, but for the distilled models, which know no guidance.
+    and the same for an empty prompt, as negative_prompt_embeds. The distilled models know no guidance and have only
+    the first.
 
-    Its latents are squares of 2 × 2 of the VAE's, normalised: [B, 128, H/16, W/16].
+    The latents are [B, 128, H/16, W/16]. Each is a square of 2 × 2 of the VAE's latents, normalised.
     """
 
     pipeline_name = "Flux2KleinPipeline"
@@ -64,7 +65,7 @@ class Flux2Klein(LatentDiffusion):
         tokens = self.denoiser(
             hidden_states=latents.to(prompt_embeds.dtype).flatten(2).transpose(1, 2),
             encoder_hidden_states=prompt_embeds,
-            timestep=timestep.expand(batch) / 1000,  # it multiplies by 1000 again
+            timestep=timestep.expand(batch) / 1000,  # the transformer multiplies by 1000 again
             img_ids=positions(height, width, 1, latents.device).expand(batch, -1, -1),
             txt_ids=positions(1, 1, prompt_embeds.shape[1], latents.device).expand(batch, -1, -1),
             guidance=None,
@@ -79,14 +80,20 @@ class Flux2Klein(LatentDiffusion):
 
 
 def positions(height: int, width: int, tokens: int, device) -> torch.Tensor:
-    """(0, row, column, index) of picture tokens, where `tokens` is 1, or of text tokens, [n, 4]."""
+    """Returns the positions (0, row, column, index) of n tokens, [n, 4].
+
+    For picture tokens `tokens` is 1. For text tokens `height` and `width` are 1.
+    """
     grid = [torch.arange(n, device=device) for n in (1, height, width, tokens)]
     return torch.cartesian_prod(*grid)
 
 
 def empirical_shift(tokens: int, num_steps: int) -> float:
-    """mu, the shift of the noise levels, as the pipeline has it: two straight lines in the number of tokens, for 10 and
-    for 200 steps, and one between them in the number of steps; many tokens have the latter's whatever the steps."""
+    """Returns mu, the shift of the noise levels, by the formula of the pipeline.
+
+    At 10 and at 200 steps mu is linear in the number of tokens. For another number of steps it is on the straight line
+    through these two values. Above 4300 tokens the value at 200 steps is used for any number of steps.
+    """
     at_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
         return at_200

@@ -1,4 +1,4 @@
-"""What the families share: frozen modules, noise of the model's own size, a VAE's decoder, how a LoRA is saved."""
+"""The code that all families share: it freezes modules, draws noise, decodes with a VAE and saves a LoRA."""
 
 from typing import ClassVar
 
@@ -11,24 +11,25 @@ from alignprop.settings.errors import ConfigError
 
 
 class LatentDiffusion(TextConditioned):
-    """The Model protocol (models/base.py) over a diffusers pipeline, as far as it does not depend on the family.
+    """The part of the Model protocol (models/base.py) that is the same for all families, over a diffusers pipeline.
 
     Args:
-        pipeline: loaded, or anything with the same parts (models/skeleton.py). Its modules are frozen here, and what
-            the VAE encodes with is dropped.
-        resolution: side of the pictures in pixels; None: the size that the model was trained for.
-        true_cfg_scale: strength of guidance by an empty prompt, for the models whose `guidance_scale` is another thing.
+        pipeline: a loaded pipeline, or any object with the same parts (models/skeleton.py). Its modules are frozen
+            here, and the encoder of the VAE is dropped.
+        resolution: side of the pictures in pixels. None is the size that the model was trained for.
+        true_cfg_scale: strength of guidance by an empty prompt, for models that use `guidance_scale` for something
+            else.
 
     Raises:
         ConfigError: the family has no pictures of that size, or no such guidance.
 
     Attributes:
-        pipeline_name: the diffusers class.
-        unused: its parts that nothing here needs; they are not even loaded.
-        optional: what a user may leave out, and the parts that it is made of.
-        load_options: what else the pipeline's `from_pretrained` is told.
-        lora_targets: endings of the names of the layers that a LoRA adapts where the configuration names none.
-        adaptable: the text encoders that the pipeline's LoRA files have a place for.
+        pipeline_name: the name of the diffusers pipeline class.
+        unused: the parts of the pipeline that training does not need; they are not even loaded.
+        optional: the components that a user may leave out, each with the parts of the pipeline that form it.
+        load_options: further arguments of the pipeline's `from_pretrained`.
+        lora_targets: a LoRA adapts the layers with these name endings if the configuration names none.
+        adaptable: the text encoders that the pipeline's LoRA files can hold.
     """
 
     pipeline_name = ""
@@ -41,8 +42,8 @@ class LatentDiffusion(TextConditioned):
     def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
         if true_cfg_scale != 1:
             raise ConfigError(
-                f"true_cfg_scale = {true_cfg_scale} must be 1 for a {self.pipeline_name}: its guidance_scale is that "
-                "already, or it knows no guidance"
+                f"true_cfg_scale = {true_cfg_scale} must be 1 for a {self.pipeline_name}: its guidance_scale is "
+                "already this guidance, or it has no guidance"
             )
         super().__init__()
         self.pipeline, self.scheduler = pipeline, pipeline.scheduler
@@ -53,7 +54,7 @@ class LatentDiffusion(TextConditioned):
         encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
         self.text_encoders = list(encoders.values())
         self.lora_encoders = {name: encoder for name, encoder in encoders.items() if name in self.adaptable}
-        self.decoder.encoder = self.decoder.quant_conv = None  # nothing here turns pictures into latents
+        self.decoder.encoder = self.decoder.quant_conv = None  # nothing here encodes pictures
         for module in (self.denoiser, self.decoder, *self.text_encoders):
             module.requires_grad_(False).eval()
         self.device = self.denoiser.device
@@ -63,15 +64,18 @@ class LatentDiffusion(TextConditioned):
 
     @classmethod
     def load(cls, name: str, *, resolution: int | None = None, true_cfg_scale: float = 1.0, **options):
-        """See `load_pipeline` in loading.py for the other options and the errors."""
+        """Loads the model; `load_pipeline` in loading.py explains the other options and the errors."""
         return cls(load_pipeline(cls, name, **options), resolution, true_cfg_scale)
 
     @classmethod
     def modules_of(cls, without) -> list[str]:
-        """The parts of the pipeline that make up what is to be left out.
+        """Returns the parts of the pipeline that form the components to leave out.
+
+        Args:
+            without: the names of the components, keys of `optional`.
 
         Raises:
-            ConfigError: the family cannot do without it.
+            ConfigError: the family needs one of these components.
         """
         for name in without:
             if name not in cls.optional:
@@ -85,14 +89,18 @@ class LatentDiffusion(TextConditioned):
 
         return getattr(diffusers, cls.pipeline_name)
 
-    # ---- what a family has of its own
+    # ---- families override these
 
     def latent_channels(self) -> int:
-        """Of x[0]."""
+        """Returns the number of channels of x[0]."""
         return self.decoder.config.latent_channels
 
     def latent_size(self, resolution: int | None) -> tuple[int, int]:
-        """Height and width of x[0] for pictures of `resolution` pixels a side; None is the model's own size."""
+        """Returns height and width of x[0] for pictures with a side of `resolution` pixels; None is the model's size.
+
+        Raises:
+            ConfigError: `resolution` is None, and the model's configuration names no size.
+        """
         if resolution is None:
             size = self.denoiser.config.get("sample_size")
             if not size:
@@ -102,23 +110,23 @@ class LatentDiffusion(TextConditioned):
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether `guidance_scale` changes anything."""
+        """Says whether `guidance_scale` changes anything."""
         return True
 
     @property
     def vae_factor(self) -> int:
-        """Pixels of a picture to one of the latents."""
+        """The side of a picture divided by the side of the VAE's latents."""
         return 2 ** (len(self.decoder.config.block_out_channels) - 1)
 
     def mixing_scale(self, guidance_scale: float) -> float:
-        """g in f = u + g·(c - u), of two branches."""
+        """Returns g in f = u + g·(c - u), the formula that mixes two branches."""
         return guidance_scale
 
     def schedule(self, num_inference_steps: int) -> dict:
-        """What the pipeline tells its scheduler's `set_timesteps` besides the number of steps."""
+        """Returns the further arguments that the pipeline passes to its scheduler's `set_timesteps`."""
         return {}
 
-    # ---- what all of them do alike
+    # ---- the same for most families
 
     def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])
@@ -130,14 +138,14 @@ class LatentDiffusion(TextConditioned):
         return self.pictures(latents)
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """Of latents in the VAE's own scale."""
+        """Decodes latents that are in the scale of the VAE, into images [B, 3, H, W] in [0, 1]."""
         return (self.decoder.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def save_lora(self, folder, tensors: dict[str, torch.Tensor], scale: float) -> None:
         """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads.
 
         Args:
-            tensors: both factors of each layer, under the names of lora/networks.py.
+            tensors: both factors of each layer, with the names of lora/networks.py.
             scale: alpha / rank.
         """
         parts, options = {}, {}
@@ -151,10 +159,13 @@ class LatentDiffusion(TextConditioned):
 
 
 def _adapter_metadata(layers: dict[str, torch.Tensor], scale: float, endings: bool) -> dict | None:
-    """What diffusers makes a `LoraConfig` of; None where alpha = rank, which readers assume of each layer by itself.
+    """Returns the entries from which diffusers makes a `LoraConfig`.
+
+    It is None if alpha = rank, because readers of the file assume that for each layer.
 
     Args:
-        endings: name layers by their endings: versions of transformers differ in a text encoder's full names.
+        endings: whether to name layers by their endings, because the full names in a text encoder differ between
+            versions of transformers.
     """
     if scale == 1:
         return None
@@ -165,9 +176,10 @@ def _adapter_metadata(layers: dict[str, torch.Tensor], scale: float, endings: bo
 
 
 def resolution_shift(scheduler, tokens: int, max_shift: float = 1.15) -> float:
-    """mu, the shift of the noise levels for pictures of so many tokens (Esser et al. 2024, arXiv 2403.03206, 5.3.2).
+    """Returns mu, the shift of the noise levels for pictures of `tokens` tokens.
 
-    Linear between two sizes that the scheduler's configuration names.
+    It is linear in the number of tokens. The scheduler's configuration names its values at two sizes (Esser et al.
+    2024, arXiv 2403.03206, 5.3.2).
     """
     config = scheduler.config
     small, large = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -177,5 +189,5 @@ def resolution_shift(scheduler, tokens: int, max_shift: float = 1.15) -> float:
 
 
 def even_sigmas(num_inference_steps: int) -> list[float]:
-    """Noise levels 1 … 1/N, which some pipelines give their scheduler instead of its own."""
+    """Returns the noise levels 1 … 1/N, which some pipelines use instead of those of their scheduler."""
     return torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()

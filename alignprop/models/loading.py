@@ -1,4 +1,4 @@
-"""From a name to a loaded diffusers pipeline: hub names, folders, single files; every failure is one line."""
+"""Loads a diffusers pipeline from a hub name, a folder or a single file; every error message is one line."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PRECISIONS = {
     "no": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
-}  # by mixed_precision: of frozen weights
+}  # the dtype of frozen weights for each value of mixed_precision
 SINGLE_FILE = (".safetensors", ".ckpt")
 INDEX = "model_index.json"
 
@@ -28,11 +28,12 @@ def load_model(name: str, train_text_encoder: bool = False, **options):
     """Loads a text-to-image model of any family.
 
     Args:
-        train_text_encoder: it has to be of a family whose LoRA files have a place for text encoders.
-        options: `resolution` and `true_cfg_scale` (latent.py), and those of `load_pipeline`.
+        name: hub name, local folder, or single file.
+        train_text_encoder: whether text encoders are trained. The LoRA files of the family must be able to hold them.
+        options: `resolution` and `true_cfg_scale` (latent.py), and the options of `load_pipeline`.
 
     Raises:
-        ConfigError: as `family_of` and `load_pipeline`, or of another family.
+        ConfigError: `family_of` or `load_pipeline` fails, or LoRA files of the family cannot hold text encoders.
     """
     cls = FAMILIES[family_of(name, options.get("revision"), options.get("config"))].model_class
     if train_text_encoder and not cls.adaptable:
@@ -41,11 +42,13 @@ def load_model(name: str, train_text_encoder: bool = False, **options):
 
 
 def no_place_for_encoders(pipeline: str) -> ConfigError:
-    return ConfigError(f"train_text_encoder = True: LoRA files of a {pipeline} have no place for text encoders")
+    return ConfigError(f"train_text_encoder = True: LoRA files of a {pipeline} cannot hold text encoders")
 
 
 def family_of(name: str, revision: str | None = None, config: str | None = None) -> str:
-    """The family of a pipeline by its `model_index.json`; a single file's is that of `config`.
+    """Reads the family of a pipeline from its `model_index.json`.
+
+    A single file has the family of the pipeline that `config` names, or without `config` the family "sd".
 
     Raises:
         ConfigError: there is no such file, or it names a pipeline of no known family.
@@ -70,22 +73,23 @@ def family_of(name: str, revision: str | None = None, config: str | None = None)
 def load_pipeline(
     cls, name: str, *, revision=None, variant=None, config=None, dtype=torch.float32, full=False, vae=None, without=()
 ):  # fmt: skip
-    """A diffusers pipeline with the modules that training needs.
+    """Loads a diffusers pipeline with the modules that training needs.
 
     Args:
-        cls: the family's Model (latent.py).
+        cls: the Model class of the family (latent.py).
         name: hub name, local folder, or a single `.safetensors` or `.ckpt` file.
         revision: branch, tag or commit on the hub; None is the newest.
-        variant: of the weights' files, such as "fp16"; None is the plain ones or, where a part has none, what it has.
+        variant: the variant of the weight files, such as "fp16". None is the plain files; if some part of a local
+            folder has no plain files, it is a variant that this part has.
         config: for a single file, the hub name or folder of a pipeline of the same layout, which supplies the
-            configuration and the tokenizer; None lets diffusers choose from the file's keys.
-        dtype: of the weights.
-        full: the denoiser's weights stay float32 whatever `dtype` is: they are to be trained.
+            configuration and the tokenizer. With None diffusers chooses it by the keys of the file.
+        dtype: the dtype of the weights.
+        full: whether the denoiser's weights are trained. They then stay float32 whatever `dtype` is.
         vae: hub name or folder of another VAE for the model.
-        without: what the family can do without, and is to.
+        without: names of the components to leave out (`optional` in latent.py).
 
     Raises:
-        ConfigError: nothing loadable under that name, or a part that cannot be left out.
+        ConfigError: nothing can be loaded under that name, or a component cannot be left out.
     """
     left_out = cls.modules_of(without)
     options = {part: None for part in (*cls.unused, *left_out)} | cls.load_options
@@ -119,9 +123,13 @@ def load_pipeline(
 
 
 def fit_tokenizers(pipeline, name: str, left_out) -> None:
-    """Has each tokenizer cut prompts where its text encoder ends, also where its files name no length, or a longer one.
+    """Makes each tokenizer truncate prompts to the length of its text encoder.
+
+    Its files may name no length, or a longer one.
 
     Args:
+        pipeline: the loaded pipeline.
+        name: the name that it was loaded from, for an error message.
         left_out: the parts that may be absent.
 
     Raises:
@@ -138,10 +146,10 @@ def fit_tokenizers(pipeline, name: str, left_out) -> None:
 
 
 def load_vae(name: str, other):
-    """A VAE in the place of another one.
+    """Loads a VAE that replaces another one.
 
     Raises:
-        ConfigError: `name` is no VAE, or its latents have another number of channels.
+        ConfigError: `name` is not a VAE, or its latents have another number of channels.
     """
     try:
         check_reachable(name, None, "config.json")
@@ -161,7 +169,7 @@ def load_vae(name: str, other):
 
 
 def check_reachable(name: str, revision: str | None, filename: str = INDEX) -> None:
-    """Raises at once what loading would raise after half a minute of retries."""
+    """Raises at once the error that loading would raise after half a minute of retries."""
     if os.path.exists(name):
         return
     if Path(name).suffix in SINGLE_FILE:

@@ -9,9 +9,9 @@ from alignprop.models.unet import UNetDiffusion
 
 
 class StableDiffusion(UNetDiffusion):
-    """The Model protocol (models/base.py), its conditioning being
+    """The Model protocol (models/base.py) for Stable Diffusion 1.x and 2.x. Its conditioning is
 
-    prompt_embeds, negative_prompt_embeds: [B, 77, D], the encoder's hidden states.
+    prompt_embeds, negative_prompt_embeds: [B, 77, D], the hidden states of the text encoder.
     """
 
     pipeline_name = "StableDiffusionPipeline"

@@ -7,17 +7,17 @@ import torch
 from alignprop.models.base import Conditioning
 from alignprop.models.latent import LatentDiffusion, resolution_shift
 
-T5_TOKENS = 256  # the pipeline's own default
+T5_TOKENS = 256  # the default of the pipeline
 CLIP_TOKENS = 77
 
 
 class StableDiffusion3(LatentDiffusion):
-    """The Model protocol (models/base.py), its conditioning being
+    """The Model protocol (models/base.py) for Stable Diffusion 3 and 3.5. Its conditioning is
 
-    prompt_embeds: [B, 77 + 256, 4096], the CLIPs' tokens, padded to T5's width, and then T5's.
-    pooled_prompt_embeds: [B, 2048], both CLIPs' side by side.
+    prompt_embeds: [B, 77 + 256, 4096], the tokens of both CLIPs, padded to the width of T5, and then the tokens of T5.
+    pooled_prompt_embeds: [B, 2048], the pooled outputs of both CLIPs, side by side.
 
-    and both once more as negative_… Without T5, which has 9 GB, zeros stand for its tokens.
+    and the same two for an empty prompt, as negative_… If T5, which has 9 GB, is left out, zeros replace its tokens.
     """
 
     pipeline_name = "StableDiffusion3Pipeline"

@@ -7,16 +7,17 @@ from alignprop.models.unet import UNetDiffusion
 
 
 class StableDiffusionXL(UNetDiffusion):
-    """The Model protocol (models/base.py), its conditioning being
+    """The Model protocol (models/base.py) for Stable Diffusion XL. Its conditioning is
 
-    prompt_embeds: [B, 77, 2048], both encoders' last but one hidden states side by side.
-    pooled_prompt_embeds: [B, 1280], of the second encoder.
-    time_ids: [B, 6], the original size, the crop's corner and the target size in pixels.
+    prompt_embeds: [B, 77, 2048], the second-to-last hidden states of both text encoders, side by side.
+    pooled_prompt_embeds: [B, 1280], the pooled output of the second text encoder.
+    time_ids: [B, 6], the original size, the corner of the crop and the target size, in pixels.
 
-    and the first two once more as negative_…: zeros, or those of an empty prompt, as the pipeline's configuration says.
+    and, if the model has two branches of guidance, negative_prompt_embeds and negative_pooled_prompt_embeds. These are
+    zeros or the embeddings of an empty prompt, as the pipeline's configuration says.
 
-    Its released VAE overflows in float16, and is then kept in float32, as its `force_upcast` asks; `pretrained.vae`
-    names one that does not.
+    The released VAE overflows in float16. As its `force_upcast` asks, it stays in float32 then. `pretrained.vae` can
+    name a VAE that does not overflow.
     """
 
     pipeline_name = "StableDiffusionXLPipeline"
@@ -58,11 +59,11 @@ class StableDiffusionXL(UNetDiffusion):
         config = self.decoder.config
         if not config.get("latents_mean"):
             return super().decode(latents)
-        # Of the models with normalised latents, such as Playground v2.5.
+        # Some models, such as Playground v2.5, normalise their latents by a mean and a standard deviation.
         mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return self.pictures((latents * std / config.scaling_factor + mean).to(self.decoder.dtype))
 
     def _time_ids(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """A picture that was neither scaled nor cropped."""
+        """Returns the `time_ids` of a picture that was neither scaled nor cropped."""
         height, width = (side * self.vae_factor for side in self.latent_shape[1:])
         return like.new_tensor([[height, width, 0, 0, height, width]]).repeat(count, 1)

@@ -1,4 +1,4 @@
-"""Models from facts alone (models/configs.py): without weights, for planning, or with random ones, for measuring."""
+"""Builds models from facts (models/configs.py): without weights for planning, or with random weights for measuring."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,24 +14,27 @@ from alignprop.settings.errors import ConfigError
 
 
 def skeleton(facts: dict, dtype: torch.dtype, without=(), **options) -> Model:
-    """A model of any family on the meta device: all of its shapes, and no memory.
+    """Builds a model of any family on the meta device, where it has all its shapes and needs no memory.
 
-    It does not encode prompts.
+    It cannot encode prompts.
 
     Args:
-        facts: what `find_config` returns.
-        dtype: of all weights.
-        without: what the family can do without, and is to.
-        options: of the family's class, such as `resolution`.
+        facts: the result of `find_config`.
+        dtype: the dtype of all weights.
+        without: names of the components to leave out (`optional` in latent.py).
+        options: further arguments of the family's class, such as `resolution`.
 
     Raises:
-        ConfigError: the facts name a class that diffusers or transformers does not have, or do not fit it.
+        ConfigError: the facts name a class that diffusers or transformers does not have, or do not fit this class.
     """
     return random_model(facts, dtype, "meta", without, **options)
 
 
 def random_model(facts: dict, dtype: torch.dtype, device, without=(), **options) -> Model:
-    """The same with random weights, drawn on a real device by the initialisers of diffusers and transformers."""
+    """Builds the model as `skeleton` does, but on any device.
+
+    On a real device the initialisers of diffusers and transformers draw its weights.
+    """
     cls = FAMILIES[facts["family"]].model_class
     named = {"vae": facts["vae"], **dict(zip(ENCODERS, facts["text_encoders"], strict=False))}
     left_out = cls.modules_of(without)
@@ -39,19 +42,19 @@ def random_model(facts: dict, dtype: torch.dtype, device, without=(), **options)
     denoiser = build_module(facts["denoiser"], dtype, device)
     parts["unet" if isinstance(denoiser, diffusers.UNet2DConditionModel) else "transformer"] = denoiser
     scheduler = _build(facts["scheduler"], diffusers, diffusers.SchedulerMixin)
-    # What a diffusers pipeline would be for the model, without its tokenizers.
+    # This object has the parts of the model's diffusers pipeline, except the tokenizers.
     pipeline = SimpleNamespace(**parts, scheduler=scheduler, config=FrozenDict(facts.get("pipeline", {})))
     return cls(pipeline, **options)
 
 
 def build_module(facts: dict, dtype: torch.dtype, device) -> torch.nn.Module:
-    """One module from its class's name and configuration."""
+    """Builds one module from the name of its class and its configuration."""
     with torch.device(device), _default_dtype(dtype):
         if hasattr(diffusers, facts["_class_name"]):
             module = _build(facts, diffusers, diffusers.ModelMixin)
         else:
             module = _build(facts, transformers, transformers.PreTrainedModel)
-    # Some tables are made in float32 whatever the default. The class's own `to` would warn of that.
+    # Some tables are float32 whatever the default dtype is. The `to` of the module's class would warn about that.
     return torch.nn.Module.to(module, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What the families share of text: prompts are encoded one by one and remembered; the branches of guidance."""
+"""The text code that all families share: it encodes and remembers prompts, and makes the branches of guidance."""
 
 import os
 import sys
@@ -9,15 +9,15 @@ from tqdm.auto import tqdm
 
 from alignprop.models.base import Conditioning
 
-NEGATIVE = "negative_"  # what the unconditional branch has instead, by diffusers' names
+NEGATIVE = "negative_"  # diffusers' prefix for the conditioning of the unconditional branch
 
 
 class TextConditioned:
-    """The part of the Model protocol (models/base.py) that is about prompts, over a diffusers pipeline.
+    """The part of the Model protocol (models/base.py) that handles prompts, over a diffusers pipeline.
 
     Attributes:
-        pipeline: with its tokenizers and text encoders.
-        text_encoders, lora_encoders, device: as the protocol says.
+        pipeline: a pipeline with its tokenizers and text encoders.
+        text_encoders, lora_encoders, device: the attributes of the protocol.
         guides: whether there is an unconditional branch.
     """
 
@@ -28,19 +28,19 @@ class TextConditioned:
         self._warned = False
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """The conditioning of B prompts, without what is negative; calls the text encoders."""
+        """Calls the text encoders; returns the conditioning of B prompts, without the negative_… part."""
         raise NotImplementedError
 
     def unconditional(self, empty: Conditioning) -> Conditioning:
-        """What the other branch of guidance has instead, from the conditioning of one empty prompt."""
+        """Returns the tensors that only the unconditional branch has, from the conditioning of one empty prompt."""
         return empty
 
     def reader(self) -> tuple:
-        """The tokenizer that reads the most of a prompt, and how many tokens that is."""
+        """Returns the tokenizer that reads the longest part of a prompt, and the number of tokens that it reads."""
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
     def chat_reader(self, limit: int, **template) -> tuple:
-        """`reader` of a language model, whose tokens are also those of the chat around the prompt."""
+        """Returns the `reader` of a language model; the chat template around the prompt uses some of `limit` tokens."""
         tokenizer = self.pipeline.tokenizer
         empty = tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, **template
@@ -49,13 +49,16 @@ class TextConditioned:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Each distinct prompt is encoded once, while no text encoder has an adapter; of long ones, the end is lost."""
+        """Returns the conditioning of B prompts. A long prompt is truncated, with a warning.
+
+        Each distinct prompt is encoded once, unless a text encoder has an adapter.
+        """
         wanted = [*prompts, ""] if self.guides else prompts
         known = {} if self._adapted else self._remembered
         if new := [p for p in dict.fromkeys(wanted) if p not in known]:
             self._warn_of_truncation(new)
-            # One by one: how it is rounded must not depend on the prompts that happen to come with it. On the host:
-            # thousands would not fit beside the model.
+            # Prompts are encoded one by one, so that the rounding of one does not depend on the others in a batch.
+            # They are stored on the host, because thousands do not fit on the device in addition to the model.
             for prompt in new:
                 known[prompt] = {name: tensor[0].cpu() for name, tensor in self.encode([prompt]).items()}
         cond = self._gather([known[p] for p in prompts])
@@ -66,7 +69,10 @@ class TextConditioned:
         return cond
 
     def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
-        """One by one again, and encoded again: no more is held than the graphs of one prompt and of an empty one."""
+        """Adds ∂R/∂θ to the `.grad` of the trained parameters of the text encoders.
+
+        Each prompt is encoded again, one by one, so that only its graph and the graph of an empty prompt are held.
+        """
         needs_empty = self.guides and any(g.any() for name, g in gradients.items() if name.startswith(NEGATIVE))
         for row, prompt in enumerate(prompts):
             with torch.enable_grad():
@@ -97,7 +103,7 @@ class TextConditioned:
         return [conditional | instead, conditional]
 
     def _warn_of_truncation(self, prompts: list[str]) -> None:
-        """Once for all prompts, not for each."""
+        """Warns only once, however many prompts are too long."""
         tokenizer, limit = self.reader()
         counts = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
         longest = max(counts)
@@ -105,14 +111,14 @@ class TextConditioned:
             return
         self._warned = True
         shown = textwrap.shorten(prompts[counts.index(longest)], 60, placeholder=" …")
-        # The tokens that mark beginning and end are nothing that a person wrote.
+        # The reported counts leave out the tokens that mark beginning and end, because the user did not write them.
         marks = len(tokenizer("").input_ids)
         tqdm.write(
-            f"warning: prompts are truncated to {limit - marks} tokens, and {shown!r} has {longest - marks}; it loses "
-            "its end, and so do others as long",
+            f"warning: prompts are truncated to {limit - marks} tokens, and {shown!r} has {longest - marks}; its end "
+            "is ignored, and so is the end of every other prompt over the limit",
             file=sys.stderr,
         )
 
     def _zeros(self, *shape: int) -> torch.Tensor:
-        """In the precision of the text encoders, where the model is."""
+        """Returns zeros with the dtype of the text encoders, on the device of the model."""
         return torch.zeros(shape, dtype=self.text_encoders[0].dtype, device=self.device)

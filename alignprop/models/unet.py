@@ -1,4 +1,4 @@
-"""What the families around a UNet share: each input of the network is given or refused."""
+"""The code that the UNet families share: it gives every input of the UNet, or refuses a UNet with another input."""
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
@@ -10,13 +10,13 @@ from alignprop.settings.errors import ConfigError
 
 
 class UNetDiffusion(LatentDiffusion):
-    """The part of the Model protocol (models/base.py) that is about a UNet's further inputs.
+    """The part of the Model protocol (models/base.py) that gives a UNet's further inputs.
 
-    A UNet with `time_cond_proj_dim`, such as a latent consistency model's, has guidance distilled into it:
-    `guidance_scale` is an input, and there is no second branch.
+    Guidance is distilled into a UNet with `time_cond_proj_dim`, such as the UNet of a latent consistency model.
+    For such a UNet `guidance_scale` is an input, and there is no second branch.
 
     Attributes:
-        added: the `addition_embed_type` of the UNets whose added conditions `predict` gives.
+        added: the `addition_embed_type` for which `predict` gives the added conditions.
     """
 
     added: str | None = None
@@ -27,15 +27,15 @@ class UNetDiffusion(LatentDiffusion):
 
     @classmethod
     def load(cls, name: str, **options):
-        """
+        """Loads the model, as `LatentDiffusion.load` does.
+
         Raises:
-            ConfigError: also for a relative that is no text-to-image model, such as one for inpainting.
+            ConfigError: also for a related model that is not text-to-image, such as a model for inpainting.
         """
         model = super().load(name, **options)
         if reason := unknown_inputs(model.denoiser.config, model.decoder.config.latent_channels, cls.added):
             raise ConfigError(
-                f"pretrained.model = {name!r} is not a text-to-image model that a {cls.pipeline_name} makes: its UNet "
-                f"{reason}"
+                f"pretrained.model = {name!r} is not a text-to-image model for a {cls.pipeline_name}: its UNet {reason}"
             )
         return model
 
@@ -46,21 +46,21 @@ class UNetDiffusion(LatentDiffusion):
         embeds = cond["prompt_embeds"]
         guidance = torch.full((len(embeds),), 1000 * (guidance_scale - 1), device=embeds.device)
         width = self.denoiser.config.time_cond_proj_dim
-        embedded = get_timestep_embedding(guidance, width, downscale_freq_shift=1)  # sines first, as the pipelines have
+        embedded = get_timestep_embedding(guidance, width, downscale_freq_shift=1)  # sines first, as in the pipelines
         return [{**conditional, "timestep_cond": embedded.to(embeds.dtype)}]
 
     def with_negative(self, blank: Conditioning) -> Conditioning:
-        """The conditioning of both branches of guidance, where there are two."""
+        """Adds the conditioning of the unconditional branch, if there is one."""
         return blank | ({NEGATIVE + name: tensor.clone() for name, tensor in blank.items()} if self.guides else {})
 
 
 def unknown_inputs(config, latent_channels: int, added: str | None) -> str:
-    """Which input of a UNet nobody here would give; "" where there is none.
+    """Describes an input of a UNet that no family here gives; returns "" if there is no such input.
 
     Args:
         config: the UNet's configuration.
-        latent_channels: of the VAE.
-        added: the `addition_embed_type` whose conditions are given.
+        latent_channels: the number of channels of the VAE's latents.
+        added: the `addition_embed_type` for which the added conditions are given.
     """
     if config.in_channels != latent_channels or config.out_channels != latent_channels:
         return (

@@ -1,4 +1,4 @@
-"""Parts of a model as they are loaded: all their weights from a file, in the precision that they are made for."""
+"""Checks that all weights of a model's parts were loaded from files, and sets the precision of the parts."""
 
 from contextlib import contextmanager
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 class MissingWeights(ValueError):
-    """Some weights of a network are in no file."""
+    """Raised if no file holds some of a network's weights."""
 
     def __init__(self, network: str, names):
         names = sorted(names)
@@ -17,12 +17,12 @@ class MissingWeights(ValueError):
 
 @contextmanager
 def whole_parts():
-    """Within it `from_pretrained` refuses files without some of a network's weights.
+    """Makes `from_pretrained` refuse files that lack some of a network's weights, inside the `with` block.
 
-    diffusers and transformers would draw those at random and say so in a warning.
+    Without it diffusers and transformers draw the missing weights at random and print a warning.
 
     Raises:
-        MissingWeights: by `from_pretrained`.
+        MissingWeights: `from_pretrained` raises it.
     """
     before = {base: base.__dict__["from_pretrained"] for base in (ModelMixin, PreTrainedModel)}
     for base, method in before.items():
@@ -46,9 +46,10 @@ def _checked(load):
 
 
 def refuse_gaps(pipeline) -> None:
-    """
+    """Refuses a pipeline with weights that were not loaded, which are still on the meta device.
+
     Raises:
-        MissingWeights: a network of the pipeline has places for weights that nothing was loaded into.
+        MissingWeights: a network of the pipeline has such weights.
     """
     networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     for network in networks:
@@ -57,7 +58,10 @@ def refuse_gaps(pipeline) -> None:
 
 
 def set_precision(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Computes in `dtype` from now on, but for the layers that its class keeps in float32: T5's overflow in float16."""
+    """Converts a network to `dtype`, except the layers that its class keeps in float32.
+
+    T5, for example, has layers that overflow in float16.
+    """
     kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         if tensor.is_floating_point() and not any(part in kept for part in name.split(".")):

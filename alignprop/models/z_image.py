@@ -5,25 +5,26 @@ import torch
 from alignprop.models.base import Conditioning
 from alignprop.models.latent import LatentDiffusion, even_sigmas, resolution_shift
 
-TOKENS = 512  # the pipeline's own default
-RESOLUTION = 1024  # likewise
+TOKENS = 512  # the default of the pipeline
+RESOLUTION = 1024  # the default of the pipeline
 
 
 class ZImage(LatentDiffusion):
-    """The Model protocol (models/base.py), its conditioning being
+    """The Model protocol (models/base.py) for Z-Image. Its conditioning is
 
-    prompt_embeds: [B, 512, D], the last but one hidden states of Qwen3.
-    padding: [B, 512], true where there is no token of the prompt.
+    prompt_embeds: [B, 512, D], the second-to-last hidden states of Qwen3.
+    padding: [B, 512], true at the positions after the last token of the prompt.
 
-    and both once more as negative_…
+    and the same two for an empty prompt, as negative_…
 
-    `guidance_scale` counts as for every other family, 1 being none: it is one more than what this pipeline calls so.
+    As for every other family, a `guidance_scale` of 1 means no guidance. It is the `guidance_scale` of this pipeline
+    plus 1.
     """
 
     pipeline_name = "ZImagePipeline"
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        # A copy: the pipeline writes its template into the list.
+        # The pipeline gets a copy of the list, because it writes its chat template into it.
         states = self.pipeline.encode_prompt(
             list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS
         )[0]
@@ -52,13 +53,13 @@ class ZImage(LatentDiffusion):
 
     def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
         prompt_embeds, padding = branch["prompt_embeds"], branch["padding"]
-        # How long prompts are is not known on the meta device, where memory is planned: it counts whole ones.
+        # Memory is planned on the meta device, where the lengths of prompts are unknown, so all 512 tokens count.
         texts = (
             prompt_embeds.unbind() if padding.is_meta else [e[~p] for e, p in zip(prompt_embeds, padding, strict=True)]
         )
         outputs = self.denoiser(
             list(latents.to(prompt_embeds.dtype).unsqueeze(2).unbind()),
-            (1000 - timestep.expand(len(latents))) / 1000,  # its time runs the other way, and so does its velocity
+            (1000 - timestep.expand(len(latents))) / 1000,  # its time and its velocity have the other direction
             list(texts),
         ).sample
         return -torch.stack(outputs).squeeze(2)

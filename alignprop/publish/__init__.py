@@ -1,4 +1,4 @@
-"""What leaves the machine: LoRAs for other tools, merged models, model cards, uploads to the hub.
+"""Publishes the results of a run: LoRAs for other tools, merged models, model cards, uploads to the hub.
 
-May import all rooms but memory.
+It may import every room above it in the table of docs/design.md.
 """

@@ -1,6 +1,6 @@
-"""The model card of a run: what its folder says, for people who find its weights on the hub.
+"""Writes the model card of a run from its folder, for people who find its weights on the hub.
 
-The words are in card_template.md, a template of huggingface_hub's ModelCard; here are the facts.
+The text is in card_template.md, a template for huggingface_hub's ModelCard. This file fills in the facts.
 """
 
 import json
@@ -19,12 +19,12 @@ from alignprop.settings.fields.rules import is_repo_name
 from alignprop.settings.fields.sampling import PLAN_FIELDS
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-# method: its name, where it is published
+# The name and the arXiv number of each algorithm.
 METHODS = {
     "align_prop": ("AlignProp, reward backpropagation", "2310.03739"),
     "ddpo": ("DDPO, a policy gradient", "2305.13301"),
 }
-# estimator: the fields that say more of it, where they are not those of `plan`
+# The fields that describe an estimator, if they are not fields of `plan`.
 _ESTIMATOR_FIELDS = {
     "truncated": ("trunc_backprop_timestep",),
     "randomized": ("truncated_backprop_minmax",),
@@ -33,22 +33,24 @@ _ESTIMATOR_FIELDS = {
 
 
 def picture_name(number: int) -> str:
-    """Where the gallery's pictures lie in the repository."""
+    """Returns the path of a gallery picture in the repository."""
     return f"images/{number}.png"
 
 
 def model_card(run: RunFolder, repo: str, prompts: list[str]) -> str:
-    """README.md of the repository `repo`, "user/name".
+    """Returns the text of README.md.
 
     Args:
-        prompts: of the pictures in the gallery, which are called `picture_name(0)` and so on.
+        run: the run folder.
+        repo: the repository, "user/name".
+        prompts: the prompts of the gallery's pictures, which are at `picture_name(0)` and so on.
     """
     c, base = run.config, _base_model(run.config)
     method, paper = METHODS[c["algorithm"]]
     tags = ["text-to-image", *(["lora"] if run.has_lora else []), c["algorithm"].replace("_", ""), "reward"]
     widget = [{"text": prompt, "output": {"url": picture_name(n)}} for n, prompt in enumerate(prompts)]
     data = ModelCardData(
-        base_model=base if is_repo_name(base) else None,  # the hub takes no other
+        base_model=base if is_repo_name(base) else None,  # The hub accepts only names of its own.
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=tags,
@@ -64,7 +66,7 @@ def model_card(run: RunFolder, repo: str, prompts: list[str]) -> str:
 
 
 def usage(run: RunFolder, repo: str, prompts: list[str]) -> str:
-    """Python that makes a picture with the weights in `repo`."""
+    """Returns Python code that makes a picture with the weights in `repo`."""
     c, base = run.config, _base_model(run.config)
     pipeline_class, load = "AutoPipelineForText2Image", "from_pretrained"
     if base.endswith((".safetensors", ".ckpt")):
@@ -90,10 +92,10 @@ def usage(run: RunFolder, repo: str, prompts: list[str]) -> str:
 
 
 def _call_options(c: dict) -> dict[str, object]:
-    """What the pipeline is told for pictures like the run's."""
+    """Returns the arguments with which the pipeline makes pictures as the run does."""
     try:
         family = find_config(c["pretrained.model"], c.get("pretrained.revision"))["family"]
-    except ConfigError:  # a single file, or on another machine
+    except ConfigError:  # The model is a single file, or is on another machine.
         family = OLDEST
     options = {
         "num_inference_steps": c["num_inference_steps"],
@@ -107,7 +109,7 @@ def _call_options(c: dict) -> dict[str, object]:
 
 
 def _results(run: RunFolder) -> dict:
-    """What evaluations found, as the heads and the rows of a table; empty where there was none."""
+    """Returns the results of the evaluations as the heads and the rows of a table; {} if there was no evaluation."""
     if not run.evaluations:
         return {}
     first, last = run.evaluations[0], run.evaluations[-1]
@@ -121,7 +123,7 @@ def _results(run: RunFolder) -> dict:
 
 
 def _pictures(run: RunFolder) -> dict:
-    """Which pictures there are."""
+    """Returns which pictures the run has, and the optimizer step of its weights."""
     return {
         "before_after": (run.folder / "before_after.png").exists(),
         "grid": run.grid.name if run.has_own_grid else "",
@@ -162,7 +164,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
 
 
 def _reward(run: RunFolder) -> str:
-    """As the configuration says or, where another was given to the trainer, what its rows call it."""
+    """Returns the reward of the configuration; if the trainer was given another one, the names in the metrics rows."""
     spec = run.config["reward_fn"]
     names = next((list(row["rewards"]) for row in reversed(run.rows) if row["kind"] == "train"), [])
     return f"`{spec if all(name in spec for name in names) else ','.join(names)}`"
@@ -173,7 +175,7 @@ def _base_model(c: dict) -> str:
 
 
 def _public(name: str) -> str:
-    """A name as it is; of a path the last part, since the rest tells others nothing."""
+    """Returns a name unchanged, and only the last part of a path, because the rest means nothing to others."""
     is_path = os.path.exists(name) or not is_repo_name(name)
     return Path(name).name if is_path else name
 

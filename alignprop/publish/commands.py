@@ -1,4 +1,4 @@
-"""The tools of the command line: exporting a LoRA, publishing a run."""
+"""The commands `alignprop export` and `alignprop push`, which export a LoRA and publish a run."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ EXPORT = """A trained LoRA for other tools.
     alignprop export logs/my_run my_model --format merged
 
 - kohya: for ComfyUI, the Stable Diffusion web UI and its relatives, kohya's own scripts, and diffusers;
-  alignprop/lora/kohya_names.py says which of them reads which model's
+  alignprop/lora/kohya_names.py lists which tools read the files of which models
 - diffusers: for pipelines' `load_lora_weights`, without the header that other tools do not know
 - merged: a diffusers pipeline's folder, the base model with the LoRA in its weights
 
@@ -29,10 +29,10 @@ The token is that of HF_TOKEN or of `hf auth login`. The run may be finished or 
 
 
 def export() -> None:
-    """`alignprop export` and scripts/export_lora.py, with the arguments of the process.
+    """Runs `alignprop export` and scripts/export_lora.py with the command-line arguments of the process.
 
     Raises:
-        ConfigError: as `export_lora`.
+        ConfigError: `export_lora` fails.
     """
     parser = _parser(EXPORT)
     parser.add_argument("checkpoint", help="a checkpoint or run folder, or a LoRA file of any origin")
@@ -41,9 +41,9 @@ def export() -> None:
     parser.add_argument("--base", default="", help="pipeline folder or hub name; default the run's own model")
     parser.add_argument("--dtype", default="", help="float32, float16 or bfloat16; default float32; merged: the base's")
     parser.add_argument("--verify", action="store_true", help="read again what was written, and compare")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing export")
     options = parser.parse_args()
-    from alignprop.publish.export import export_lora  # takes seconds, which --help need not
+    from alignprop.publish.export import export_lora  # This takes seconds, which --help should not wait for.
 
     check = export_lora(
         options.checkpoint, options.out, options.format, base=options.base, dtype=options.dtype, force=options.force,
@@ -53,24 +53,24 @@ def export() -> None:
 
 
 def push() -> None:
-    """`alignprop push` and scripts/push_to_hub.py, with the arguments of the process.
+    """Runs `alignprop push` and scripts/push_to_hub.py with the command-line arguments of the process.
 
     Raises:
-        ConfigError: as `publish.hub.push`.
+        ConfigError: --repo is not "user/name"; or `read_run`, `check_hub` or the upload fails.
     """
     parser = _parser(PUSH)
     parser.add_argument("run", type=Path, help="its folder")
-    parser.add_argument("--repo", required=True, help="user/name; made where it is not there yet")
-    parser.add_argument("--private", action="store_true", help="nobody else sees it")
+    parser.add_argument("--repo", required=True, help="user/name; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
     options = parser.parse_args()
     rule = FIELDS["hub.repo"].rule
     if not options.repo or not rule.accepts(options.repo):
         raise ConfigError(f"--repo = {options.repo!r} must be {rule.wanted.removeprefix('empty or ')}")
     from alignprop.publish.hub import check_hub
     from alignprop.publish.hub import push as upload
-    from alignprop.publish.run_folder import read_run  # with torch, which takes seconds
+    from alignprop.publish.run_folder import read_run  # This loads torch, which takes seconds.
 
-    read_run(options.run)  # mistakes here are found without the network
+    read_run(options.run)  # This finds mistakes in the folder without the network.
     check_hub(options.repo, options.private, "--repo")
     print(f"uploaded to {upload(options.run, options.repo, options.private, '--repo')}")
 

@@ -1,7 +1,7 @@
-"""A trained LoRA for other tools: in kohya's format (lora/kohya.py), in diffusers' own, or merged into its base model.
+"""Exports a trained LoRA: in kohya's format (lora/kohya.py), in diffusers' format, or merged into its base model.
 
-What was written gets its name only when it is whole. On request it is read again, also by diffusers, and every layer's
-ΔW is compared with the checkpoint's (verification.py).
+An export gets its final name only when it is complete. On request it is read again, also by diffusers, and every
+layer's ΔW is compared with the checkpoint's (verification.py).
 """
 
 import json
@@ -41,23 +41,24 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def export_lora(
     checkpoint, out, form: str, *, base: str = "", dtype: str = "", force: bool = False, verify: bool = False
 ) -> Check | None:
-    """Writes the LoRA of a checkpoint as a file, or the base model with it as a pipeline's folder.
+    """Writes the LoRA of a checkpoint to a file, or the base model with the LoRA to a pipeline folder.
 
     Args:
-        checkpoint: a checkpoint folder, a run folder for its newest, or a LoRA file in diffusers' or kohya's format.
+        checkpoint: a checkpoint folder, a run folder for its newest checkpoint, or a LoRA file that `read_lora` reads.
         out: the `.safetensors` file to write; for "merged" the folder.
-        form: one of FORMATS. "kohya" is diffusers' own where kohya's could not be read by all, see lora/kohya_names.py.
-        base: the pipeline folder or hub name that the LoRA is for; empty: the one that the checkpoint's run names.
-        dtype: of the factors, one of DTYPES; empty: float32. Merged weights have the base's own.
-        force: replaces the file or the pipeline's folder that is there already.
-        verify: reads again what was written, and compares.
+        form: one of FORMATS. "kohya" writes diffusers' format if tools do not agree on the names of the model's layers
+            in kohya's (lora/kohya_names.py).
+        base: the pipeline folder or hub name that the LoRA is for; empty means the model of the checkpoint's run.
+        dtype: the type of the factors, one of DTYPES; empty means float32. Merged weights keep the base model's type.
+        force: replaces an existing file or pipeline folder.
+        verify: reads the export again, and compares it with the checkpoint.
 
     Returns:
-        What the comparison found; None without `verify`.
+        The result of the comparison; None without `verify`.
 
     Raises:
-        ConfigError: something is missing, does not fit, is in the way, cannot be held by `dtype`, or is not read as it
-            was written.
+        ConfigError: an input is missing or does not fit, `out` exists, `dtype` cannot hold a factor, or the export
+            reads differently from the checkpoint.
     """
     one_of("format", form, FORMATS)
     if dtype and form == "merged":
@@ -90,32 +91,32 @@ def export_lora(
 
 
 def _contents(weights: LoraWeights, model: Model, form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a LoRA file, in float32, and its header."""
+    """Returns the tensors of a LoRA file, in float32, and its header."""
     if form == "kohya" and find_format(model.denoiser):
         return kohya.pack(weights.tensors, weights.scale, model)
-    # Only diffusers itself reads the scale in its header; without one, every tool takes 1.
+    # Only diffusers reads the scale in its header. Without a header every tool assumes 1, so B includes the scale.
     tensors = {k: weights.scale * t if k.endswith("lora_B.weight") else t for k, t in weights.tensors.items()}
     return {k if split_name(k)[0] else f"{model.denoiser_name}.{k}": tensor for k, tensor in tensors.items()}, {}
 
 
 def _check_precision(tensors: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Refuses factors that overflow in `dtype` or come out as nothing: a LoRA that would silently do something else.
+    """Refuses factors that overflow or vanish in `dtype`, because such a LoRA would silently do something else.
 
     Raises:
-        ConfigError: with the first of them.
+        ConfigError: `dtype` cannot hold a factor; the message names the first one.
     """
     step = torch.finfo(dtype).eps
     for name, tensor in tensors.items():
         error = (stored[name].float() - tensor.float()).abs().max()
-        if not error <= step * tensor.abs().max():  # also where it is not a number
+        if not error <= step * tensor.abs().max():  # `not` also covers an error that is NaN.
             raise ConfigError(f"dtype = '{str(dtype).removeprefix('torch.')}' cannot hold {name!r}; float32 can")
 
 
-# ---- where it comes from
+# ---- The source
 
 
 def _base_of(checkpoint: Path, form: str) -> tuple[str, str | None]:
-    """(hub name or folder, revision) of the base model, from the config.json of the checkpoint's run."""
+    """Returns (hub name or folder, revision) of the base model, from the config.json of the checkpoint's run."""
     run = run_folder_of(checkpoint if checkpoint.is_dir() else checkpoint.parent)
     pretrained = {}
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -128,20 +129,23 @@ def _base_of(checkpoint: Path, form: str) -> tuple[str, str | None]:
     if config and form != "merged":
         return config, None
     raise ConfigError(
-        f"--base is needed, a pipeline's folder: the run's own model is the single file {name!r}, of which "
-        "from_single_file(…).save_pretrained(…) writes one"
+        f"--base must name a pipeline folder, because the run's own model is the single file {name!r}; "
+        "from_single_file(…).save_pretrained(…) converts it to such a folder"
     )
 
 
 def _read(checkpoint: Path, model: Model) -> LoraWeights:
     if (checkpoint / "denoiser").is_dir():
-        raise ConfigError(f"checkpoint = {str(checkpoint)!r} has no LoRA, but whole weights, in its folder denoiser/")
+        raise ConfigError(
+            f"checkpoint = {str(checkpoint)!r} has full weights (in denoiser/) and no LoRA, so there is nothing to "
+            "export"
+        )
     weights = read_lora(checkpoint, model)
-    split(model, weights)  # which checks it
+    split(model, weights)  # This checks that every tensor has a place in the model.
     return weights
 
 
-# ---- where it goes to
+# ---- The destination
 
 
 def _check_out(out: Path, form: str, force: bool) -> Path:
@@ -150,7 +154,7 @@ def _check_out(out: Path, form: str, force: bool) -> Path:
     if os.path.lexists(out) and not force:
         raise ConfigError(f"out = {str(out)!r} exists; --force replaces it")
     if form == "merged" and out.exists() and not (out / INDEX).is_file():
-        raise ConfigError(f"out = {str(out)!r} is no pipeline's folder, and will not be replaced by one")
+        raise ConfigError(f"out = {str(out)!r} exists and is not a pipeline folder, so it is not replaced")
     if form != "merged" and out.is_dir():
         raise ConfigError(f"out = {str(out)!r} is a folder, and will not be replaced by a file")
     return out
@@ -159,12 +163,14 @@ def _check_out(out: Path, form: str, force: bool) -> Path:
 def _check_apart(out: Path, base: Path) -> None:
     ours, theirs = out.resolve(), base.resolve()
     if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-        raise ConfigError(f"out = {str(out)!r} must be neither the base model's folder nor in it nor around it")
+        raise ConfigError(
+            f"out = {str(out)!r} must not be the base model's folder, a folder inside it, or a folder that contains it"
+        )
 
 
 @contextmanager
 def _in_place_of(out: Path) -> Iterator[Path]:
-    """A path beside `out`, to write to. What is there takes its place when all went well, and is removed when not."""
+    """Yields a path next to `out` to write to; at the end it is renamed to `out`, or removed after an error."""
     temporary = out.with_name(f"writing_{out.name}")
     try:
         _remove(temporary)

@@ -1,7 +1,7 @@
-"""Publishing a run on the Hugging Face hub.
+"""Publishes a run on the Hugging Face hub.
 
-The token is what `huggingface_hub.get_token` finds: HF_TOKEN, or that of a login. It goes into requests to the hub and
-nowhere else.
+The token is the one that `huggingface_hub.get_token` finds: HF_TOKEN, or the token of a login. It is sent in requests
+to the hub, and goes nowhere else.
 """
 
 import io
@@ -19,22 +19,22 @@ from alignprop.publish.card import model_card, picture_name
 from alignprop.publish.run_folder import RunFolder, read_run
 from alignprop.settings.errors import ConfigError
 
-FILES = ("config.json", "metrics.jsonl", "curves.png", "before_after.png")  # of a run folder, as far as it has them
-MAX_PICTURES = 8  # in the card's gallery
-PATIENCE = 120.0  # seconds without a byte after which a connection counts as lost
+FILES = ("config.json", "metrics.jsonl", "curves.png", "before_after.png")  # Uploaded if the run folder has them.
+MAX_PICTURES = 8  # The largest number of pictures in the card's gallery.
+PATIENCE = 120.0  # The number of seconds without a byte after which a connection counts as lost.
 
 
 def check_hub(repo: str, private: bool, field: str = "hub.repo") -> None:
-    """Finds out, without changing anything, what would prevent an upload.
+    """Checks whether an upload is possible, without changing anything.
 
     Args:
-        repo: "user/name", well-formed.
-        private: nobody else is to see it.
-        field: what named it, for the error message.
+        repo: the repository, a well-formed "user/name".
+        private: whether the repository has to be private.
+        field: the setting that names the repository, for error messages.
 
     Raises:
-        ConfigError: no token, or one that is not valid or may not write there; the hub does not answer; the repository
-            is there and public although it is to be private.
+        ConfigError: there is no token, it is not valid, or it may not write there; the hub does not answer; or the
+            repository is public although it has to be private.
     """
     with _plain_errors(f"{field} = {repo!r}") as token:
         api, owner = HfApi(token=token), repo.split("/")[0]
@@ -42,7 +42,7 @@ def check_hub(repo: str, private: bool, field: str = "hub.repo") -> None:
         role = me.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise ConfigError(f"{field} = {repo!r}: the token may only read; make one that may write")
-        # What a fine-grained token says of organisations depends on its rights.
+        # A fine-grained token is not checked here, because the organisations that it lists depend on its rights.
         names = [me["name"], *(organisation["name"] for organisation in me.get("orgs", ()))]
         if role == "write" and owner.lower() not in map(str.lower, names):
             raise ConfigError(f"{field} = {repo!r}: the token belongs to {', '.join(names)}, not to {owner!r}")
@@ -51,19 +51,22 @@ def check_hub(repo: str, private: bool, field: str = "hub.repo") -> None:
 
 
 def push(folder: Path, repo: str, private: bool, field: str = "hub.repo") -> str:
-    """Uploads the best weights of a run, or else its last, and what they are, in one commit; the folder stays as it is.
+    """Uploads the best weights of a run, or else its last, with all files that describe them, in one commit.
+
+    The run folder is not changed.
 
     Args:
-        folder: of a run, finished or not.
-        repo: "user/name", well-formed; made where it is not there yet. Files of the same names are replaced.
-        private: of a new repository: nobody else sees it.
-        field: what named it, for the error message.
+        folder: the folder of a run, finished or not.
+        repo: the repository, a well-formed "user/name". It is created if it does not exist. Files of the same names
+            are replaced.
+        private: whether a new repository is private; an existing one that is public is then refused.
+        field: the setting that names the repository, for error messages.
 
     Returns:
         The repository's address.
 
     Raises:
-        ConfigError: there is nothing to upload, or it could not be.
+        ConfigError: there is nothing to upload, or the upload failed.
     """
     run = read_run(folder)
     with _plain_errors(f"{field} = {repo!r}") as token:
@@ -71,7 +74,7 @@ def push(folder: Path, repo: str, private: bool, field: str = "hub.repo") -> str
         if any(isinstance(content, bytes) and token.encode() in content for content in contents.values()):
             raise ConfigError(f"{field} = {repo!r}: the run's configuration or metrics contain the token itself")
         api = HfApi(token=token)
-        # An organisation may have its repositories private, which False would ask to be lifted.
+        # None keeps an organisation's default, which may be private; False would ask for a public repository.
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         if private:
             _refuse_public(api, repo, field)
@@ -81,7 +84,7 @@ def push(folder: Path, repo: str, private: bool, field: str = "hub.repo") -> str
 
 
 def push_finished(folder: Path, repo: str, private: bool) -> str:
-    """`push`, after training: its ConfigError says that nothing is lost, and how to repeat the upload."""
+    """Calls `push` after training. Its ConfigError says that nothing is lost, and how to repeat the upload."""
     try:
         return push(folder, repo, private)
     except ConfigError as error:
@@ -93,12 +96,12 @@ def push_finished(folder: Path, repo: str, private: bool) -> str:
 
 
 def contents_of(run: RunFolder, repo: str) -> dict[str, Path | bytes]:
-    """{name in the repository: file or content} of everything that is published of a run."""
+    """Returns {name in the repository: file or content} of everything that is published of a run."""
     weights = [run.checkpoint / LORA_FILE] if run.has_lora else sorted((run.checkpoint / "denoiser").glob("*"))
     if not weights:
         raise ConfigError(f"{str(run.checkpoint)!r} holds neither {LORA_FILE} nor a denoiser")
     contents = {str(path.relative_to(run.checkpoint)): path for path in weights}
-    # Read now, for a run that is going on writes to them.
+    # These files are read now, because a run that is still going on writes to them.
     contents |= {name: (run.folder / name).read_bytes() for name in FILES if (run.folder / name).exists()}
     if run.has_own_grid:
         contents[f"samples/{run.grid.name}"] = run.grid.read_bytes()
@@ -109,7 +112,7 @@ def contents_of(run: RunFolder, repo: str) -> dict[str, Path | bytes]:
 
 
 def _gallery(run: RunFolder) -> dict[str, bytes]:
-    """Prompt and PNG of the checkpoint's first pictures, one a prompt."""
+    """Returns {prompt: PNG} of the checkpoint's first pictures, with one picture for each prompt."""
     files = {}
     for label, picture in read_grid(run.grid) if run.grid.exists() else ():
         prompt = label.rpartition("\n")[0]
@@ -130,21 +133,22 @@ def _refuse_public(api: HfApi, repo: str, field: str) -> None:
 
 @contextmanager
 def _plain_errors(what: str):
-    """Yields the token. Within it whatever goes wrong is a ConfigError of one line, which never has the token in it."""
+    """Yields the token. Turns every error inside the context into a one-line ConfigError without the token in it."""
     token, session = "", get_session()
     before, session.timeout = session.timeout, PATIENCE
     try:
         token = get_token() or ""
         if not token:
             raise ConfigError(f"{what} needs a token: set HF_TOKEN, or log in with `hf auth login`")
-        if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):  # RFC 6750, 2.1; the client would quote it, escaped
+        # RFC 6750, 2.1. The client's error quotes other characters escaped, so that `replace` would not find the token.
+        if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
             raise ConfigError(f"{what}: HF_TOKEN or the login has characters that no token has")
         yield token
     except ConfigError:
         raise
-    except Exception as error:  # the hub, the network, the disk and the hub's client have all kinds
+    except Exception as error:  # The hub, the network, the disk and the hub's client raise all kinds of errors.
         reason = _reason(error)
-        # Without its cause: what the client or the hub says may quote the request.
+        # The cause is dropped, because the client's or the hub's message may quote the request with the token.
         raise ConfigError(f"{what}: {reason.replace(token, '…') if token else reason}") from None
     finally:
         session.timeout = before

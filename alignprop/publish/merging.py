@@ -1,6 +1,6 @@
-"""A LoRA merged into its base model: W + ΔW in float32, written as a diffusers pipeline in the base's own precision.
+"""Merges a LoRA into its base model: adds W + ΔW in float32, and writes a diffusers pipeline in the base's precision.
 
-Weight files are rewritten one by one, so that the model need not fit into memory at once.
+Weight files are rewritten one by one, so that the whole model need not fit into memory.
 """
 
 import json
@@ -22,10 +22,10 @@ INDEX = "model_index.json"
 
 
 def pipeline_folder(name: str, revision: str | None) -> Path:
-    """The folder of a pipeline: `name` itself, or what the Hugging Face cache has, or gets, under that hub name.
+    """Returns the folder of a pipeline: `name` itself, or its folder in the Hugging Face cache, downloaded if needed.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: `name` is no folder, and the pipeline cannot be loaded from the hub.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -33,7 +33,7 @@ def pipeline_folder(name: str, revision: str | None) -> Path:
 
     try:
         return Path(DiffusionPipeline.download(name, revision=revision))
-    except Exception as error:  # the hub's client fails in many ways
+    except Exception as error:  # The hub's client raises many kinds of errors.
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ConfigError(f"base = {name!r} could not be loaded: {type(error).__name__}: {reason}") from error
 
@@ -41,17 +41,17 @@ def pipeline_folder(name: str, revision: str | None) -> Path:
 def merge(weights: LoraWeights, base: Path, out: Path) -> None:
     """Writes the pipeline in the folder `base`, with the LoRA in its weights, to the new folder `out`.
 
-    Where a part has files of a variant alone, such as "fp16", they get plain names: anybody's loader finds those.
+    If a part has only the files of a variant, such as "fp16", they get plain names, which every loader finds.
 
     Raises:
-        ConfigError: the base has no such weights in safetensors files.
+        ConfigError: the base's safetensors files lack some of the weights that the LoRA adapts.
     """
     files = _adapted_files(weights, base)
     out.mkdir()
     shutil.copy(base / INDEX, out)
     for folder in (base / name for name in json.loads((base / INDEX).read_text(encoding="utf-8"))):
         if folder.is_dir():
-            # Weights in another format would still be without the LoRA.
+            # Weights in other formats are not copied, because the LoRA is not merged into them.
             adapted = any(path.parent == folder for path in files)
             unmerged = shutil.ignore_patterns("*.safetensors", "*.bin", "*.msgpack") if adapted else None
             shutil.copytree(folder, out / folder.name, ignore=unmerged)
@@ -72,7 +72,7 @@ def merge(weights: LoraWeights, base: Path, out: Path) -> None:
 
 
 def merged_deltas(weights: LoraWeights, base: Path, out: Path) -> tuple[Deltas, Callable[[str], float]]:
-    """W' - W of every adapted layer, as written, and how far its rounding may change it; see `verification.compare`."""
+    """Returns W' - W of every adapted layer as written, and how much rounding may change it, for `compare`."""
     deltas, steps = {}, {}
     for before, modules in _adapted_files(weights, base).items():
         after = out / before.relative_to(base).with_name(_plain_name(before))
@@ -86,10 +86,10 @@ def merged_deltas(weights: LoraWeights, base: Path, out: Path) -> tuple[Deltas, 
 
 
 def _rename(path: Path, base: Path) -> None:
-    """Gives a written file its plain name; `base` is the folder that it was made from."""
+    """Gives a written file its plain name; `base` is the folder that the file was made from."""
     if (plain := _plain_name(base / path.name)) == path.name:
         return
-    if path.suffix == ".json":  # which shard has which weight
+    if path.suffix == ".json":  # The index says which shard has which weight.
         index = json.loads(path.read_text(encoding="utf-8"))
         index["weight_map"] = {weight: _plain_name(base / shard) for weight, shard in index["weight_map"].items()}
         path.write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -97,7 +97,7 @@ def _rename(path: Path, base: Path) -> None:
 
 
 def _plain_name(path: Path) -> str:
-    """A file's name without its variant, where the folder has no plain weights."""
+    """Returns a file's name, without the variant in it if the folder has no weights with plain names."""
     names = r"(model|diffusion_pytorch_model)"
     if any(re.fullmatch(rf"{names}(-\d+-of-\d+)?\.safetensors", other.name) for other in path.parent.iterdir()):
         return path.name
@@ -111,7 +111,7 @@ def _weight(path: Path, name: str) -> torch.Tensor:
 
 
 def _adapted_files(weights: LoraWeights, base: Path) -> dict[Path, list[str]]:
-    """The weight files of the pipeline's parts that the LoRA adapts, and the modules of that part."""
+    """Returns the weight files of the pipeline's parts that the LoRA adapts, each with the part's adapted modules."""
     denoiser = base / ("transformer" if (base / "transformer").is_dir() else "unet")
     adapted: dict[Path, list[str]] = {}
     for module in weights.modules:
@@ -125,8 +125,8 @@ def _adapted_files(weights: LoraWeights, base: Path) -> dict[Path, list[str]]:
 
 
 def _stored_name(module: str, names: Collection[str]) -> str | None:
-    """What a weight file calls the weight of a module (lora/networks.py); None where it is not in it."""
+    """Returns the name of a module's weight (lora/networks.py) in a weight file; None if the file does not have it."""
     _, inner = split_name(module)
-    # Versions of transformers differ in what they call the layers of a text encoder.
+    # Versions of transformers differ in their names for the layers of a text encoder.
     candidates = (f"{inner}.weight", f"{inner.removeprefix('text_model.')}.weight")
     return next((name for name in candidates if name in names), None)

@@ -1,4 +1,4 @@
-"""What a run has left on the disk, for those who publish or export it."""
+"""Reads the folder of a run, to publish it."""
 
 import json
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from alignprop.settings.resolve import flatten
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has left so far, finished or not.
+    """The content of a run folder; the run may be finished or not.
 
     Attributes:
-        folder: where.
-        config: config.json, {"train.learning_rate": 1e-3, …}.
-        rows: of metrics.jsonl, oldest first.
-        checkpoint: the best or, where none was found to be that, the last.
+        folder: the path of the folder.
+        config: the content of config.json as {"train.learning_rate": 1e-3, …}.
+        rows: the rows of metrics.jsonl, oldest first.
+        checkpoint: the best checkpoint, or the last if no best one is known.
     """
 
     folder: Path
@@ -30,7 +30,7 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """The optimizer steps that made the weights of `checkpoint`."""
+        """The number of optimizer steps after which `checkpoint` was saved."""
         return step_of(self.checkpoint)
 
     @property
@@ -39,12 +39,12 @@ class RunFolder:
 
     @property
     def grid(self) -> Path:
-        """The pictures of `checkpoint`, where it has been evaluated."""
+        """The path of the picture grid of `checkpoint`; it exists if the checkpoint has been evaluated."""
         return self.folder / "samples" / f"step_{self.step:06d}.png"
 
     @property
     def has_own_grid(self) -> bool:
-        """Whether the checkpoint has pictures that before_after.png does not show, because it is not the last."""
+        """Whether the checkpoint has a picture grid, and before_after.png does not show the same pictures already."""
         last = self.evaluations[-1]["step"] if self.evaluations else 0
         return self.grid.exists() and not (last == self.step and (self.folder / "before_after.png").exists())
 
@@ -54,13 +54,17 @@ class RunFolder:
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Raises: ConfigError: no run, or one without a whole checkpoint."""
+    """Reads the folder of a run.
+
+    Raises:
+        ConfigError: the folder is not that of a run, it has no checkpoint, or its best or last checkpoint is damaged.
+    """
     try:
         config = flatten(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, AttributeError):
         config = {}
     if "pretrained.model" not in config:
-        raise ConfigError(f"{str(folder)!r} is not the folder of a run: it has no config.json of one")
+        raise ConfigError(f"{str(folder)!r} is not a run folder: it has no config.json that names a model")
     best = folder / "checkpoints" / "best"
     checkpoints = [best.resolve()] if best.exists() else checkpoints_of(folder)
     if not checkpoints:

@@ -1,4 +1,4 @@
-"""What was exported is read again, by others' code where there is some, and its ΔW held against the original."""
+"""Reads an export again, with diffusers if possible, and compares its ΔW with the original."""
 
 import inspect
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from alignprop.models.skeleton import skeleton
 from alignprop.settings.errors import ConfigError
 
 Deltas = dict[str, Callable[[], torch.Tensor]]
-"""How to get the ΔW of a layer, float32 in the shape of its weight, by the layer's name: all at once are too many."""
+"""{layer's name: a function that returns its ΔW, float32 in the weight's shape}. All at once would be too large."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What reading again found.
+    """The result of comparing an export with its original.
 
     Attributes:
-        layers: that the LoRA adapts.
-        checked: how many of them were found and compared.
+        layers: the number of layers that the LoRA adapts.
+        checked: the number of these layers that were found and compared.
         difference: the largest |ΔW as read - ΔW|.
         largest: the largest |ΔW|.
     """
@@ -41,13 +41,15 @@ class Check:
 
 
 def compare(weights: LoraWeights, deltas: Deltas, allowed: Callable[[str], float]) -> Check:
-    """Holds every ΔW that was read against that of `weights`; of layers without one, against zero.
+    """Compares every ΔW that was read with the ΔW of `weights`, which is zero for layers that it does not adapt.
 
     Args:
-        allowed: the largest difference that rounding explains, of the layer with that name.
+        weights: the original LoRA.
+        deltas: the ΔW of the layers as read.
+        allowed: returns the largest difference that rounding can explain, by the layer's name.
 
     Raises:
-        ConfigError: a layer is missing or differs by more.
+        ConfigError: a layer is missing, unless its ΔW is zero, or differs by more.
     """
     lost, wrong, difference, largest = [], {}, 0.0, 0.0
     for module in sorted({*weights.modules, *deltas}):
@@ -58,11 +60,11 @@ def compare(weights: LoraWeights, deltas: Deltas, allowed: Callable[[str], float
             continue
         error = (deltas[module]() - expected).abs().max().item()
         difference = max(difference, error)
-        if not error <= allowed(module):  # also where it is not a number
+        if not error <= allowed(module):  # `not` also covers an error that is NaN.
             wrong[module] = error
     if lost or wrong:
         raise ConfigError(
-            f"not exported, because it would not be read as it is: of {len(weights.modules)} layers {len(lost)} would "
+            f"not exported, because it would be read differently: of {len(weights.modules)} layers {len(lost)} would "
             f"be lost and {len(wrong)} change by up to {max(wrong.values(), default=0):.1e}, for example "
             f"{[*lost, *wrong][0]!r}"
         )
@@ -70,8 +72,9 @@ def compare(weights: LoraWeights, deltas: Deltas, allowed: Callable[[str], float
 
 
 def rounding(weights: LoraWeights, dtype: torch.dtype) -> Callable[[str], float]:
-    """What `compare` allows where both factors were rounded to `dtype`, a reader may round one of them again, and
-    summed their products in float32.
+    """Returns the differences that `compare` allows for a LoRA with its factors rounded to `dtype`.
+
+    A reader may round one of the factors again, and sums their products in float32.
     """
     magnitudes = LoraWeights({name: tensor.abs() for name, tensor in weights.tensors.items()}, abs(weights.scale))
 
@@ -89,24 +92,25 @@ def own_deltas(weights: LoraWeights) -> Deltas:
 
 
 def diffusers_deltas(path: Path, model: Model) -> Deltas:
-    """What diffusers makes of a file.
+    """Returns the ΔW that diffusers reads from a file.
 
     Args:
-        model: the LoRA is loaded into it.
+        path: the LoRA file.
+        model: the model that the LoRA is loaded into.
 
     Raises:
-        ConfigError: diffusers cannot read it.
+        ConfigError: diffusers cannot read the file.
     """
     from peft.tuners.lora import LoraLayer
 
     try:
         pipeline_around(model).load_lora_weights(path)
-    except Exception as error:  # its readers fail in many ways
+    except Exception as error:  # The readers of diffusers raise many kinds of errors.
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ConfigError(
             f"not exported, diffusers cannot read it in this format ({reason}); it may read 'diffusers' or 'merged'"
         ) from error
-    # In half precision peft would round the product once more.
+    # The layers are converted to float32, because peft rounds the product once more in half precision.
     return {
         name_in_file(model, part, name): lambda layer=layer: layer.float().get_delta_weight(layer.active_adapters[0])
         for part, module in adaptable_networks(model).items()
@@ -116,12 +120,13 @@ def diffusers_deltas(path: Path, model: Model) -> Deltas:
 
 
 def weightless(facts: dict) -> Model:
-    """A model of which all that a LoRA can adapt has its shapes, but one and the same zero in memory for every weight.
+    """Returns a model to load a LoRA into, which takes almost no memory.
 
-    On the meta device, where the rest is, a LoRA would lose its values to it.
+    Each weight of its adaptable networks has its shape, but is a single zero in memory. The rest of the model is on
+    the meta device. A LoRA in a network on that device would lose its values.
 
     Args:
-        facts: what `find_config` returns (models/configs.py).
+        facts: the result of `find_config` (models/configs.py).
     """
     model = skeleton(facts, torch.float32)
     for module in adaptable_networks(model).values():
@@ -134,7 +139,7 @@ def weightless(facts: dict) -> Model:
 
 
 def pipeline_around(model: Model):
-    """A diffusers pipeline that has what a LoRA can adapt and nothing else, which is enough to load one."""
+    """Returns a diffusers pipeline with only the networks that a LoRA can adapt, which is enough to load a LoRA."""
     cls = model.pipeline_class()
     parameters = inspect.signature(cls.__init__).parameters.values()
     having = {p.name: None for p in parameters if p.default is p.empty and p.name != "self"}

@@ -1,4 +1,4 @@
-"""What lies on the disk: the run folder with its metrics, its checkpoints and their manifests; and the trackers.
+"""The run folder on the disk, with its metrics, checkpoints and manifests; and the trackers.
 
-May import settings, models, engine, lora, method and evaluation.
+It may import settings, models, engine, lora, method and evaluation.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the size and SHA-256 of its files, and the base model that it belongs to."""
+"""The manifest of a checkpoint: the size and SHA-256 of its files, and the base model that it belongs to."""
 
 import hashlib
 import json
@@ -15,11 +15,12 @@ STATE_FILE = "training_state.pt"
 
 
 def write_manifest(checkpoint: Path, base: dict, for_a_stop: bool = False) -> None:
-    """Lists every file that `checkpoint` holds now.
+    """Writes a manifest that lists every file that is in `checkpoint` now.
 
     Args:
-        base: what `base_model` says of the model.
-        for_a_stop: it was made because the run was asked to stop, at a step where none is due.
+        checkpoint: the folder of the checkpoint.
+        base: the result of `base_model` for the run's model.
+        for_a_stop: True if it was made only because the run was asked to stop, at a step where no checkpoint is due.
     """
     files = {
         str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -30,7 +31,7 @@ def write_manifest(checkpoint: Path, base: dict, for_a_stop: bool = False) -> No
 
 
 def is_for_a_stop(checkpoint: Path) -> bool:
-    """Whether a checkpoint was made for a stop alone; a damaged or an older one counts as any other."""
+    """Whether a checkpoint was made only for a stop; False if its manifest cannot be read or does not say it."""
     try:
         return json.loads((checkpoint / MANIFEST).read_text()).get("for_a_stop", False)
     except (OSError, ValueError, AttributeError):
@@ -38,9 +39,9 @@ def is_for_a_stop(checkpoint: Path) -> bool:
 
 
 def damage_of(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, compared with its manifest; "" where nothing is.
+    """Says what is wrong with a checkpoint's files, compared with its manifest; "" if nothing is wrong.
 
-    A LoRA file or a folder from elsewhere, without training state, has no manifest and is taken as it is.
+    A LoRA file or a folder from elsewhere has no manifest and no training state. It is not checked.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
@@ -66,7 +67,7 @@ def damage_of(checkpoint: Path) -> str:
 
 
 def base_model(name: str, denoiser: torch.nn.Module) -> dict:
-    """What tells a base model from others of the same shape: its name, and one weight of some of its tensors."""
+    """Returns what identifies a base model among others of the same shape: its name, and one weight of some tensors."""
     tensors = [p.detach() for _, p in sorted(denoiser.named_parameters()) if p.dim() > 1]
     chosen = tensors[:: max(1, len(tensors) // 32)][:32]
     values = torch.stack([t.flatten()[t.numel() // 2].float() for t in chosen]).tolist()
@@ -74,23 +75,23 @@ def base_model(name: str, denoiser: torch.nn.Module) -> dict:
 
 
 def check_base(checkpoint: Path, base: dict, field: str = "resume_from") -> None:
-    """Refuses a checkpoint of another base model; says nothing of files from elsewhere, which name none.
+    """Refuses a checkpoint of another base model. Files from elsewhere name no base model and are not checked.
 
     Raises:
-        ConfigError: it names both models.
+        ConfigError: the checkpoint belongs to another base model; the message names both.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return
     other = json.loads(manifest.read_text())["base_model"]
-    # Half precision keeps three digits of a weight.
+    # The tolerance is this large because half precision keeps only three digits of a weight.
     same = len(other["weights"]) == len(base["weights"]) and np.allclose(
         other["weights"], base["weights"], rtol=2**-7, atol=1e-4
     )
     if not same:
         raise ConfigError(
-            f"{field} = {str(checkpoint)!r} was trained on pretrained.model = {other['name']!r}, and this run loads "
-            f"{base['name']!r}, whose weights differ"
+            f"{field} = {str(checkpoint)!r} was trained on pretrained.model = {other['name']!r}, but this run loads "
+            f"{base['name']!r}, which has different weights"
         )
 
 

@@ -1,10 +1,10 @@
-"""What a training run writes down, for people and for its own continuation. Only the main process writes.
+"""The records of a training run, for people and for resuming the run. Only the main process writes them.
 
 <run>/
     config.json          the resolved configuration
     metrics.jsonl        a row per optimizer step and per evaluation
     samples/             a grid of the same prompts and noise at every evaluation
-    before_after.png     the first of them over the last
+    before_after.png     the pictures of the first evaluation above those of the last
     curves.png           rewards and gradient norm
     checkpoints/         see runs/checkpoint.py
 """
@@ -30,14 +30,14 @@ from alignprop.settings.resolve import save_config
 
 
 class Records:
-    """The folder of a training run, held by one process at a time.
+    """The folder of a training run, which one process at a time holds.
 
-    An evaluation is reported in the background, while training goes on until its next row: when that is there, so is
-    everything before it. What does not fit on the disk is raised then, or by `wait`.
+    An evaluation is reported in the background, while training goes on until its next row. That row is written after
+    everything that was reported before it. Errors of the disk are raised then, or by `wait`.
 
     Args:
-        folder: may not exist yet.
-        config: resolved.
+        folder: the run folder, which may not exist yet.
+        config: the resolved configuration.
         started_from: the checkpoint that the run continues from, if any.
     """
 
@@ -48,13 +48,15 @@ class Records:
         self._background = Background()
 
     def open(self, step: int, config: ConfigDict) -> None:
-        """Makes the folder that of a run at optimizer step `step`, whatever it was interrupted in.
+        """Brings the folder to the state of a run at optimizer step `step`, whatever the run was doing when it stopped.
 
         Args:
-            config: to be written down.
+            step: the optimizer step that the run starts or continues from.
+            config: the configuration to write to config.json.
 
         Raises:
-            ConfigError: another process is training in it, or has since this one started; metrics.jsonl is damaged.
+            ConfigError: another process is training in the folder, or has trained in it since this process started;
+                or metrics.jsonl is damaged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._hold()
@@ -65,12 +67,12 @@ class Records:
                 f"{str(self.folder)!r}; start again"
             )
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
-        self.metrics.rows()  # may be damaged, and nothing has been changed yet
+        self.metrics.rows()  # This finds a damaged file before anything in the folder is changed.
         clean_up(self.folder, step)
         for grid in (self.folder / "samples").glob("step_*.png"):
             if int(grid.stem.removeprefix("step_")) > step:
                 grid.unlink()
-        # A run that starts over drops also the evaluation of step 0.
+        # A run that starts from step 0 also drops an earlier evaluation of step 0.
         self.metrics.truncate_after(step or -1)
         save_config(config, self.folder / "config.json")
 
@@ -79,7 +81,7 @@ class Records:
         self._background.wait()
 
     def close(self) -> None:
-        """Lets another process have the folder; the end of this one does too, however it comes."""
+        """Releases the folder for other processes. The end of this process, for whatever reason, releases it too."""
         try:
             self.wait()
         finally:
@@ -90,19 +92,19 @@ class Records:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise ConfigError(
-                f"run_name = {self.folder.name!r}: another process is training in {str(self.folder)!r}; wait for its "
-                "end or choose another name"
+                f"run_name = {self.folder.name!r}: another process is training in {str(self.folder)!r}; wait until "
+                "it ends, or choose another run_name"
             ) from None
-        except (OSError, NotImplementedError):  # a network file system without locks
+        except (OSError, NotImplementedError):  # Some network file systems have no locks.
             pass
 
     def append(self, row: dict) -> None:
-        """Writes a row, after everything that was reported before it, so that no later checkpoint is ahead of it."""
+        """Writes a row after everything that was reported before it, so that no later checkpoint is ahead of it."""
         self.wait()
         self.metrics.append(row)
 
     def report(self, evaluation: Evaluation, row: dict) -> None:
-        """Writes the pictures of an evaluation and at last its row, which says that it is done, in the background."""
+        """Writes an evaluation's pictures in the background, and last its row, which marks the evaluation as done."""
         self._background.submit(self._report, evaluation, row)
 
     def _report(self, evaluation: Evaluation, row: dict) -> None:
@@ -113,33 +115,34 @@ class Records:
         return any(row["step"] == step for row in self.evaluations())
 
     def evaluations(self) -> list[dict]:
-        """The rows of all evaluations, oldest first."""
+        """Returns the rows of all evaluations, oldest first."""
         self.wait()
         return [row for row in self.metrics.rows() if row["kind"] == "eval"]
 
     def prune_checkpoints(self, measure: Callable[[dict], float | None]) -> None:
-        """Keeps the newest, the best, and one that `resume_from` names; in the background, where the evaluation that
-        may tell the best is still being reported.
+        """Deletes old checkpoints, except for the newest, the best, and the one that `resume_from` names.
+
+        This happens in the background, after the evaluation that may decide the best has been reported.
 
         Args:
-            measure: what decides, of an evaluation's row; None where that does not have it.
+            measure: returns the value that decides the best from an evaluation's row; None if the row does not have it.
         """
         self._background.submit(self._prune, measure)
 
     def _prune(self, measure: Callable[[dict], float | None]) -> None:
         measured = {row["step"]: measure(row) for row in self.metrics.rows() if row["kind"] == "eval"}
         held_out = {step: value for step, value in measured.items() if value is not None}
-        # Named, and not just the latest: a person may want to start from there once more.
+        # A checkpoint that `resume_from` names is kept (not the one of "latest"): the user may start from it once more.
         named = self.started_from and Path(self.config.resume_from).name in (self.started_from.name, "best")
         keep = [self.started_from] if named else []
         prune(self.folder, self.config.num_checkpoint_limit, keep, held_out)
 
     def _draw(self, evaluation: Evaluation, row: dict) -> None:
-        """The sample grid, and from the second evaluation on before_after.png and curves.png, `row` included."""
+        """Draws the sample grid and, after step 0, before_after.png and curves.png, which includes `row`."""
         samples, labels = self.folder / "samples", evaluation.labels()
         save_grid(evaluation.images, labels, samples / f"step_{row['step']:06d}.png")
         if row["step"] == 0:
-            buffer = io.BytesIO()  # torch would not say that the disk is full
+            buffer = io.BytesIO()  # If torch wrote the file itself, its error would not say that the disk is full.
             torch.save([evaluation.images, labels], buffer)
             (samples / "before.pt").write_bytes(buffer.getvalue())
             return
@@ -150,13 +153,13 @@ class Records:
     def _draw_before_after(self, images: torch.Tensor, labels: list[str], before: Path) -> None:
         first, first_labels = torch.load(before, weights_only=True)
         pairs = list(zip(first_labels, labels, strict=False))
-        # A resumed run may evaluate other prompts, or fewer; then there is nothing to set side by side.
+        # A resumed run may evaluate other prompts, or fewer. Then there is nothing to compare.
         if first.shape == images.shape and all(prompt(a) == prompt(b) for a, b in pairs):
             both = [f"{a} → {b.splitlines()[-1]}" for a, b in pairs]
             save_before_after(first, images, both, self.folder / "before_after.png")
 
     def summary(self) -> str:
-        """The held-out rewards and measures before and after, and what lies in the folder."""
+        """Returns a text with the held-out rewards and measures before and after, and the files in the folder."""
         lines, evaluations = [], self.evaluations()
         if evaluations:
             first, last = evaluations[0], evaluations[-1]
@@ -172,10 +175,10 @@ class Records:
 
 
 def choose_folder(config: ConfigDict, checkpoint: Path | None) -> Path:
-    """log_dir/run_name; the checkpoint's own run where that has one and no other name is given.
+    """Returns the run folder: log_dir/run_name, or without a run_name the folder of the checkpoint's run if it has one.
 
     Raises:
-        ConfigError: it holds another run, or cannot be written to.
+        ConfigError: the folder contains another run, or cannot be written to.
     """
     c = config
     own = run_folder_of(checkpoint) if checkpoint else None
@@ -196,7 +199,7 @@ def choose_folder(config: ConfigDict, checkpoint: Path | None) -> Path:
 
 
 def prompt(label: str) -> str:
-    """The prompt of a picture's caption, which `Evaluation.labels` put above its score."""
+    """Returns the prompt in a picture's caption; `Evaluation.labels` puts it above the score."""
     return label.rpartition("\n")[0]
 
 

@@ -1,11 +1,11 @@
-"""What a run writes down: metrics as JSON lines, and the same to wandb or tensorboard.
+"""Writes a run's metrics as JSON lines, and sends them to wandb or tensorboard.
 
-A metrics row is a dict of numbers, with lists and dicts of numbers where a quantity has parts:
+A metrics row is a dict of numbers. A quantity with parts is a list or a dict of numbers:
 
     {"kind": "train", "step": 3, "epoch": 0, "reward": 5.2, "grad_norm": 0.8, "adjoint_norm": [null, 0.1]}
     {"kind": "eval", "step": 0, "epoch": 0, "reward": 5.0, "rewards": {"aesthetic": 5.0, "clip": 0.3}}
 
-Only the main process writes: accelerate's trackers see to that, `MetricsLog` leaves it to its caller.
+Only the main process writes. accelerate's trackers take care of that; for `MetricsLog` the caller does.
 """
 
 import hashlib
@@ -28,20 +28,20 @@ TRACKERS = ("wandb", "tensorboard")
 
 
 class MetricsLog:
-    """An append-only file of JSON objects, one per line; it and its folder are made when the first is written."""
+    """An append-only file of JSON objects, one per line. The first write creates the file and its folder."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
 
     def append(self, row: dict) -> None:
-        """Write one row. Non-finite floats become null; a tensor raises TypeError."""
+        """Writes one row. Non-finite floats become null; a tensor raises TypeError."""
         line = json.dumps(finite(row), allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def rows(self) -> list[dict]:
-        """All rows, oldest first. A last line that a killed run left half-written is passed over.
+        """Returns all rows, oldest first. It skips a last line that a killed run left half-written.
 
         Raises:
             ConfigError: any other line is not JSON.
@@ -59,7 +59,7 @@ class MetricsLog:
         return rows
 
     def truncate_after(self, step: int) -> None:
-        """Drop what a resumed run will do again: rows of a larger ``step``, a half-written last line."""
+        """Drops rows of a larger ``step``, which a resumed run will write again, and a half-written last line."""
         kept = [row for row in self.rows() if row["step"] <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -68,12 +68,12 @@ class MetricsLog:
 
 
 def parse_log_with(text: str) -> list[str] | None:
-    """The trackers that ``log_with`` names, such as "wandb,tensorboard", as `accelerate.Accelerator` wants them.
+    """Returns the trackers that ``log_with`` names ("wandb,tensorboard"), in the form that `Accelerator` needs.
 
-    None for "", since accelerate takes an empty list for an oversight and warns.
+    Returns None for "", because accelerate warns about an empty list.
 
     Raises:
-        ConfigError: unknown name, or its package is not installed (accelerate would log nothing, silently).
+        ConfigError: a name is unknown, or its package is not installed (accelerate would silently log nothing).
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
@@ -85,13 +85,13 @@ def parse_log_with(text: str) -> list[str] | None:
 
 
 def start_trackers(accelerator, project: str, run_name: str, run_folder: str | os.PathLike, config: Mapping) -> None:
-    """Start the accelerator's trackers and give them the (nested) config. To be called by every process.
+    """Starts the accelerator's trackers and gives them the (nested) config. Every process has to call it.
 
-    tensorboard needs the accelerator's ``project_dir``; it writes under it, in a folder called ``project``.
+    tensorboard needs the accelerator's ``project_dir``. It writes there, into a folder with the name ``project``.
     """
     init = {}
     if "wandb" in map(str, accelerator.log_with) and accelerator.is_main_process:
-        # The same folder is the same run: a resumed one goes on where it was.
+        # The id depends on the folder, so that a resumed run continues the same run in wandb.
         identity = hashlib.sha256(str(Path(run_folder).resolve()).encode()).hexdigest()[:16]
         init["wandb"] = {
             "name": run_name, "dir": str(run_folder), "mode": wandb_mode(), "id": identity, "resume": "allow"
@@ -100,14 +100,14 @@ def start_trackers(accelerator, project: str, run_name: str, run_folder: str | o
 
 
 def wandb_mode() -> str:
-    """WANDB_MODE where it is set; else "online" if wandb logs in without asking, else "offline"."""
+    """Returns WANDB_MODE if it is set; else "online" if wandb logs in without asking, else "offline"."""
     import wandb
 
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     try:
         reason = None if wandb.login(prompt=False, verify=True) else "nobody is logged in (wandb login)"
-    except (wandb.errors.Error, ValueError) as error:  # no network, or a key that is none
+    except (wandb.errors.Error, ValueError) as error:  # There is no network, or the key is not valid.
         reason = str(error).split("\n")[0]
     if reason is None:
         return "online"
@@ -116,7 +116,7 @@ def wandb_mode() -> str:
 
 
 def log_row(accelerator, row: dict) -> None:
-    """Send the finite numbers of a metrics row to every tracker, like "train/reward", "eval/rewards/clip"."""
+    """Sends the finite numbers of a metrics row to every tracker, as "train/reward", "eval/rewards/clip" and so on."""
     numbers = {
         f"{row['kind']}/{key}": value
         for key, value in _flatten(row).items()
@@ -126,7 +126,7 @@ def log_row(accelerator, row: dict) -> None:
 
 
 def log_images(accelerator, name: str, images: torch.Tensor, labels: Sequence[str], step: int) -> None:
-    """Send pictures [B, 3, H, W] in [0, 1] with their labels, as one grid, to every tracker."""
+    """Sends pictures [B, 3, H, W] in [0, 1] with their labels, as one grid, to every tracker."""
     for tracker in accelerator.trackers:
         grid = np.asarray(draw_grid(images, labels))[None]
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -134,7 +134,7 @@ def log_images(accelerator, name: str, images: torch.Tensor, labels: Sequence[st
 
 
 def _flatten(config: Mapping, prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Nested dicts as "outer/inner" keys; other than numbers becomes text, as tensorboard wants it."""
+    """Turns nested dicts into "outer/inner" keys, and values that are not numbers into text, as tensorboard needs."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

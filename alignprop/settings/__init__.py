@@ -1,5 +1,5 @@
-"""From a preset to the configuration that runs: the fields, what they may be, what they need, and memory policies.
+"""Turns a preset into the configuration that runs: the fields, their rules and conditions, and the memory policies.
 
-Of the rest of the project it imports only the errors and the registry of rewards, and no torch: so a mistake is found
-before torch is loaded.
+Of the rest of the project, this package imports only the errors and the registry of rewards. It does not import torch,
+so that a mistake in the configuration is found before torch is loaded.
 """

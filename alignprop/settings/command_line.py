@@ -1,4 +1,4 @@
-"""The flags of main.py, and what absl and ml_collections say of mistakes in them, in one line."""
+"""The flags of main.py. Errors of absl and ml_collections about them become one-line messages."""
 
 import math
 import os
@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from absl import flags
@@ -24,18 +25,18 @@ def define_flags(argv: list[str]) -> None:
     """Defines `--config`, `--plan` and `--gpu_memory`.
 
     Args:
-        argv: `sys.argv`, where ml_collections looks for overrides. What a --flagfile has takes its place in it, and
-            lists are written as Python has them.
+        argv: `sys.argv`, in which ml_collections looks for overrides. It is changed in place: each --flagfile is
+            replaced by the flags in the file, and lists are rewritten in Python's notation.
 
     Raises:
-        ConfigError: a field that does not exist, or a list that is given twice.
+        ConfigError: a field does not exist, or a list is given twice.
     """
     with _plain_errors():
         argv[:] = with_files(argv)
         names = [match[1] for argument in argv[1:] if (match := re.match(r"--?(?:no)?config\.([^=]+)", argument))]
         for name in names:
             check_name(name)
-            # Of several values of a list ml_collections would make one, of any other field it takes the last.
+            # ml_collections joins repeated lists into one list. Of any other repeated field it takes the last value.
             if name in FIELDS and FIELDS[name].rule.type is tuple and names.count(name) > 1:
                 raise ConfigError(f"{name} is given twice")
         argv[:] = with_lists(argv)
@@ -45,12 +46,12 @@ def define_flags(argv: list[str]) -> None:
 
 
 def with_files(argv: list[str]) -> list[str]:
-    """The same arguments, with what each --flagfile has in its place."""
+    """Returns the arguments, with each --flagfile replaced by the flags in the file."""
     return [*argv[:1], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
 
 
 def with_lists(argv: list[str]) -> list[str]:
-    """The same arguments, the values of lists in Python's own notation, which is what ml_collections reads."""
+    """Returns the arguments, with lists rewritten in Python's notation, which ml_collections reads."""
     argv = list(argv)
     for i, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
@@ -65,16 +66,16 @@ def with_lists(argv: list[str]) -> list[str]:
 
 
 def _list_literal(text: str, field: Field) -> str:
-    """'to_q,to_out.0' -> "('to_q', 'to_out.0')", '0,1' -> '(0, 1)': brackets, quotes and spaces are optional."""
+    """'to_q,to_out.0' -> "('to_q', 'to_out.0')", '0,1' -> '(0, 1)'. Brackets, quotes and spaces are optional."""
     inside = re.sub(r"^([(\[])(.*)[)\]]$", r"\2", text.strip())
     words = tuple(word.strip().strip("'\"") for word in inside.split(",") if word.strip())
     values = (words, tuple(map(_number, words)))
-    # What is wrong stays as it was typed, for the message.
+    # A wrong value stays as it was typed, because the error message shows it.
     return next((repr(value) for value in values if text.strip() != "None" and field.rule.accepts(value)), text)
 
 
-def _number(word: str):
-    """The word as a number, where it is one."""
+def _number(word: str) -> int | float | str:
+    """Returns the word as a number if it is one, and else the word."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(word)
@@ -82,24 +83,24 @@ def _number(word: str):
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """What absl calls to read the flags; the arguments that are none."""
+    """Reads the flags when absl calls it, and returns the arguments that are not flags."""
     with _plain_errors():
         arguments = flags.FLAGS(argv)
-        _ = flags.FLAGS.config.task  # a configuration that could not be loaded says so only when it is used
-    return arguments
+        _ = flags.FLAGS.config.task  # a configuration that could not be loaded raises only when it is used
+    return list(arguments)
 
 
 def check_flags(arguments: list[str], config: ConfigDict) -> None:
-    """Refuses flags that contradict each other.
+    """Refuses arguments that are not flags, and flags that contradict each other.
 
     Raises:
-        ConfigError: with the flag.
+        ConfigError: names the flag.
     """
     plan, gpu_memory = flags.FLAGS.plan, flags.FLAGS.gpu_memory
     if len(arguments) > 1:
         raise ConfigError(f"{arguments[1]!r} is not a flag; options look like --config.seed=1")
     if gpu_memory and not plan:
-        raise ConfigError("--gpu_memory has a meaning with --plan only")
+        raise ConfigError("--gpu_memory needs --plan")
     if gpu_memory and not math.isfinite(gpu_memory):
         raise ConfigError(f"--gpu_memory = {gpu_memory} must be a finite number of GiB")
     if plan and config.task != "train":
@@ -109,14 +110,14 @@ def check_flags(arguments: list[str], config: ConfigDict) -> None:
 
 
 def warn_of_unused(config: ConfigDict) -> None:
-    """Says, once a machine's first process, which of the given fields have no effect."""
+    """Prints a warning for each given field that has no effect. Only the process of rank 0 prints."""
     names = config_flags.get_override_values(flags.FLAGS["config"])
     for line in warnings_for(config, names) if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:
-    """Loading takes seconds and needs no progress bars; downloads and the run keep theirs."""
+    """Turns off the progress bars of loading, which takes only seconds. Downloads and the run keep their bars."""
     import diffusers
     import transformers
 
@@ -125,17 +126,17 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def _plain_errors():
-    """absl and ml_collections report mistakes in many ways, with the reason in the text; here it is one line."""
+def _plain_errors() -> Iterator[None]:
+    """Turns the many kinds of errors of absl and ml_collections into a ConfigError of one line."""
     try:
         yield
     except ConfigError:
         raise
     except flags.Error as error:
-        if "Traceback" in str(error):  # ml_collections puts a TypeError of the file's own into the text
+        if "Traceback" in str(error):  # ml_collections puts the traceback of the file's TypeError into the text
             raise _file_error(str(error)) from error
         raise ConfigError(_flag_error(" ".join(str(error).removeprefix("ERROR:: ").split()))) from error
-    except Exception as error:  # whatever a file raises that is no configuration
+    except Exception as error:  # a configuration file can raise anything
         raise _file_error("".join(traceback.format_exception(error.__cause__ or error))) from error
 
 
@@ -147,12 +148,16 @@ def _flag_error(text: str) -> str:
 
 
 def _file_error(text: str) -> ConfigError:
-    """Of a configuration file that could not be used, from a traceback's text: what was raised, and where in it."""
+    """Returns the error for a configuration file that could not be used, with the cause and the line of the file.
+
+    Args:
+        text: the traceback.
+    """
     option = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(sys.argv))
     config = option[1] if option else PRESET
     path = os.path.abspath(config.partition(":")[0])
     _, frame, rest = text.rpartition('File "')
-    # What was raised is the first line after the frames that is not indented.
+    # The exception is in the first line after the frames that is not indented.
     found = re.search(r"\n(?:[a-z]\w*\.)*(\w+.*)", rest if frame else f"\n{text}", re.DOTALL)
     raised = found[1] if found else text
     hint = re.search(r"Did you mean .*?\?", raised[200:], re.DOTALL)

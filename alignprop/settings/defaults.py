@@ -1,4 +1,6 @@
-"""The configuration with every field at its default, from which presets differ."""
+"""Builds the configuration with every field at its default. Presets change some of its values."""
+
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -7,7 +9,7 @@ from alignprop.settings.fields.field import Field
 
 
 def default_config() -> ConfigDict:
-    """Every field of the configuration at its default, with its type, so that it can be given on the command line."""
+    """Returns the configuration with every field at its default. Each has its type, as the command line needs it."""
     config = ConfigDict()
     for field in FIELDS.values():
         *groups, name = field.name.split(".")
@@ -20,8 +22,8 @@ def default_config() -> ConfigDict:
     return config
 
 
-def _typed(field: Field):
-    """The default; where a value of another type is allowed, too, in what ml_collections makes of that."""
+def _typed(field: Field) -> Any:
+    """Returns the default, wrapped as ml_collections needs it if values of another type are allowed as well."""
     rule = field.rule
     if field.default is None:
         return config_dict.placeholder(rule.type)

@@ -1,8 +1,8 @@
-"""Names of other programs for what a field is here: of AlignProp, TRL, ddpo-pytorch and diffusers' training scripts."""
+"""Names that AlignProp, TRL, ddpo-pytorch and diffusers' training scripts have for fields of this project."""
 
 import re
 
-# What a person who types the name is told. A name of ours is what it is called here.
+# Maps a name of another program to the name of the field here, or to an explanation if there is no such field.
 ELSEWHERE = {
     "accelerator_kwargs": "flags of `accelerate launch` do that",
     "aesthetic_target": "loss_target",
@@ -14,6 +14,9 @@ ELSEWHERE = {
     "gradient_checkpointing": "memory_policy",
     "guidance_rescale": "guidance is not rescaled",
     "height": "resolution",
+    "hf_hub_aesthetic_model_filename": "aesthetic.head_file",
+    "hf_hub_aesthetic_model_id": "aesthetic.head_repo",
+    "hf_hub_model_id": "hub.repo",
     "log_image_freq": "eval_freq",
     "logdir": "log_dir",
     "lr": "train.learning_rate",
@@ -29,7 +32,9 @@ ELSEWHERE = {
     "per_prompt_stat_tracking_buffer_size": "ddpo.per_prompt_buffer",
     "per_prompt_stat_tracking_min_count": "ddpo.per_prompt_min_count",
     "prediction_type": "the files of pretrained.model say it",
+    "pretrained_model": "pretrained.model",
     "pretrained_model_name_or_path": "pretrained.model",
+    "pretrained_revision": "pretrained.revision",
     "project_kwargs": "log_dir, run_name and num_checkpoint_limit do that",
     "push_to_hub": "hub.repo",
     "rank": "lora_rank",
@@ -77,7 +82,7 @@ ELSEWHERE = {
 
 
 def answer_for(name: str) -> str:
-    """What a person is told who types a name of another program, such as "train.batch_size"; "" for any other."""
+    """Returns the advice for a name of another program, such as "train.batch_size", and "" for any other name."""
     for known in (name, name.replace(".", "_"), name.rpartition(".")[2]):
         if known in ELSEWHERE:
             answer = ELSEWHERE[known]

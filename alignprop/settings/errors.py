@@ -1,4 +1,4 @@
-"""The mistakes that a person can make in a configuration, and how they are told."""
+"""The error for mistakes in a configuration, and the check that a value is one of a few."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,14 +7,18 @@ from rewards.errors import UserError
 
 
 class ConfigError(UserError):
-    """A mistake in what the user asked for; its text is one line that says what is allowed.
+    """A mistake in what the user asked for. Its text is one line that says what is allowed.
 
-    Not a ValueError, which absl would rewrap with our traceback when a preset raises it.
+    It is not a ValueError, because absl wraps a ValueError of a preset again, together with the traceback.
     """
 
 
 def one_of(field: str, value: str, allowed: Iterable[str]) -> str:
-    """`value`, if it is allowed; else a ConfigError that names the field and the nearest allowed value."""
+    """Returns `value` if it is allowed.
+
+    Raises:
+        ConfigError: it is not. The message has the field, the allowed values and the nearest one.
+    """
     allowed = list(allowed)
     if value in allowed:
         return value

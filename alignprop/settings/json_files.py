@@ -1,4 +1,4 @@
-"""JSON files that every reader takes: numbers that are not finite, for which JSON has no word, become null."""
+"""Writes JSON files that every program can read. JSON has no infinities and no NaN, so these become null."""
 
 import json
 import math
@@ -6,29 +6,30 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
-def write_json(path, content) -> None:
-    """Writes `content` whole or not at all, and says so where some of its numbers are not finite."""
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes `content` completely or not at all. It warns if some of the numbers are not finite."""
     path = Path(path)
     lost: list[str] = []
     text = json.dumps(finite(content, lost), indent=2, allow_nan=False) + "\n"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    os.replace(temporary, path)  # so that a full disk leaves the earlier one
+    os.replace(temporary, path)  # so that an earlier file survives if the disk is full
     if lost:
         print(
-            f"warning: {len(lost)} numbers in {path} are not finite and stand there as null: {', '.join(lost[:3])}"
+            f"warning: {len(lost)} numbers in {path} are not finite and were written as null: {', '.join(lost[:3])}"
             + (", …" if len(lost) > 3 else ""),
             file=sys.stderr,
         )
 
 
-def finite(value, lost: list[str] | None = None, where: str = ""):
-    """The same with None for each float that is not finite, in dicts and lists at any depth.
+def finite(value: Any, lost: list[str] | None = None, where: str = "") -> Any:
+    """Returns `value` with None for each float that is not finite, in dicts and lists at any depth.
 
     Args:
-        lost: gets the place of each, such as "per_prompt.a cat.mean".
+        lost: a list to which the place of each such float is added, for example "per_prompt.a cat.mean".
         where: the place of `value` itself.
     """
     inside = f"{where}." if where else ""

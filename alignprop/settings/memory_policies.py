@@ -1,20 +1,20 @@
-"""Memory policies: what to trade for memory. None of them changes a gradient or a picture but for rounding."""
+"""Memory policies, which trade speed for memory. They change gradients and pictures only by rounding."""
 
 from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """One value for each field of the configuration's `memory`; docs/config.md has their prices.
+    """One value for each field of the configuration's `memory`. docs/config.md says what each of them costs.
 
     Attributes:
-        sweep_chunk: samples per network call, in the rollout and in the sweep; 0: the whole micro-batch.
-        decode_chunk: samples per VAE decode, reward and their backward pass; 0: the whole micro-batch.
-        guidance_batching: "joint", both branches of classifier-free guidance in one call, or "split", one by one.
-        keep_steps: the graphs of that many last active steps stay from the rollout and are not called again.
+        sweep_chunk: the samples in one network call, in the rollout and in the sweep. 0 is the whole micro-batch.
+        decode_chunk: the samples in one VAE decode, one reward and their backward pass. 0 is the whole micro-batch.
+        guidance_batching: "joint" computes both branches of classifier-free guidance in one call, "split" one by one.
+        keep_steps: for this many last active steps the graph of the rollout is kept, and the sweep needs no new call.
         block_checkpointing: the denoiser's blocks recompute their activations in the backward pass.
-        decoder_checkpointing: so do the VAE's resnets, one by one.
-        residency: "all" modules stay on the device, or only those that the "phase" at hand uses.
+        decoder_checkpointing: the VAE's resnets recompute their activations in the backward pass, one by one.
+        residency: "all" keeps all modules on the device, "phase" only those that the current phase uses.
         lean: frozen layers save only what their own backward pass needs.
     """
 
@@ -32,9 +32,9 @@ NAMES = tuple(field.name for field in fields(MemoryPolicy))
 
 _FRUGAL = MemoryPolicy(sweep_chunk=1, decode_chunk=1, guidance_batching="split", decoder_checkpointing=True, lean=True)
 
-# From the fastest to the most frugal; each needs less memory than the one before.
+# From the fastest to the most frugal. Each policy needs less memory than the one before it.
 POLICIES = {
-    "roomy": MemoryPolicy(keep_steps=1000, lean=True),  # more steps than any chain has: all
+    "roomy": MemoryPolicy(keep_steps=1000, lean=True),  # more steps than any chain has, so all are kept
     "fast": MemoryPolicy(),
     "lean": MemoryPolicy(lean=True),
     "balanced": _FRUGAL,
@@ -44,6 +44,6 @@ POLICIES = {
 
 
 def chunks(count: int, size: int) -> list[slice]:
-    """`count` samples in order, `size` at a time; size 0: all at once."""
+    """Returns slices that cover `count` samples in order, `size` at a time. Size 0 gives one slice for all samples."""
     size = size or max(count, 1)
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]

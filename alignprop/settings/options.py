@@ -1,18 +1,20 @@
-"""What the parts of a run take of a resolved configuration, by the names of their own arguments."""
+"""Turns a resolved configuration into the arguments of the parts of a run."""
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from alignprop.settings.memory_policies import MemoryPolicy
 
 
-def estimator_options(config: ConfigDict) -> dict:
-    """What `estimators.build_estimator` takes, by its names; None where the method's own value is to be used."""
+def estimator_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of `estimators.build_estimator`. None stands for the default of the method."""
     first, minmax = config.trunc_backprop_timestep, config.truncated_backprop_minmax
     return {"first": first, "minmax": minmax, **config.plan.to_dict()}
 
 
-def model_options(config: ConfigDict) -> dict:
-    """What `load_model` takes of the configuration (models/loading.py), by its names, but for the precision."""
+def model_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of `load_model` (models/loading.py), except for the precision."""
     c, source = config, config.pretrained
     return {
         "revision": source.revision,
@@ -27,14 +29,14 @@ def model_options(config: ConfigDict) -> dict:
     }
 
 
-def rollout_options(config: ConfigDict) -> dict:
-    """What a `Rollout` takes of the configuration (method/rollout.py), by its names."""
+def rollout_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of a `Rollout` (method/rollout.py) that the configuration decides."""
     c = config
     return {"guidance_scale": c.guidance_scale, "guidance_grad": c.guidance_grad, "adjoint_clip": c.adjoint_clip}
 
 
-def gradient_options(config: ConfigDict) -> dict:
-    """What a `RewardGradient` takes of the configuration (method/gradient.py), by its names."""
+def gradient_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of a `RewardGradient` (method/gradient.py) that the configuration decides."""
     c = config
     return {
         "batch_size": c.train.total_batch_size,
@@ -48,10 +50,10 @@ def gradient_options(config: ConfigDict) -> dict:
 
 
 def components_left_out(config: ConfigDict) -> list[str]:
-    """The names in `pretrained.without`."""
+    """Returns the names in `pretrained.without`."""
     return [name.strip() for name in config.pretrained.without.split(",") if name.strip()]
 
 
 def memory_policy(config: ConfigDict) -> MemoryPolicy:
-    """What `memory` says, in a configuration without "auto"."""
+    """Returns the memory policy that the fields of `memory` describe, for a configuration without "auto"."""
     return MemoryPolicy(**config.memory.to_dict())

@@ -1,24 +1,28 @@
-"""Files of prompts: text with one a line, or rows with a prompt and metadata (.jsonl, .json, .csv, .tsv)."""
+"""Reads prompt files: text with one prompt in each line, or rows with metadata (.jsonl, .json, .csv, .tsv)."""
 
 import csv
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from alignprop.settings.errors import ConfigError
 
-COLUMNS = ("prompt", "text", "caption")  # what the column of the prompts may be called
-Rows = list[tuple[str, dict]]
+COLUMNS = ("prompt", "text", "caption")  # the allowed names of the column with the prompts
+Rows = list[tuple[str, dict[str, Any]]]
 """Prompts with their metadata."""
 
 
 def read_prompt_file(path: Path) -> Rows:
-    """
-    In a row the prompt stands under one of COLUMNS. Its metadata are the other columns, and what an object under
-    "metadata" holds.
+    """Reads the prompts of a file, with their metadata.
+
+    The prompt of a row is in the first of COLUMNS that the row has. Its metadata are the other columns. If the column
+    "metadata" holds an object, the entries of this object are metadata as well.
 
     Raises:
-        ConfigError: the file cannot be read, is not UTF-8, or a line or entry of it has no prompt.
+        ConfigError: the file cannot be read, is not UTF-8, holds no prompt, or has a line or an entry without a prompt.
     """
     if path.suffix in UNREAD:
         raise ConfigError(f"{path}: {path.suffix} files are not read; {', '.join(READERS)} and text files are")
@@ -37,11 +41,11 @@ def read_prompt_file(path: Path) -> Rows:
     return rows
 
 
-# Each raises ValueError with the place of what is wrong.
+# The readers below raise a ValueError that names the place of the mistake.
 
 
 def _text(text: str) -> Rows:
-    """A prompt a line; blank lines are skipped, and `#` has no special meaning."""
+    """Reads one prompt in each line. Blank lines are skipped, and `#` has no special meaning."""
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for number, line in lines:
         if "\t" in line:
@@ -74,7 +78,7 @@ def _json(text: str) -> Rows:
 
 
 def _table(delimiter: str, text: str) -> Rows:
-    """With a header; a cell in quotes may hold the delimiter and line breaks."""
+    """Reads a table with a header. A cell in quotes may hold the delimiter and line breaks."""
     lines = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     rows: Rows = []
     header: list[str] = []
@@ -86,7 +90,9 @@ def _table(delimiter: str, text: str) -> Rows:
             if not header:
                 header = [cell.strip() for cell in cells]
                 if not any(name in header for name in COLUMNS):
-                    raise ValueError(f"{place} is the header and names no {' or '.join(COLUMNS)}, but {header}")
+                    raise ValueError(
+                        f"{place} is the header and has none of the columns {', '.join(COLUMNS)}; it has {header}"
+                    )
                 continue
             if len(cells) != len(header):
                 raise ValueError(f"{place} has {len(cells)} columns, the header {len(header)}")
@@ -96,7 +102,7 @@ def _table(delimiter: str, text: str) -> Rows:
     return rows
 
 
-def _row(entry, place: str) -> tuple[str, dict]:
+def _row(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, str):
         entry = {"prompt": entry}
     if not isinstance(entry, dict):
@@ -122,8 +128,7 @@ def _is_json(line: str) -> bool:
     return True
 
 
-READERS = {
-    ".jsonl": _json_lines, ".json": _json, ".csv": lambda text: _table(",", text),
-    ".tsv": lambda text: _table("\t", text),
+READERS: dict[str, Callable[[str], Rows]] = {
+    ".jsonl": _json_lines, ".json": _json, ".csv": partial(_table, ","), ".tsv": partial(_table, "\t"),
 }  # fmt: skip
 UNREAD = (".yaml", ".yml", ".toml", ".xml", ".parquet", ".arrow", ".xlsx")

@@ -1,7 +1,9 @@
-"""From the configuration that a person wrote to the one that runs: derive, check, warn."""
+"""Turns the configuration that a user wrote into the one that runs: checks it and derives the missing values."""
 
 import difflib
 import os
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,18 +15,19 @@ from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
 
 
 def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
-    """A frozen copy of `config` with every derived value filled in, checked.
+    """Checks `config`, and returns a frozen copy with every derived value filled in.
 
-    Derived here, after the overrides: `lora_alpha`, `train.num_inference_steps`, `trunc_backprop_timestep`,
-    `truncated_backprop_minmax` and the fields of `memory` where they are None, `train.gradient_accumulation_steps`
-    (micro-batches of one process per optimizer step) and `train.steps_per_epoch` (optimizer steps). What is "auto"
-    stays so, and what follows from it is left out: the run decides that (memory/planner.py).
+    These values are derived here, after the overrides: `lora_alpha`, `train.num_inference_steps`,
+    `trunc_backprop_timestep`, `truncated_backprop_minmax` and the fields of `memory` if they are None,
+    `train.gradient_accumulation_steps` (the micro-batches of one process per optimizer step), and
+    `train.steps_per_epoch` (the optimizer steps of an epoch; with DDPO an epoch is one step). A value "auto" stays,
+    and what follows from it is left out, because the run decides it (memory/planner.py).
 
     Args:
         num_processes: the number of processes that really run.
 
     Raises:
-        ConfigError: a value or a combination that cannot run.
+        ConfigError: a value or a combination of values cannot run.
     """
     c = ConfigDict(config.to_dict()).unlock()
     _check_fields(c)
@@ -42,7 +45,7 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
 
 
 def as_run(config: ConfigDict, num_processes: int, memory: MemoryPolicy, capacity: int) -> ConfigDict:
-    """What `config`, resolved, came to in a run, to be written down: with the memory policy and capacity chosen."""
+    """Returns the resolved `config` with the memory policy and the capacity that a run has chosen, to be saved."""
     content = config.to_dict() | {"memory": vars(memory), "per_gpu_capacity": capacity}
     if config.task == "train":
         micro_batches = config.train.total_batch_size // (capacity * num_processes)
@@ -51,7 +54,7 @@ def as_run(config: ConfigDict, num_processes: int, memory: MemoryPolicy, capacit
 
 
 def _derive(c: ConfigDict) -> None:
-    """Fills in what follows from other fields where it is None, and makes names what code expects."""
+    """Fills in fields that are None and follow from other fields, and brings names into the form that code expects."""
     train = c.train
     if train.num_inference_steps is None:
         train.num_inference_steps = c.num_inference_steps
@@ -61,7 +64,7 @@ def _derive(c: ConfigDict) -> None:
             c.pretrained[name] = os.path.expanduser(c.pretrained[name])
     if c.lora_alpha is None:
         c.lora_alpha = float(c.lora_rank)
-    # A command line gives "to_q,to_v" as one word.
+    # The command line may give "to_q,to_v" as one word.
     if c.lora_target_modules is not None:
         c.lora_target_modules = tuple(name for names in c.lora_target_modules for name in names.split(","))
     if c.trunc_backprop_timestep is None:
@@ -71,9 +74,9 @@ def _derive(c: ConfigDict) -> None:
 
 
 def _derive_batches(c: ConfigDict, num_processes: int) -> None:
-    """Checks that batches divide each other, and fills in how many of one make another.
+    """Checks that batches are multiples of one another, and fills in the numbers of micro-batches and steps.
 
-    `per_gpu_capacity` becomes the largest micro-batch up to it that divides a process's share of a step.
+    `per_gpu_capacity` becomes the largest number up to its value that divides a process's share of an optimizer step.
     """
     train = c.train
     _check_multiple("train.total_batch_size", train.total_batch_size, num_processes, f"{num_processes} processes")
@@ -85,7 +88,7 @@ def _derive_batches(c: ConfigDict, num_processes: int) -> None:
         share = train.total_batch_size // num_processes
         c.per_gpu_capacity = next(n for n in range(min(c.per_gpu_capacity, share), 0, -1) if share % n == 0)
         train.gradient_accumulation_steps = share // c.per_gpu_capacity
-    # A step of DDPO is a whole epoch: it samples, and then makes several updates with these samples.
+    # A step of DDPO is a whole epoch, because it samples and then makes several updates with these samples.
     updates = train.total_samples_per_epoch // train.total_batch_size
     train.steps_per_epoch = updates if c.algorithm == "align_prop" else 1
 
@@ -97,17 +100,17 @@ def _fill_memory(c: ConfigDict, policy: MemoryPolicy) -> None:
 
 
 def check_name(field: str) -> None:
-    """Raises: ConfigError with the nearest name, if the configuration has no such field."""
+    """Raises a ConfigError with the nearest name if the configuration has no field of this name."""
     if field not in FIELDS and field not in DERIVED:
-        near = difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.75)  # less is a likeness of letters only
-        hint = f"did you mean {near[0]!r}?" if near else "docs/config.md has them all"
+        near = difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.75)  # below, only letters are alike
+        hint = f"did you mean {near[0]!r}?" if near else "docs/config.md lists all fields"
         raise ConfigError(f"{field} is not a field of the configuration; {answer_for(field) or hint}")
 
 
 def _check_fields(c: ConfigDict) -> None:
     flat = flatten(c.to_dict())
-    for field in flat:
-        check_name(field)
+    for name in flat:
+        check_name(name)
     for name, field in FIELDS.items():
         rule = field.rule
         if name not in flat:
@@ -120,7 +123,7 @@ def _check_fields(c: ConfigDict) -> None:
 
 
 def _check_combinations(c: ConfigDict) -> None:
-    if c.kl_coeff and not c.use_lora:
+    if c.task == "train" and c.kl_coeff and not c.use_lora:
         raise ConfigError(f"kl_coeff = {c.kl_coeff} needs use_lora = True: without its adapter the model is the base")
     if c.train_text_encoder and not c.use_lora:
         raise ConfigError("train_text_encoder = True needs use_lora = True: a text encoder is trained by a LoRA only")
@@ -129,13 +132,15 @@ def _check_combinations(c: ConfigDict) -> None:
     if c.guide.window[0] >= c.guide.window[1]:
         raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
     if c.task == "train" and c.algorithm == "ddpo" and not c.eta:
-        raise ConfigError("eta = 0 must be greater than 0 where algorithm = 'ddpo': a policy needs chance; it has 1.0")
+        raise ConfigError(
+            "eta = 0 must be greater than 0 if algorithm = 'ddpo', which needs random steps; its presets have 1.0"
+        )
     if c.task == "train" and c.algorithm == "ddpo" and c.train.total_samples_per_epoch == 1:
         raise ConfigError(
-            "train.total_samples_per_epoch = 1 must be at least 2 where algorithm = 'ddpo', which compares a sample "
+            "train.total_samples_per_epoch = 1 must be at least 2 if algorithm = 'ddpo', which compares a sample "
             "with others"
         )
-    if c.loss != "maximise" and c.loss_target is None:
+    if c.task == "train" and c.loss != "maximise" and c.loss_target is None:
         raise ConfigError(f"loss = {c.loss!r} needs loss_target, in units of the reward")
     if c.task == "evaluate_soup":
         if not c.resume_from:
@@ -178,7 +183,7 @@ def _check_truncation(c: ConfigDict) -> None:
         )
 
 
-def flatten(config: dict, prefix: str = "") -> dict:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"learning_rate": 1}} -> {"train.learning_rate": 1}."""
     flat: dict[str, object] = {}
     for name, value in config.items():
@@ -189,16 +194,16 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
-def changes(before: dict, now: dict) -> list[str]:
-    """One line for each field that two (nested) configurations have with different values; where a run lies aside."""
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns a line for each field whose value differs, except for the place of a run, its start and its command."""
     before, now = flatten(before), flatten(now)
     aside = ("run_name", "log_dir", "resume_from", "command")
     shared = [name for name in now if name in before and name not in aside]
     return [f"{name}: {before[name]!r} → {now[name]!r}" for name in shared if before[name] != now[name]]
 
 
-def save_config(config: ConfigDict, path) -> None:
-    """Writes the resolved configuration and the versions of what ran it, as JSON."""
+def save_config(config: ConfigDict, path: str | Path) -> None:
+    """Writes the resolved configuration, and the versions of the packages that ran it, as JSON."""
     from importlib.metadata import version
 
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")

@@ -1,4 +1,4 @@
-"""Fields that a person set and that do nothing in the configuration at hand."""
+"""Warnings about fields that the user set and that have no effect in the configuration."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,12 @@ from alignprop.settings.fields import FIELDS
 
 
 def warnings_for(config: ConfigDict, overridden: Iterable[str]) -> list[str]:
-    """One line for each field that a person set and that has no effect in this configuration."""
+    """Returns a line for each field that has no effect in this configuration although the user set it.
+
+    Args:
+        config: the configuration.
+        overridden: the names of the fields that the user set.
+    """
     lines = []
     for name in overridden:
         unmet = [effect for effect in FIELDS[name].effects if not effect.holds(config)] if name in FIELDS else []

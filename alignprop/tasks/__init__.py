@@ -1,4 +1,4 @@
-"""The tasks that do not train: evaluating a checkpoint or mixtures of two, reward guidance, planning."""
+"""The tasks that do not train: evaluation of a checkpoint or of mixtures of two, reward guidance, memory planning."""
 
 import itertools
 import re
@@ -33,13 +33,13 @@ BASE_MODEL = "stablediffusion"
 
 
 def evaluate(config, reward_function=None, model=None) -> Path:
-    """Pictures and rewards of `resume_from`, or of the base model where that is empty.
+    """Samples and scores pictures of `resume_from`, or of the base model if that is empty.
 
     Returns:
         The folder with scores.csv, summary.json, grid.png and images/.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
     run = build_run(config, reward_function, model)
     _load_checkpoint(run)
@@ -53,13 +53,13 @@ def evaluate(config, reward_function=None, model=None) -> Path:
 
 
 def evaluate_soup(config, reward_function=None, model=None) -> Path:
-    """Rewards of c·`resume_from` + (1-c)·`resume_from_2` for every c of `mixing_coef_1`.
+    """Scores pictures of c·`resume_from` + (1-c)·`resume_from_2` for every c of `mixing_coef_1`.
 
     Returns:
-        The folder with soup.json, soup.png (each reward against c) and one sub-folder per coefficient.
+        The folder with soup.json, soup.png (each reward against c) and one sub-folder for each coefficient.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
     run, first, second = build_mixture(config, reward_function, model)
     c = run.config
@@ -83,10 +83,10 @@ def evaluate_soup(config, reward_function=None, model=None) -> Path:
 
 
 def build_mixture(config, reward_function=None, model=None) -> tuple[Run, LoraWeights | None, LoraWeights | None]:
-    """A run, and the LoRAs of `resume_from` and `resume_from_2`; None is the base model.
+    """Returns a run, and the LoRAs of `resume_from` and `resume_from_2`; None is the base model.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
     second_path = None
     if config.resume_from_2 != BASE_MODEL:
@@ -100,14 +100,14 @@ def build_mixture(config, reward_function=None, model=None) -> tuple[Run, LoraWe
 
 
 def guide(config, reward_function=None, model=None) -> Path:
-    """Reward guidance while sampling, beside the plain model and, with `resume_from`, beside the fine-tuned one.
+    """Compares sampling with reward guidance to plain sampling, also of the fine-tuned model if `resume_from` is given.
 
     Returns:
-        The folder with guide.json (each measure of each variant, and its seconds a picture), comparison.png (a row of
-        pictures a variant), guide.png (bars) and one sub-folder per variant.
+        The folder with guide.json (all measures and the seconds per picture of each variant), comparison.png (a row of
+        pictures for each variant), guide.png (a bar chart) and one sub-folder for each variant.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
     run = build_run(config, reward_function, model, needs_gradient=True)
     c = run.config
@@ -143,10 +143,11 @@ def compare_policies(config, gpu_memory: float | None = None) -> list[Forecast]:
     """Prints what training will cost with each memory policy, and the fastest that fits. Needs no GPU and no weights.
 
     Args:
-        gpu_memory: GiB of the GPU; None: of the one that is there, if one is.
+        config: an unresolved configuration.
+        gpu_memory: the memory of the GPU in GiB. None: that of the GPU in this machine, if it has one.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration.
+        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
     c = resolve(config, 1)
     size = gpu_memory * GIB if gpu_memory else gpu_bytes()
@@ -158,8 +159,8 @@ def compare_policies(config, gpu_memory: float | None = None) -> list[Forecast]:
             forecasts[name] = forecast(build, c, name, memory, capacity, done)
     print(table(list(forecasts.values()), c.train.total_batch_size, size))
     print(
-        f"Not counted: the CUDA context, about {CONTEXT / GIB:g} GiB; workspaces, up to {MARGIN:.0%} more; rewards of "
-        "your own."
+        f"Not in these peaks: the CUDA context, about {CONTEXT / GIB:g} GiB, workspaces, up to {MARGIN:.0%}, and "
+        "rewards of your own. 'fits' leaves room for the first two."
     )
     fitting = [f for f in forecasts.values() if size and f.fits(size)]
     if fitting:
@@ -174,7 +175,7 @@ def compare_policies(config, gpu_memory: float | None = None) -> list[Forecast]:
 
 
 def _new_folder(run: Run, name: str) -> Path:
-    """<run folder>/eval/<name>, or the first of <name>_2, <name>_3, … that does not exist yet."""
+    """Makes <run folder>/eval/<name>, or the first of <name>_2, <name>_3, … that does not exist yet."""
 
     def make() -> Path:
         for n in itertools.count(1):
@@ -192,30 +193,31 @@ def _slug(text: str) -> str:
 
 
 def _load_checkpoint(run: Run) -> None:
-    """`resume_from`, if it is given, into the denoiser; its weight change scaled by `lora_scale` and `lora_schedule`.
+    """Loads `resume_from`, if it is given, into the model. A LoRA is scaled by `lora_scale`.
 
     Raises:
-        ConfigError: it does not fit the model, or is no weight change that could be scaled.
+        ConfigError: the checkpoint does not fit the model, or is to be scaled but has whole weights instead of a LoRA.
     """
     c, model = run.config, run.model
-    run.residency.leave()  # what is loaded into the host's weights comes along next time
+    run.residency.leave()  # loading changes the weights on the host; the next phase copies them to the device
     if run.checkpoint and (run.checkpoint / "denoiser").is_dir():
         if c.lora_scale != 1 or c.lora_schedule != "constant":
             raise ConfigError(
                 f"lora_scale = {c.lora_scale}, lora_schedule = {c.lora_schedule!r} must be 1 and 'constant': "
-                f"{str(run.checkpoint)!r} has no LoRA to scale, but whole weights"
+                f"{str(run.checkpoint)!r} has full weights and no LoRA, so there is nothing to scale"
             )
         load_denoiser(model.denoiser, run.checkpoint / "denoiser")
     elif run.checkpoint:
         set_adapter(model, read_lora(run.checkpoint, model))
-        for network in adapted_networks(model):  # the rollout scales the denoiser's by its own schedule
+        # With a linear `lora_schedule`, the rollout sets the denoiser's scale again before each network call.
+        for network in adapted_networks(model):
             scale_lora(network, c.lora_scale)
 
 
 def _evaluate_into(
     folder: Path, run: Run, background: Background, prefix: str = "", sample: Sample | None = None
 ) -> Evaluation:
-    """The pictures, the report and then a line for the person, written while the device does what comes next."""
+    """Evaluates. Pictures, the report and a line for the user are written while the device goes on with its work."""
 
     def save(j, image):
         background.submit(save_image, image, folder / "images" / f"{j:06d}.png")

@@ -1,8 +1,8 @@
-"""The task "explore": a page that compares base, checkpoints and their mixture on prompts that you type.
+"""The task "explore": a page that compares the base model, checkpoints and their mixture on prompts that you type.
 
     alignprop explore --config tiny_explore --config.resume_from=logs/my_run
 
-The page is served by gradio to this machine alone.
+gradio serves the page, and only this machine can open it.
 """
 
 import logging
@@ -26,12 +26,12 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass
 class Explorer:
-    """Draws one prompt with one noise under the base model, under one or two LoRAs, and under their mixture.
+    """Draws pictures of a prompt from the same noise with the base model, one or two LoRAs, and their mixture.
 
     Attributes:
-        run: its reward and its `eval_reward_fn` score the pictures.
+        run: the run. Its reward and its `eval_reward_fn` score the pictures.
         first, second: the LoRAs of `resume_from` and `resume_from_2`; None is the base model.
-        drawing: held while a picture is being drawn, by a thread of the page's.
+        drawing: a lock that a thread of the page holds while it draws a picture.
     """
 
     run: Run
@@ -40,7 +40,11 @@ class Explorer:
     drawing: Lock = field(default_factory=Lock)
 
     def variants(self, share: float) -> dict[str, LoraWeights | None]:
-        """What is shown beside one another: {title: LoRA}. `share` is that of the first LoRA in the mixture."""
+        """Returns what is shown side by side, as {title: LoRA}.
+
+        Args:
+            share: the share of the first LoRA in the mixture.
+        """
         shown: dict[str, LoraWeights | None] = {"base model": None}
         if self.second:
             shown["resume_from_2"] = self.second
@@ -51,18 +55,20 @@ class Explorer:
 
     @torch.no_grad()
     def draw(self, prompt: str, lora: LoraWeights | None, guidance: float, seed: int):
-        """One picture, float [3, H, W] in [0, 1] on the CPU, and its score under each reward.
+        """Returns one picture, float [3, H, W] in [0, 1] on the CPU, and its score under each reward.
 
         Args:
-            guidance: the strength of classifier-free guidance; 1 is none.
-            seed: of the noise; the same for all variants.
+            prompt: the prompt.
+            lora: the LoRA to draw with. None: the base model.
+            guidance: the strength of classifier-free guidance. 1: no guidance.
+            seed: the seed of the noise. With the same seed, all variants get the same noise.
         """
         with self.drawing:
             return self._draw(prompt, lora, guidance, seed)
 
     def _draw(self, prompt: str, lora: LoraWeights | None, guidance: float, seed: int):
         run = self.run
-        run.residency.leave()  # what is loaded into the host's weights comes along next time
+        run.residency.leave()  # loading changes the weights on the host; the next phase copies them to the device
         set_adapter(run.model, lora)
         cond = encode(run.model, [prompt], run.residency)
         with run.residency("denoise"):
@@ -77,7 +83,7 @@ def explore(config, reward_function=None, model=None) -> None:
     """Serves the page until Ctrl-C.
 
     Raises:
-        ConfigError, rewards.RewardError: one line for a mistake in the configuration, or where gradio is missing.
+        ConfigError, rewards.RewardError: the configuration has a mistake, or gradio is missing; one line says so.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
@@ -89,17 +95,17 @@ def explore(config, reward_function=None, model=None) -> None:
     run, first, second = build_mixture(config, reward_function, model)
     explorer = Explorer(run, first, second)
     page = make_page(explorer)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there, and logs that
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio sends requests to itself at its start, and logs them
     _, address, _ = page.launch(
         server_name=LOOPBACK, share=False, show_error=True, quiet=True, prevent_thread_lock=True
     )
     explorer.run.say(f"open {address} in a browser; Ctrl-C ends it")
     page.block_thread()
-    explorer.drawing.acquire()  # a process that ends in the middle of a picture is aborted by torch
+    explorer.drawing.acquire()  # torch aborts a process that ends while it draws a picture
 
 
 def make_page(explorer: Explorer):
-    """The gradio page, not yet served."""
+    """Returns the gradio page, which is not served yet."""
     import gradio as gr
 
     c = explorer.run.config
@@ -138,7 +144,11 @@ def make_page(explorer: Explorer):
 
 
 def score_table(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """The scores as a table in Markdown: a line for each reward, a column for each variant (title, scores)."""
+    """Returns the scores as a Markdown table, with a line for each reward and a column for each variant.
+
+    Args:
+        rows: (title, scores) of each variant.
+    """
     titles, names = [title for title, _ in rows], list(rows[0][1])
     lines = [["", *titles], ["---"] * (1 + len(titles))]
     lines += [[name, *(f"{scores[name]:.3f}" for _, scores in rows)] for name in names]

@@ -1,19 +1,20 @@
-"""What the bake-off is to find out: how many fewer samples than DDPO, whether random truncation pays, what is best."""
+"""Answers the bake-off's questions: how many fewer samples than DDPO, does random truncation pay, what is best."""
 
 import math
 
 from scripts.bakeoff.curves import mean_error, samples_to_reach
 from scripts.bakeoff.summary import best, shown, values
 
-FEWER = 25  # times
+FEWER = 25  # times fewer samples than DDPO
 
 
 def against_ddpo(curves: dict, reward: str, method: str) -> list[dict]:
-    """For each seed that both have: the samples with which `method` reaches DDPO's highest held-out reward.
+    """Returns, for each seed that both have, the samples with which `method` reaches DDPO's highest held-out reward.
 
-    That is its last one, unless the run collapses. `ratio` is DDPO's samples up to there over these, with no
-    interpolation (so it is a lower bound, no finer than evaluations are), `interpolated` with it. Both are None where
-    it was not reached, or where DDPO was never higher than it began.
+    DDPO's highest reward is its last one, unless the run collapses. `ratio` is DDPO's samples up to that reward,
+    divided by the samples of `method`. It has no interpolation, so it is a lower bound, no finer than the evaluations.
+    `interpolated` is the same with interpolation. Both are None if `method` did not reach the reward, or if DDPO was
+    never higher than at its start.
     """
     found = []
     for (r, m, seed), points in curves.items():
@@ -33,7 +34,7 @@ def against_ddpo(curves: dict, reward: str, method: str) -> list[dict]:
 
 
 def differences(curves: dict, budget, reward: str, method: str, other: str) -> dict:
-    """Reward of `method` minus that of `other`, paired by seed, at each budget."""
+    """Returns the reward of `method` minus that of `other`, paired by seed, at each budget."""
     runs = {(m, s): values(points, budget) for (r, m, s), points in curves.items() if r == reward and points}
     seeds = [s for m, s in runs if m == method and (other, s) in runs]
     found = {}
@@ -44,7 +45,7 @@ def differences(curves: dict, budget, reward: str, method: str, other: str) -> d
 
 
 def claims(curves: dict, budget, reward: str, summary: dict) -> tuple[list[str], dict]:
-    """(lines to read, the same as numbers) of one reward."""
+    """Returns (lines to read, the same as numbers) for one reward."""
     lines, numbers = [], {"against_ddpo": {}, "randomized_minus": {}, "best": {}}
     estimators = {method: row for method, row in summary.items() if method not in ("ddpo", "base")}
     leader = best(estimators, "reward_at_samples")

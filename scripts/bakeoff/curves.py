@@ -1,4 +1,4 @@
-"""What a run's metrics say, as a curve: a list of points, one an evaluation, oldest first.
+"""Turns a run's metrics into a curve: a list of points, one for each evaluation, oldest first.
 
 A point has the `samples` and processor `seconds` of training before it, and what was measured: `reward` (the trained
 one), `obedience`, `diversity`, `base_distance`, ….
@@ -11,10 +11,10 @@ import numpy as np
 
 
 def curve(rows: list[dict]) -> list[dict]:
-    """The points of a run's metrics rows.
+    """Returns the points of a run's metrics rows.
 
-    The step after an evaluation also draws its pictures, and the first one of a process warms up: in the place of
-    their seconds stands the mean of the others, where there are any.
+    The step after an evaluation also draws the evaluation's pictures, and the first step of a process warms up. Their
+    seconds are replaced by the mean of the other steps, if there are any others.
     """
     after = ["eval", *(row["kind"] for row in rows)]
     train = [(row, before == "eval") for row, before in zip(rows, after, strict=False) if row["kind"] == "train"]
@@ -34,12 +34,15 @@ def curve(rows: list[dict]) -> list[dict]:
 
 
 def _seconds(row: dict) -> float:
-    """Processor seconds of a step: on a machine that others use too, wall-clock seconds say how busy they are."""
+    """Returns the processor seconds of a step, because on a shared machine wall-clock seconds depend on other users."""
     return row.get("cpu_seconds", row["seconds"])
 
 
 def value_at(points: list[dict], axis: str, budget: float, measure: str) -> float | None:
-    """Linear between evaluations along `axis`, "samples" or "seconds"; None beyond the last, or where not measured."""
+    """Interpolates `measure` linearly between evaluations along `axis`, which is "samples" or "seconds".
+
+    Returns None beyond the last evaluation, or if `measure` was not measured.
+    """
     found = [(p[axis], p[measure]) for p in points if p.get(measure) is not None]
     if not found or found[-1][0] < budget:
         return None
@@ -47,7 +50,7 @@ def value_at(points: list[dict], axis: str, budget: float, measure: str) -> floa
 
 
 def mean_error(values) -> dict | None:
-    """Mean and standard error of what is not None; the error of a single value is NaN, written null."""
+    """Returns mean, standard error and number of the values that are not None. A single value has the error None."""
     found = [value for value in values if value is not None]
     if not found:
         return None
@@ -56,7 +59,10 @@ def mean_error(values) -> dict | None:
 
 
 def samples_to_reach(points: list[dict], target: float) -> tuple[int, float] | None:
-    """Samples at the first evaluation with a reward of at least `target`, and linear between it and the one before."""
+    """Returns the samples at the first evaluation with a reward of at least `target`, or None if there is none.
+
+    The second value is interpolated linearly between that evaluation and the one before.
+    """
     for n, point in enumerate(points):
         if point["reward"] >= target:
             if n == 0:

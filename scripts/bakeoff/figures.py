@@ -1,4 +1,4 @@
-"""Figures: reward against samples and against seconds, and bars of obedience and diversity."""
+"""Draws the figures: reward against samples and against seconds, and bars of obedience and diversity."""
 
 import statistics
 from pathlib import Path
@@ -13,14 +13,14 @@ AXES = {"samples": "samples of training", "seconds": "processor seconds of train
 
 
 def mean_curve(curves: dict, reward: str, method: str) -> list[dict]:
-    """Over the seeds, at each evaluation that all of them have."""
+    """Returns the mean over the seeds, at each evaluation that all of them have."""
     runs = [points for (r, m, _), points in curves.items() if (r, m) == (reward, method) and points]
     keys = ("samples", "seconds", "reward")
     return [{k: statistics.fmean(p[k] for p in points) for k in keys} for points in zip(*runs, strict=False)]
 
 
 def draw(folder: Path, curves: dict, summary: dict, budget) -> None:
-    """Writes bakeoff_samples.png, bakeoff_seconds.png and bakeoff_quality.png, a panel a reward (two in the last)."""
+    """Writes bakeoff_samples.png, bakeoff_seconds.png (a panel per reward) and bakeoff_quality.png (two per reward)."""
     rewards = [reward for reward, methods in summary.items() if methods]
     if not rewards:
         return
@@ -48,7 +48,10 @@ def _figure(rows: int, columns: int):
 
 
 def _draw_curves(panel, curves, reward, methods, axis, budget) -> None:
-    """Logarithmic, as DDPO's budget is so much longer; the legend is in the order of the rewards at the budget."""
+    """Draws curves on a logarithmic axis, because DDPO's budget is much longer.
+
+    The legend is in the order of the rewards at the budget.
+    """
     score = lambda m: (methods[m][f"reward_at_{axis}"] or {"mean": float("-inf")})["mean"]  # noqa: E731
     for method in sorted((m for m in methods if m != "base"), key=score, reverse=True):
         points = mean_curve(curves, reward, method)[1:]

@@ -1,4 +1,4 @@
-"""What the runs come to: a table a reward, the claims, results.json and the figures."""
+"""Writes the results of the runs: a table for each reward, the claims, results.json and the figures."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from scripts.bakeoff.summary import COLUMNS, best, shown, summarise
 
 
 def table(summary: dict, budget) -> str:
-    """One reward's methods as a Markdown table, the best of each column in bold."""
+    """Returns one reward's methods as a Markdown table, with the best value of each column in bold."""
     measured = {title: m for title, m in COLUMNS.items() if any(row[m[0]] for row in summary.values())}
     titles = [title.format(samples=budget.samples, seconds=budget.seconds) for title in measured]
     lines = ["| method | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
@@ -26,7 +26,7 @@ def table(summary: dict, budget) -> str:
 
 
 def busy_seconds(folder: Path) -> tuple[float, float]:
-    """Wall-clock seconds in which any process of the bake-off ran, and the seconds of all of them together."""
+    """Returns the wall-clock seconds in which any process of the bake-off ran, and the sum over all processes."""
     spans = sorted((row["started"], row["started"] + row["seconds"]) for row in
                    MetricsLog(folder / "processes.jsonl").rows())  # fmt: skip
     busy, until = 0.0, -math.inf
@@ -37,7 +37,7 @@ def busy_seconds(folder: Path) -> tuple[float, float]:
 
 
 def write_report(folder: Path, curves: dict, budget) -> str:
-    """Writes report.md, results.json and the figures into the folder; returns what report.md says."""
+    """Writes report.md, results.json and the figures into the folder. Returns the text of report.md."""
     summary = summarise(curves, budget)
     results = {"budget": vars(budget), "summary": summary, "claims": {}}
     parts = []

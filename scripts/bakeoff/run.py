@@ -1,10 +1,10 @@
 """Trains the bundled model with every estimator and with DDPO under equal budgets of samples and of seconds.
 
-    .venv/bin/python scripts/bakeoff/run.py             hours on two cores; the same command goes on after any end
-    .venv/bin/python scripts/bakeoff/run.py --report    tables and figures of what is there by now
+    .venv/bin/python scripts/bakeoff/run.py             takes hours on two cores; the same command continues it
+    .venv/bin/python scripts/bakeoff/run.py --report    only writes tables and figures of the results so far
 
-Every run goes on, epoch by epoch, until its evaluations cover both budgets (schedule.py). What comes of them
-(report.py, claims.py, figures.py) is report.md, results.json and bakeoff_*.png in the folder. Flags such as
+Every run continues, epoch by epoch, until its evaluations cover both budgets (schedule.py). The results (report.py,
+claims.py, figures.py) are report.md, results.json and bakeoff_*.png in the folder. Flags such as
 --config.train.learning_rate=1e-3 are passed on to every run.
 """
 
@@ -22,7 +22,11 @@ from scripts.bakeoff.schedule import METHODS, REWARDS, Bakeoff, Budget, runs_of 
 
 
 def keep_flags(folder: Path, more: list[str]) -> None:
-    """Raises ConfigError where the runs of the folder were made with other flags: they could not be compared."""
+    """Writes the flags into the folder.
+
+    Raises:
+        ConfigError: The folder's runs were made with other flags, so they cannot be compared with new ones.
+    """
     file = folder / "flags.json"
     before = json.loads(file.read_text()) if file.exists() else more
     if before != more:

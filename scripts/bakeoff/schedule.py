@@ -1,6 +1,6 @@
-"""The runs of a bake-off: which there are, what each still needs, and their processes.
+"""The runs of a bake-off: which runs there are, what each still needs, and their processes.
 
-A run is a method, a reward and a seed, and has a run folder of its own; its state is what lies in that folder.
+A run is a method, a reward and a seed. It has its own run folder, which holds all of its state.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 METHODS = [*(name for name in ESTIMATORS if name != "none"), "ddpo"]
 REWARDS = {"aesthetic_clip": "aesthetic:1,clip:40", "jpeg": "jpeg_proxy"}
 MEASURED = "aesthetic,clip,rewards.tiny_judge:rating,rewards.tiny_judge:obedience,jpeg_compressibility"
-FIELDS = {  # eta: DDPO needs a sampler with noise, and held-out rewards depend on the sampler
+FIELDS = {  # eta is 1 for all: DDPO needs a sampler with noise, and held-out rewards depend on the sampler
     "eta": 1.0, "eval_reward_fn": MEASURED, "num_eval_images": 24, "num_eval_prompts": 12, "num_inference_steps": 20,
     "max_vis_images": 8, "save_freq": 1, "num_checkpoint_limit": 1,
 }  # fmt: skip
@@ -35,13 +35,13 @@ DDPO_EVAL_FREQ = 3  # epochs
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run's evaluations have to cover.
+    """The budget that every run's evaluations have to cover.
 
     Attributes:
-        samples: pictures that training made.
-        seconds: of training, evaluations not counted; processor seconds.
-        ddpo_samples: of DDPO alone, instead of `samples` where that is less.
-        epoch: samples between two evaluations; DDPO has DDPO_EVAL_FREQ times as many.
+        samples: The pictures that training made.
+        seconds: The processor seconds of training, without evaluations.
+        ddpo_samples: The pictures for DDPO, which uses this instead of `samples` if `samples` is less.
+        epoch: The samples between two evaluations. DDPO has DDPO_EVAL_FREQ times as many.
     """
 
     samples: int = 128
@@ -55,7 +55,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class BakeRun:
-    """A method on a reward with a seed, in the run folder `name`."""
+    """A run of a method on a reward with a seed, in the run folder `name`."""
 
     method: str
     reward: str
@@ -66,7 +66,7 @@ class BakeRun:
         return f"{self.method}-{self.reward}-{self.seed}"
 
     def flags(self, folder: Path, epoch: int, epochs: int) -> list[str]:
-        """main.py's, for `epochs` of `epoch` samples in all, going on from whatever the run folder holds."""
+        """Returns main.py's flags for `epochs` epochs of `epoch` samples in all, continued from the run folder."""
         preset = "config/ddpo.py:tiny" if self.method == "ddpo" else "config/align_prop.py:quickstart"
         own = {"eval_freq": DDPO_EVAL_FREQ} if self.method == "ddpo" else {"estimator": self.method}
         place = {"log_dir": folder.resolve(), "run_name": self.name, "resume_from": "latest"}
@@ -76,8 +76,10 @@ class BakeRun:
 
 
 def runs_of(methods: list[str], rewards: list[str], seeds: int) -> list[BakeRun]:
-    """Whole seeds first, and methods side by side: a bake-off that is stopped has compared all methods, and a machine
-    that is busy for a while is so for all."""
+    """Returns the runs, seed by seed, and for each seed method by method.
+
+    So a bake-off that is stopped has compared all methods, and a machine that is busy for a while slows all methods.
+    """
     return [BakeRun(m, r, seed) for seed in range(seeds) for m in methods for r in rewards]
 
 
@@ -85,8 +87,8 @@ class Bakeoff:
     """Some runs in one folder, as they are on the disk.
 
     Args:
-        folder: of the run folders.
-        more: further flags of main.py.
+        folder: The folder that holds the run folders.
+        more: Further flags of main.py.
     """
 
     def __init__(self, folder: Path, runs: list[BakeRun], budget: Budget, more: list[str]):
@@ -103,7 +105,7 @@ class Bakeoff:
         )
 
     def epoch_seconds(self, run: BakeRun) -> float | None:
-        """As measured by the run itself, or else by the same method's other seeds; None where nothing is known."""
+        """Returns an epoch's seconds, measured by the run, or else by the method's other seeds. None if unknown."""
         mates = [other for other in self.runs if (other.method, other.reward) == (run.method, run.reward)]
         for measured in ([run], mates):
             ends = [self.curves[r][-1] for r in measured if self.curves[r] and self.curves[r][-1]["samples"]]
@@ -112,7 +114,7 @@ class Bakeoff:
         return None
 
     def epochs(self, run: BakeRun) -> int:
-        """That the run will have in all: those that it has, or what covers the budgets by what is known."""
+        """Returns how many epochs the run will have in all, estimated from what is known if it is not yet covered."""
         if self.is_covered(run):
             return self.curves[run][-1]["samples"] // self.budget.epoch
         epochs = math.ceil(self.budget.samples_of(run.method) / self.budget.epoch)
@@ -121,7 +123,7 @@ class Bakeoff:
         return epochs
 
     def work(self) -> tuple[float, float]:
-        """Seconds of training: done, and in all as far as is known."""
+        """Returns the seconds of training: those done, and the estimate of all."""
         known = [seconds for run in self.runs if (seconds := self.epoch_seconds(run))]
         typical = sum(known) / len(known) if known else 1.0
         done = sum(points[-1]["seconds"] for points in self.curves.values() if points)
@@ -129,7 +131,7 @@ class Bakeoff:
         return done, max(total, done)
 
     def is_held(self, run: BakeRun) -> bool:
-        """Whether a process trains in it: one that an earlier bake-off left behind, and that is about to save."""
+        """Returns whether a process, left behind by an earlier bake-off, trains in the run's folder and will save."""
         lock = self.folder / run.name / ".lock"
         if not lock.exists():
             return False
@@ -155,11 +157,12 @@ class Bakeoff:
         return self.folder / f"{run.name}.log"
 
     def finish(self, run: BakeRun, started: float, known: int, status: int) -> str:
-        """Takes down what the process did; says what went wrong, in one line, or nothing.
+        """Records what the process did. Returns what went wrong in one line, or an empty text.
 
         Args:
-            started: when, in seconds since the epoch.
-            known: how many points the run had then.
+            started: When the process started, in seconds since the Unix epoch.
+            known: How many points the run had then.
+            status: The exit status of the process.
         """
         row = {"run": run.name, "started": started, "seconds": time.time() - started, "exit_status": status}
         MetricsLog(self.folder / "processes.jsonl").append(row)
@@ -173,10 +176,10 @@ class Bakeoff:
         return f"{run.name}: exit status {status}: {reason.removeprefix('error: ')} (see {self.log(run)})"
 
     def run(self, jobs: int) -> list[str]:
-        """Everything that is not covered yet, `jobs` processes at once; what failed, a line each.
+        """Runs everything that is not covered yet, with `jobs` processes at once. Returns a line for each failure.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; the processes have saved and ended.
+            KeyboardInterrupt: The user pressed Ctrl-C. The processes have saved and ended.
         """
         waiting, active, failed = deque(run for run in self.runs if not self.is_covered(run)), {}, []
         done, total = self.work()
@@ -209,7 +212,7 @@ class Bakeoff:
 
 
 def _ends_too() -> None:
-    """A process that is asked to stop when its parent dies, where the system (Linux) has that."""
+    """Asks the system to stop this process when its parent dies, if the system can do that (Linux)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGTERM)

@@ -1,9 +1,9 @@
-"""Values at each budget: of a run, and of a method over its seeds."""
+"""Computes the values at each budget, for a run and for a method over its seeds."""
 
 from scripts.bakeoff.curves import mean_error, value_at
 
 STEP = 8  # samples
-COLUMNS = {  # title: measure, and whether more or less is better
+COLUMNS = {  # title: the measure, and which of two values is better
     "reward at {samples} samples": ("reward_at_samples", max),
     "reward at {seconds:g} s": ("reward_at_seconds", max),
     "judge's rating": ("rating", max),
@@ -17,7 +17,7 @@ COLUMNS = {  # title: measure, and whether more or less is better
 
 
 def values(points: list[dict], budget) -> dict[str, float | None]:
-    """What the table says of one run."""
+    """Returns the values of one run for the table."""
     at_samples = {m: value_at(points, "samples", budget.samples, m) for m, _ in COLUMNS.values()}
     last = points[-1] if points else {"samples": 0}
     return at_samples | {
@@ -29,8 +29,9 @@ def values(points: list[dict], budget) -> dict[str, float | None]:
 
 
 def summarise(curves: dict, budget) -> dict:
-    """{reward: {method: {measure: mean_error over the seeds}}}, of the runs that have begun; "base" is the model
-    before training.
+    """Returns {reward: {method: {measure: mean_error over the seeds}}} of the runs that have begun.
+
+    The method "base" is the model before training.
 
     Args:
         curves: {(reward, method, seed): points}.
@@ -51,7 +52,7 @@ def summarise(curves: dict, budget) -> dict:
 
 
 def best(summary: dict, measure: str, better=max) -> str | None:
-    """The method with the best mean; None where nothing was measured."""
+    """Returns the method with the best mean, or None if nothing was measured."""
     found = {name: row[measure]["mean"] for name, row in summary.items() if name != "base" and row[measure]}
     return better(found, key=found.get) if found else None
 

@@ -1,26 +1,25 @@
-"""Memory and operations of training at full size, beside AlignProp's and TRL's: one command, some minutes on a CPU.
+"""Compares memory and operations of training at full size with AlignProp's and TRL's: some minutes on a CPU.
 
     python scripts/bench/cost.py                        SD 1.5 at 512² and SDXL at 1024², prints a table
     python scripts/bench/cost.py --quick                only the smaller micro-batch of the first model
-    python scripts/bench/cost.py --json out.json        and writes every figure
+    python scripts/bench/cost.py --json out.json        also writes every figure
 
-No weights and no GPU are needed: the code itself runs on tensors without data
-(alignprop/memory/accounting.py), ours in each memory policy, theirs as `their_step` below. On both
-sides the model is the same, with its weights in bfloat16 and a LoRA of rank 4 in float32, trained by AdamW
-towards a CLIP ViT-L aesthetic score in bfloat16, with guidance and 50 sampler steps, of which the last K carry
-gradient.
+No weights and no GPU are needed, because the code itself runs on tensors without data (alignprop/memory/accounting.py).
+Our code runs in each memory policy, and theirs is `their_step` below. Both sides have the same model, with weights in
+bfloat16 and a LoRA of rank 4 in float32. AdamW trains the LoRA towards a CLIP ViT-L aesthetic score in bfloat16, with
+guidance and 50 sampler steps. The last K steps carry gradient.
 
 The peak counts weights, activations, gradients and AdamW's moments. It leaves out what no operator allocates: the
-CUDA context, workspaces of kernels, what an allocator cannot hand out again. Of the VAE both sides have the decoder
-only. Their text encoder and CLIP's text half stay on the device, as in their code; ours are not there.
+CUDA context, workspaces of kernels, and memory that an allocator cannot hand out again. Both sides have only the VAE's
+decoder. Their text encoder and CLIP's text half stay on the device, as in their code. Ours are not on the device.
 
-TFLOP counts, for a whole micro-batch, the matrix products, convolutions and attention of encoding the prompts, 50
-sampler steps, decoding, the reward and the backward pass, whatever is computed again included. We encode a prompt once
-and remember it; it is counted here all the same. A larger batch by accumulating micro-batches has the same peak, and
-costs as many times more.
+TFLOP counts the matrix products, convolutions and attention of a whole micro-batch: encoding the prompts, 50 sampler
+steps, decoding, the reward and the backward pass, with everything that is computed again. We encode a prompt only once
+and remember it, but the count includes it. A larger batch of several micro-batches has the same peak, and costs as many
+times more.
 
-A step is linear in K and in the sampler steps, so a few short ones are run and the rest follows
-(tests/scripts/test_cost.py holds it against all 50).
+The cost of a step is linear in K and in the sampler steps, so a few short steps are run and the rest is computed
+(tests/scripts/test_cost.py compares the result with all 50 steps).
 """
 
 import argparse
@@ -56,7 +55,7 @@ from alignprop.settings.resolve import resolve  # noqa: E402
 from config.align_prop import get_config  # noqa: E402
 from scripts.bench.tables import markdown  # noqa: E402
 
-# Hub name, and samples in a micro-batch.
+# The hub name of each model, and the numbers of samples in a micro-batch.
 MODELS = {
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", (4, 1)),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", (1,)),
@@ -66,13 +65,13 @@ THEIRS = "theirs"
 
 
 def configuration(name: str, batch: int, active: int) -> ConfigDict:
-    """The aesthetic preset in bfloat16, with one micro-batch to a step, whose last `active` steps carry gradient."""
+    """Returns the aesthetic preset in bfloat16, with one micro-batch per step and `active` last steps with gradient."""
     c = get_config("aesthetic")
     c.pretrained.model = name
     c.mixed_precision, c.aesthetic.dtype = "bf16", "bfloat16"
     c.estimator, c.trunc_backprop_timestep = "truncated", c.num_inference_steps - active
     c.per_gpu_capacity = c.train.total_batch_size = c.train.total_samples_per_epoch = batch
-    c.eval_diversity = False  # a training step is compared, and no evaluation
+    c.eval_diversity = False  # only a training step is compared, no evaluation
     return c
 
 
@@ -80,17 +79,19 @@ def configuration(name: str, batch: int, active: int) -> ConfigDict:
 
 
 def their_step(model: Model, reward, idle: list, config: ConfigDict, samples: int, steps: int, active: int) -> Account:
-    """An optimizer step as AlignProp's released code and TRL's AlignPropTrainer make it, and what it cost.
+    """Makes an optimizer step like AlignProp's released code and TRL's AlignPropTrainer, and returns its cost.
 
-    Every network call builds a graph and is recomputed whole in the backward pass; where a step carries no gradient,
-    its output is detached after the call. The whole micro-batch goes through the network with both branches of
-    guidance at once, and through the VAE.
+    Every network call builds a graph and is recomputed whole in the backward pass. If a step carries no gradient, its
+    output is detached after the call. The whole micro-batch goes through the network with both branches of guidance at
+    once, and through the VAE.
 
     Args:
-        model, reward: frozen, on the device whose memory counts; the model gets a LoRA.
-        idle: modules that are on the device and do nothing.
-        samples: in the micro-batch.
-        steps, active: of the sampler; those with gradient come last.
+        model: The frozen model, on the device that is measured. It gets a LoRA.
+        reward: The frozen reward, on the same device.
+        idle: Modules that are on the device and do nothing.
+        samples: The samples in the micro-batch.
+        steps: The number of sampler steps.
+        active: The number of sampler steps with gradient. They come last.
     """
     latents = model.init_latents(generators(range(samples), "cost")).to(model.text_encoders[0].dtype)
     account = Account(model.device.type)
@@ -102,7 +103,7 @@ def their_step(model: Model, reward, idle: list, config: ConfigDict, samples: in
         optimizer = torch.optim.AdamW(parameters)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # from the second step on there are moments
+        optimizer.step()  # from the second step on, the optimizer has moments
         optimizer.zero_grad()
         with account.phase("encode"):
             encode(model.text_encoders, samples)
@@ -129,10 +130,10 @@ def their_step(model: Model, reward, idle: list, config: ConfigDict, samples: in
 
 
 class Theirs:
-    """What `their_step` costs for any number of steps.
+    """Computes the cost of `their_step` for any number of steps.
 
-    From three active steps on each further one costs the same; of the first and of the lowest of them, one finds no
-    gradients to add to, and one needs no gradient of its input.
+    From three active steps on, each further active step costs the same. Two active steps differ from the others: the
+    first in the backward pass finds no gradients to add to, and the lowest needs no gradient of its input.
 
     Args:
         simulate: (steps, active) -> the account of a step.
@@ -142,7 +143,7 @@ class Theirs:
         self.simulate = functools.cache(simulate)
 
     def peaks(self, steps: int, active: int) -> dict[str, int]:
-        """Bytes at most, by phase."""
+        """Returns the peak in bytes of each phase."""
         phases = self.simulate(3, 3).peaks
         return {phase: self._extend(steps, active, lambda a, phase=phase: a.peaks[phase]) for phase in phases}
 
@@ -162,7 +163,7 @@ class Theirs:
 
 @dataclass(frozen=True)
 class Row:
-    """The cost of a micro-batch: `active` steps with gradient, `peak` bytes, reached in `phase`, and `flops`."""
+    """The cost of a micro-batch with `active` steps of gradient: `peak` bytes, reached in `phase`, and `flops`."""
 
     model: str
     batch: int
@@ -174,11 +175,14 @@ class Row:
 
 
 def rows(model: str, name: str, batch: int, done: dict, ways=(THEIRS, *POLICIES)) -> Iterator[Row]:
-    """Theirs, and ours in each policy, for each K; one way after the other.
+    """Yields the cost of their code, and of ours in each policy, for each K, one way after the other.
 
     Args:
-        model: a name for it; `name` is the hub's, or a folder.
-        done: what is simulated already of this model, by `forecast.forecast`.
+        model: The name of the model in the table.
+        name: Its hub name, or a folder.
+        batch: The samples in a micro-batch.
+        done: What `forecast.forecast` has already simulated of this model.
+        ways: THEIRS, and our policies.
     """
     configs = {active: resolve(configuration(name, batch, active), 1) for active in ACTIVE}
     config = configs[ACTIVE[0]]
@@ -204,14 +208,14 @@ def rows(model: str, name: str, batch: int, done: dict, ways=(THEIRS, *POLICIES)
 
 
 def text_half(config: ConfigDict) -> list[torch.nn.Module]:
-    """What the aesthetic score's CLIP has and the score does not use."""
+    """Returns the parts of the aesthetic score's CLIP that the score does not use."""
     facts = find_tower_config(config.aesthetic.clip, "aesthetic.clip")["model"]
     clip = build_module(facts, getattr(torch, config.aesthetic.dtype), "meta").requires_grad_(False)
     return [clip.text_model, clip.text_projection]
 
 
 def table(found: list[Row]) -> str:
-    """A Markdown table; × is the ratio to theirs with the same model, batch and K."""
+    """Returns a Markdown table. × is the ratio to theirs with the same model, batch and K."""
     theirs = {(row.model, row.batch, row.active): row for row in found if row.way == THEIRS}
     header = ["model", "batch", "way", "K", "peak GiB", "×", "where", "TFLOP", "×"]
     lines = []
@@ -243,7 +247,7 @@ def main() -> None:
             for row in rows(model, MODELS[model][0], batch, done[model]):
                 found.append(row)
                 bar.update()
-    print(__doc__.partition("\n\n")[2].partition("\n\n")[2])  # what is counted
+    print(__doc__.partition("\n\n")[2].partition("\n\n")[2])  # the paragraphs about what is counted
     print(table(found))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")

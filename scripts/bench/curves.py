@@ -1,5 +1,8 @@
-"""When several ways of training first reach a held-out reward, and how they compare. A curve is a list of points, dicts
-with "steps", "seconds", "cpu_seconds", "reward" and "obedience", the first of them before training."""
+"""Finds when several ways of training first reach a held-out reward, and compares them.
+
+A curve is a list of points: dicts with "steps", "seconds", "cpu_seconds", "reward" and "obedience". The first point is
+before training.
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ CLOCKS = ("seconds", "cpu_seconds")
 
 
 def crossing(curve: Sequence[dict], target: float) -> dict | None:
-    """Where a curve that begins below it first has the target, by linear interpolation; None: it never has."""
+    """Returns the point where a curve that begins below the target first reaches it, linearly interpolated, or None."""
     for before, after in pairwise(curve):
         if after["reward"] >= target:
             share = (target - before["reward"]) / (after["reward"] - before["reward"])
@@ -21,16 +24,17 @@ def crossing(curve: Sequence[dict], target: float) -> dict | None:
 
 
 def summary(curves: dict[str, list], rivals: Sequence[str], target: float) -> dict[str, dict]:
-    """Figures of each way of training.
+    """Returns the figures of each way of training.
 
     Args:
-        curves: of each, one for each seed.
-        rivals: the fastest of these, by its median seconds, is what all are compared with.
+        curves: For each way of training, a curve for each seed.
+        rivals: All are compared with the fastest of these, by its median seconds.
 
     Returns:
-        For each: "reached", the crossing of each seed or None. "median", of all its numbers, and "speedup", how many
-        times less of each clock it takes than the fastest rival: [of the medians, the least of a seed, the greatest].
-        These two are None where a seed, or one of the rival's, has not reached the target.
+        For each way: "reached" has each seed's crossing, or None. "median" has the median of each number in them.
+        "speedup" says how many times less of each clock it takes than the fastest rival: [of the medians, the least of
+        a seed, the greatest]. The last two are None if a seed has not reached the target, and "speedup" also if no
+        rival has reached it with all seeds.
     """
     found = {name: {"reached": [crossing(curve, target) for curve in seeds]} for name, seeds in curves.items()}
     for one in found.values():
@@ -49,7 +53,7 @@ def _speedup(rival: dict, one: dict, clock: str) -> list[float]:
 
 
 def table(results: dict[str, dict]) -> str:
-    """A Markdown table of what `summary` returns."""
+    """Returns a Markdown table of what `summary` returns."""
     rows = []
     for name, one in results.items():
         points, median, speedup = [p for p in one["reached"] if p], one["median"], one["speedup"]
@@ -64,7 +68,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def draw(curves: dict[str, list], target: float, path: Path) -> None:
-    """Held-out reward against processor seconds of training; a line for each seed."""
+    """Draws the held-out reward against processor seconds of training, with a line for each seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,15 +1,21 @@
-"""What each model family keeps of its promises: one table, measured on random-weight models of tiny size.
+"""Checks the promises of each model family on tiny models with random weights, and prints one table.
 
     python scripts/bench/families.py                  all families, minutes on a CPU
-    python scripts/bench/families.py sdxl flux        some
-    python scripts/bench/families.py --full_size      and the memory of a training step at full size, by the planner
+    python scripts/bench/families.py sdxl flux        some families
+    python scripts/bench/families.py --full_size      also the memory of a training step at full size, by the planner
 
-Every column is the largest difference found: of pictures in [0, 1], between ours and those of the family's own
-diffusers pipeline with the same seed, prompts and steps, without guidance and with; of the gradient of a LoRA, also of
-text encoders where there can be one, relative, between the sweep and autograd through the scheduler's own steps; of
-pictures, between a checkpoint loaded here and in the plain pipeline, beside how much it changes them; of the LoRA,
-between a run in one go and one that stopped and went on; of pixel values (of 255), between the ends of a soup of two
-checkpoints and these by themselves.
+The columns have the largest differences found:
+
+- pictures: between ours, in [0, 1], and those of the family's own diffusers pipeline with the same seed, prompts and
+  steps, without and with guidance
+- gradient: relative, of a LoRA (also of text encoders, if they can have one), between the sweep and autograd through
+  the scheduler's own steps
+- LoRA there: of pictures, between a checkpoint loaded here and in the plain pipeline; "it changes" says how much the
+  checkpoint changes the pictures
+- resume: of the LoRA, between a run in one go and a run that stopped and continued
+- soup: of pixel values (of 255), between the ends of a soup of two checkpoints and each checkpoint by itself
+
+The last one, preset, names the preset for the family.
 """
 
 import argparse
@@ -61,7 +67,7 @@ def plain_pipeline(family: str, folder: Path, **options):
 
 
 def pipeline_pictures(family: str, pipeline, guidance_scale: float, **options) -> torch.Tensor:
-    """What a person gets who calls the family's own pipeline, [2, 3, H, W] in [0, 1]."""
+    """Returns the pictures of the family's own pipeline, [2, 3, H, W] in [0, 1]."""
     if family in WITHOUT_SIZE:
         options |= {"height": 16, "width": 16}
     guidance_scale += FAMILIES[family].guidance_offset
@@ -82,7 +88,7 @@ def our_pictures(model, guidance_scale: float) -> torch.Tensor:
 
 
 def gradient_by_autograd(model, guidance_scale: float, weight: torch.Tensor) -> torch.Tensor:
-    """∂(sum of weight · images)/∂LoRA through the scheduler's own steps, and the text encoders if they have one."""
+    """Returns ∂(sum of weight · images)/∂LoRA through the scheduler's own steps, and text encoders that have a LoRA."""
     scheduler, schedule, cond = model.scheduler, model.schedule(STEPS), encode_with_graph(model, PROMPTS)
     scheduler.set_timesteps(None if "sigmas" in schedule else STEPS, **schedule)
     latents, branches = model.init_latents(generators(range(2), "x")), model.branches(cond, guidance_scale)
@@ -95,7 +101,7 @@ def gradient_by_autograd(model, guidance_scale: float, weight: torch.Tensor) -> 
 
 
 def gradients(family: str, folder: Path, guidance_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(by the sweep, by autograd) of a LoRA that is not zero."""
+    """Returns the gradients (by the sweep, by autograd) of a LoRA that is not zero."""
     model, noise = load(family, folder), torch.Generator().manual_seed(0)
     add_adapter(model, 2, 2.0, None, seed=0, text_encoders=bool(model.lora_encoders))
     for parameter in trained_parameters(model).values():
@@ -113,7 +119,7 @@ def gradients(family: str, folder: Path, guidance_scale: float) -> tuple[torch.T
 
 
 def encode_with_graph(model, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """`encode_prompts`, as autograd sees it."""
+    """Does the work of `encode_prompts` with a graph for autograd."""
     cond = model.encode(prompts)
     if model.guides:
         empty = model.unconditional(model.encode([""] * len(prompts)))
@@ -122,7 +128,7 @@ def encode_with_graph(model, prompts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def take_gradients(model) -> torch.Tensor:
-    """Of all that is trained, in a row; zeros where there is none."""
+    """Returns the gradients of all trained parameters as one vector, with zeros for missing ones, and clears them."""
     found = []
     for parameter in trained_parameters(model).values():
         found.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -131,7 +137,7 @@ def take_gradients(model) -> torch.Tensor:
 
 
 def lora_there(family: str, folder: Path, checkpoint: Path) -> tuple[float, float]:
-    """(difference of pictures with the checkpoint loaded here and in the plain pipeline, how much it changes them)."""
+    """Returns (difference of pictures with the checkpoint here and in the plain pipeline, how much it changes them)."""
     model, pipeline = load(family, folder), plain_pipeline(family, folder)
     before = pipeline_pictures(family, pipeline, GUIDED)
     set_adapter(model, read_lora(checkpoint))
@@ -141,14 +147,14 @@ def lora_there(family: str, folder: Path, checkpoint: Path) -> tuple[float, floa
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Of two LoRA files."""
+    """Returns the largest difference between two LoRA files."""
     a, b = read_lora(one).tensors, read_lora(other).tensors
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def config_for(family: str, folder: Path, log_dir: Path, preset: str = "quickstart", **fields):
-    """A run of two epochs of two steps on tiny pictures, towards red ones."""
+    """Returns the configuration of a run of two epochs of two steps on tiny pictures, towards red ones."""
     c = align_prop.get_config(preset)
     prompts = log_dir / "prompts.txt"
     prompts.parent.mkdir(parents=True, exist_ok=True)
@@ -166,14 +172,14 @@ def config_for(family: str, folder: Path, log_dir: Path, preset: str = "quicksta
 
 
 def train(config) -> Path:
-    """The last checkpoint."""
+    """Trains, and returns the last checkpoint."""
     trainer = AlignPropTrainer(config)
     trainer.train()
     return checkpoints_of(trainer.run.folder)[-1]
 
 
 def soup_ends(family: str, folder: Path, log_dir: Path, checkpoints: list[Path]) -> int:
-    """Largest difference of pixel values between a soup's ends and each checkpoint by itself."""
+    """Returns the largest difference of pixel values between a soup's ends and each checkpoint by itself."""
     of = lambda preset, name, **fields: config_for(family, folder, log_dir, preset, run_name=name, **fields)  # noqa: E731
     first, second = map(str, checkpoints)
     soup = evaluate_soup(of("tiny_soup", "soup", resume_from=first, resume_from_2=second, mixing_coef_1=(1.0, 0.0)))
@@ -188,7 +194,7 @@ def soup_ends(family: str, folder: Path, log_dir: Path, checkpoints: list[Path])
 
 
 def measure(family: str, folder: Path) -> dict[str, str]:
-    """A row of the table."""
+    """Returns a row of the table."""
     place = make_family(folder / "pipeline", family)
     model, pipeline = load(family, place), plain_pipeline(family, place)
     pictures = max(
@@ -214,7 +220,7 @@ def measure(family: str, folder: Path) -> dict[str, str]:
 
 
 def full_size(family: str) -> dict[str, str]:
-    """Peak GiB of a training step of the preset, by the planner."""
+    """Returns the peak GiB of a training step of the preset, by the planner."""
     found = {}
     for policy in ("lean", "smallest"):
         c = models.get_config(family) if family in models.PRESETS else align_prop.get_config("hps")

@@ -1,8 +1,8 @@
-"""Full-size models with random weights, in a trainer: what scripts/bench/gpu.py measures."""
+"""Builds trainers of full-size models with random weights. scripts/bench/gpu.py measures them."""
 
 from dataclasses import dataclass
 
-from scripts.bench import cost  # isort: skip (first, for what it sets)
+from scripts.bench import cost  # isort: skip (it comes first, because it sets environment variables)
 import torch
 from ml_collections import ConfigDict
 
@@ -29,10 +29,11 @@ class Case:
     """A training step to be measured.
 
     Attributes:
-        model: a key of MODELS.
-        policy: a key of POLICIES.
-        chunk: samples of the micro-batch, all of which the network and the decoder take at once.
-        active: sampler steps with gradient, the last of `steps`.
+        model: A key of MODELS.
+        policy: A key of POLICIES.
+        chunk: The samples of the micro-batch. The network and the decoder take all of them at once.
+        active: The number of sampler steps with gradient, which are the last ones.
+        steps: The number of sampler steps.
         variant: PLAIN, or one of VARIANTS.
     """
 
@@ -44,12 +45,12 @@ class Case:
     variant: str = PLAIN
 
     def configuration(self) -> ConfigDict:
-        """Unresolved, with one micro-batch to an optimizer step."""
+        """Returns the unresolved configuration, with one micro-batch per optimizer step."""
         c = cost.configuration(MODELS[self.model], self.chunk, self.active)
         c.num_inference_steps, c.trunc_backprop_timestep = self.steps, self.steps - self.active
         c.memory_policy, c.memory.sweep_chunk, c.memory.decode_chunk = self.policy, 0, 0
         c.channels_last, c.compile = (option in self.variant.split("+") for option in ("channels_last", "compile"))
-        c.train.max_skipped_steps = 10**6  # random weights may overflow, which takes as long
+        c.train.max_skipped_steps = 10**6  # random weights may overflow; such a step takes as long
         if self.model == "tiny":
             c.mixed_precision, c.aesthetic.dtype, c.aesthetic.clip = "no", "float32", str(TINY / "clip")
         return c
@@ -68,7 +69,7 @@ class RandomAesthetic(AestheticReward):
 
 
 def build_trainer(case: Case, device: str, log_dir: str) -> AlignPropTrainer:
-    """A trainer of random weights, drawn on `device`; prompts are encoded already, to zeros."""
+    """Returns a trainer with random weights, drawn on `device`. All prompts count as encoded already, to zeros."""
     config = case.configuration()
     config.log_dir = log_dir
     half = {"no": torch.float32, "bf16": torch.bfloat16}[config.mixed_precision]
@@ -79,10 +80,10 @@ def build_trainer(case: Case, device: str, log_dir: str) -> AlignPropTrainer:
 
 
 def expected(case: Case, done: dict) -> Forecast:
-    """What the planner says of the case.
+    """Returns the planner's forecast of the case.
 
     Args:
-        done: what it has simulated of the same model so far.
+        done: What the planner has simulated of the same model so far.
     """
     config = resolve(case.configuration(), 1)
     return forecast(skeletons(config), config, case.policy, memory_policy(config), case.chunk, done)

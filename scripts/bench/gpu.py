@@ -1,24 +1,24 @@
-"""Time and memory of training at full size, on a GPU, beside what the planner forecasts.
+"""Measures time and memory of training at full size on a GPU, and compares them with the planner's forecasts.
 
-scripts/check_gpu.py makes the rows of it that tell most, in a few minutes.
+scripts/check_gpu.py measures the rows that tell most, in a few minutes.
 
     python scripts/bench/gpu.py --json out.json         SD 1.5 at 512² and SDXL at 1024²; an hour or more
     python scripts/bench/gpu.py --models sd15 --policies fast,balanced --chunks 4 --active 50
-    python scripts/bench/gpu.py --limit_gib 4           SD 1.5, all 50 sampler steps active, held to 4 GiB; of several
-                                                        cases, the fastest that should fit
+    python scripts/bench/gpu.py --limit_gib 4           SD 1.5, all 50 sampler steps active, held to 4 GiB; if several
+                                                        cases are given, the fastest policy that should fit
     python scripts/bench/gpu.py --table out.json        the table of an earlier run, finished or not; needs no GPU
     python scripts/bench/gpu.py --models tiny --device cpu      tries the script itself, on the bundled model's sizes
 
-Each row is AlignPropTrainer's own optimizer step, on random weights in bfloat16, with a LoRA of rank 4, AdamW and a
-random CLIP ViT-L aesthetic score: a micro-batch of `chunk` samples, all of them in one network call and in one decode,
-with gradient through the last K of 50 sampler steps. Prompts count as remembered. The seconds of a sample are the
-median of some steps after a first one; those of "small" and "smallest" include moving modules once in every step, so
-a larger micro-batch in chunks does better.
+Each row measures AlignPropTrainer's own optimizer step on random weights in bfloat16, with a LoRA of rank 4, AdamW and
+a random CLIP ViT-L aesthetic score. A step has one micro-batch of `chunk` samples, all of them in one network call and
+in one decode, with gradient through the last K of 50 sampler steps. Prompts count as encoded already. The seconds of a
+sample are the median of some steps after a first one. For "small" and "smallest" they include moving modules once in
+every step, so a larger micro-batch in chunks does better.
 
-The peak is what PyTorch's allocator gave out, to be compared with the forecast (in brackets, what is measured above
-it); `reserved` is what it took from the device for that; `outside` is what the process took besides: the CUDA context,
-kernels, and workspaces of libraries. TFLOP/s are the forecast's operations over the measured seconds, in brackets as a
-share of a large matrix product in bfloat16, measured in the same run.
+The peak is the most that PyTorch's allocator gave out. Compare it with the forecast (in brackets, by how much the
+measured peak exceeds it). `reserved` is what the allocator took from the device for that. `outside` is what the process
+took in addition: the CUDA context, kernels, and workspaces of libraries. TFLOP/s are the forecast's operations divided
+by the measured seconds (in brackets, as a share of a large matrix product in bfloat16, measured in the same run).
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
 
 from scripts.bench.full_size import MODELS, VARIANTS, Case, build_trainer, expected  # noqa: E402, I001
-import torch  # noqa: E402 (after what the line above sets for its libraries)
+import torch  # noqa: E402 (it comes after the line above, which sets environment variables)
 from tqdm import tqdm  # noqa: E402
 
 from alignprop.memory.forecast import GIB, Forecast  # noqa: E402
@@ -46,7 +46,7 @@ from scripts.bench.tables import markdown  # noqa: E402
 
 
 def cases(models, policies, chunks, active, steps: int, variants) -> list[Case]:
-    """Everything with everything; variants with the policy "fast" and the last of `chunks` alone."""
+    """Returns all combinations. Variants are combined only with the policy "fast" and the last of `chunks`."""
     combined = [(m, p, n, k) for m in models for p in policies for n in chunks for k in active if k <= steps]
     varied = [Case(*c, steps, v) for v in variants for c in combined if c[1:3] == ("fast", chunks[-1])]
     return [Case(*c, steps) for c in combined] + varied
@@ -56,7 +56,7 @@ def cases(models, policies, chunks, active, steps: int, variants) -> list[Case]:
 
 
 def measure(case: Case, device: str, repeats: int, made_on: str) -> dict:
-    """The case as a dict, with the seconds of `repeats` steps, and bytes where `device` is "cuda"; or an "error"."""
+    """Returns the case as a dict with the seconds of `repeats` steps, and bytes for device "cuda"; or an "error"."""
     row = asdict(case)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -84,13 +84,13 @@ def seconds(function, device: str) -> float:
 
 
 def outside() -> int:
-    """Bytes of the GPU that are in use, but not by PyTorch's allocator."""
+    """Returns the bytes of the GPU that are in use, but not by PyTorch's allocator."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 def free(device: str) -> None:
-    """Whatever the case before has left."""
+    """Frees whatever the case before has left."""
     torch._dynamo.reset()
     gc.collect()
     if device == "cuda":
@@ -98,7 +98,7 @@ def free(device: str) -> None:
 
 
 def facts(device: str) -> dict:
-    """The device, what it takes before anything is loaded, and its pace: FLOP/s of a large matrix product."""
+    """Returns the device, its memory in use before anything is loaded, and the FLOP/s of a large matrix product."""
     found = {"torch": torch.__version__, "device": "CPU", "context": None}
     if device == "cuda":
         torch.zeros(1, device=device)
@@ -110,15 +110,15 @@ def facts(device: str) -> dict:
 
 
 def hold_to(gib: float) -> None:
-    """Makes PyTorch run out of memory where the process would take more of the GPU than that."""
+    """Makes PyTorch run out of memory if the process takes more of the GPU than that."""
     torch.cuda.set_per_process_memory_fraction((gib * GIB - outside()) / torch.cuda.mem_get_info()[1])
 
 
 def fastest(gib: float, model: str, steps: int) -> Case:
-    """The first policy that should fit with every sampler step active, with as many samples at once as it can.
+    """Returns the first policy that should fit with every sampler step active, with as many samples at once as it can.
 
     Raises:
-        SystemExit: none does.
+        SystemExit: No policy fits.
     """
     done, least = {}, math.inf
     for policy in POLICIES:
@@ -128,14 +128,17 @@ def fastest(gib: float, model: str, steps: int) -> Case:
             if forecast.fits(gib * GIB):
                 return case
             least = min(least, forecast.peak / GIB)
-    sys.exit(f"error: --limit_gib = {gib:g} fits no policy: the least takes {least:.2f} GiB, and more than it counts")
+    sys.exit(
+        f"error: --limit_gib = {gib:g} fits no policy: the smallest takes {least:.2f} GiB, plus what a forecast "
+        "leaves out"
+    )
 
 
-# ---- what comes of it
+# ---- results
 
 
 def table(rows: list[dict], forecasts: list[Forecast], flops_per_second: float) -> str:
-    """A Markdown table of what was measured."""
+    """Returns a Markdown table of what was measured."""
     header = ["model", "policy", "chunk", "K", "variant", "s/sample", "peak GiB", "forecast", "reserved", "outside"]
     lines = [cells(row, f, flops_per_second) for row, f in zip(rows, forecasts, strict=True)]
     return markdown([*header, "TFLOP/s"], lines)
@@ -157,7 +160,7 @@ def cells(row: dict, forecast: Forecast, flops_per_second: float) -> list[str]:
 
 
 def report(measured: dict) -> str:
-    """The table of what was measured, beside forecasts that are made now."""
+    """Returns the table of what was measured, next to forecasts that are made now."""
     done, names = {model: {} for model in MODELS}, [field.name for field in fields(Case)]
     rows = tqdm(measured["rows"], "forecasts", leave=False, disable=None)
     forecasts = [expected(Case(**{name: row[name] for name in names}), done[row["model"]]) for row in rows]
@@ -192,7 +195,7 @@ def main() -> None:
     for case in tqdm(chosen, "cases", disable=None):
         measured["rows"].append(measure(case, options.device, options.repeats, made_on))
         free(options.device)
-        if options.json:  # after each, so that a run that is cut short leaves what it has
+        if options.json:  # written after each case, so that a run that is cut short leaves what it has
             options.json.write_text(json.dumps(measured, indent=2) + "\n")
     if not options.no_table:
         print(report(measured))
@@ -225,8 +228,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit_gib", type=float, help="hold PyTorch to that much; measures one case, see above")
     parser.add_argument("--forecast", type=Path, help="only write the forecast of each case to that file; needs no GPU")
     parser.add_argument("--json", type=Path, help="file for every measurement")
-    parser.add_argument("--no_table", action="store_true", help="write --json alone: a table takes forecasts")
-    parser.add_argument("--table", type=Path, help="such a file, to print the table of")
+    parser.add_argument("--no_table", action="store_true", help="only write --json, because a table needs forecasts")
+    parser.add_argument("--table", type=Path, help="print the table of this JSON file")
     options = parser.parse_args()
     needs_no_gpu = options.table or options.forecast
     if options.device == "cpu" and (options.models != ["tiny"] or options.limit_gib) and not needs_no_gpu:

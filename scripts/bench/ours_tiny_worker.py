@@ -1,4 +1,4 @@
-"""Our AlignPropTrainer on the bundled model, as a worker that time_to_reward.py asks."""
+"""Runs our AlignPropTrainer on the bundled model, as a worker for time_to_reward.py."""
 
 from alignprop.lora.factors import get_lora
 from alignprop.lora.files import save_lora

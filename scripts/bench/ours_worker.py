@@ -1,4 +1,4 @@
-"""Our AlignPropTrainer as a worker."""
+"""Runs our AlignPropTrainer as a worker for step_time.py."""
 
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config

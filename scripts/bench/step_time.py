@@ -1,21 +1,21 @@
-"""Time and memory of an optimizer step, against TRL 0.23.1's AlignPropTrainer: one command, some minutes on a CPU.
+"""Compares time and memory of an optimizer step with TRL 0.23.1's AlignPropTrainer: some minutes on a CPU.
 
     python scripts/bench/step_time.py                   10 pairs of steps in each case, prints a table
-    python scripts/bench/step_time.py --json out.json   and writes every measurement
+    python scripts/bench/step_time.py --json out.json   also writes every measurement
 
-The first time it makes a virtual environment for TRL, in work/step_time. Then, for each case, two processes make
-optimizer steps in turn, each on one thread and in float32: on the same random-weight Stable Diffusion (3.15 M
+The first call makes a virtual environment for TRL, in work/step_time. Then, for each case, two processes make optimizer
+steps in turn, each on one thread and in float32. Both train the same Stable Diffusion with random weights (3.15 M
 parameters in the UNet, 16×16 latents, 32×32 pictures), from the same LoRA and noise, with the same reward, sampler,
 batch and optimizer. Neither logs, evaluates or saves. Both call the network for the two branches of guidance at once,
-and both keep the attention that diffusers chooses. What else makes a step fast is each side's own, at its defaults:
+and both keep the attention that diffusers chooses. Everything else that makes a step fast is at each side's defaults:
 ours lays convolutions out in NHWC order on a CPU and has memory policies; TRL recomputes every network call in the
 backward pass.
 
-The table has the median seconds of a step; the ratio of ours over TRL's: of the medians, and in brackets the least and
-the greatest of the pairs; and that ratio in processor seconds, which other processes on the machine disturb less.
-Memory is the most that a process has held, its libraries included: before its first step, and at the end. The reward
-is that of the pictures that training drew, in the first and in the second half of the steps: as the maths are the
-same, it differs by rounding only.
+The table has the median seconds of a step, and the ratio of ours to TRL's: of the medians, and in brackets the least
+and the greatest of the pairs. It has the same ratio in processor seconds, which other processes on the machine disturb
+less. Memory is the most that a process has held, with its libraries: before its first step, and at the end. The reward
+is that of the pictures that training drew, in the first and in the second half of the steps. It differs only by
+rounding, because the maths are the same.
 """
 
 import argparse
@@ -48,9 +48,9 @@ PROBLEM = {
     "log_dir": str(CACHE / "logs"),
     "num_steps": NUM_STEPS,
     "guidance_scale": 5.0,
-    "eta": 0.0,  # the rest is then no draw of theirs or ours
+    "eta": 0.0,  # with 0, neither side draws noise during sampling
     "batch_size": 4,
-    "lora_rank": 4,  # TRL has no other, nor other layers than to_q, to_k, to_v and to_out.0
+    "lora_rank": 4,  # TRL has no other rank, and no other layers than to_q, to_k, to_v and to_out.0
     "learning_rate": 1e-3,
     "weight_decay": 1e-4,
     "max_grad_norm": 1.0,
@@ -62,9 +62,9 @@ class Case:
     """What a pair of workers does.
 
     Attributes:
-        name: in the table.
-        first_step: sampler steps from this one on carry gradient.
-        overrides: further fields of our configuration.
+        name: The name in the table.
+        first_step: Sampler steps from this one on carry gradient.
+        overrides: Further fields of our configuration.
     """
 
     name: str
@@ -79,14 +79,14 @@ CASES = (
 )
 
 
-# ---- what is measured with
+# ---- set-up
 
 
 def trl_python(folder: Path, install=subprocess.run) -> Path:
-    """The interpreter of a virtual environment with TRL and, of everything else, our versions; made where missing.
+    """Returns the interpreter of a virtual environment with TRL and otherwise our versions. Makes it if it is missing.
 
     Raises:
-        SystemExit: it could not be made; with what pip said.
+        SystemExit: It could not be made. The message has the output of the command that failed.
     """
     python, done = folder / "bin" / "python", folder / "installed.txt"
     wanted = f"{TRL}\n{(ROOT / 'requirements.txt').read_text()}"
@@ -110,7 +110,7 @@ def make_problem() -> None:
     folder = Path(PROBLEM["pipeline"])
     shutil.rmtree(folder, ignore_errors=True)
     sizes = dict(channels=(64, 128), layers_per_block=1, sample_size=16, vae_channels=(32, 64), text_width=64)
-    with redirect_stderr(io.StringIO()):  # progress of what takes a second, and notes on missing packages
+    with redirect_stderr(io.StringIO()):  # hides the progress of a second's work, and notes on missing packages
         make_pipeline(folder, **sizes)
     Path(PROBLEM["prompt_file"]).write_text(PROBLEM["prompt"])
 
@@ -119,13 +119,13 @@ def make_problem() -> None:
 
 
 def measure(case: Case, pairs: int, python: Path) -> dict:
-    """Steps of both sides in turn, the first pair to warm up.
+    """Makes steps of both sides in turn. The first pair is for warming up.
 
     Returns:
-        {"trl": side, "ours": side}, a side being its worker's facts and "steps", `pairs` + 1 of its answers.
+        {"trl": side, "ours": side}. A side has its worker's facts and "steps", which are `pairs` + 1 of its answers.
 
     Raises:
-        WorkerError: a side failed, or the two are not alike.
+        WorkerError: A side failed, or the two are not alike.
     """
     common = {"problem": PROBLEM, "first_step": case.first_step}
     with (
@@ -135,7 +135,7 @@ def measure(case: Case, pairs: int, python: Path) -> dict:
         workers = {"trl": trl, "ours": ours}
         sides = {name: {**worker.facts, "steps": []} for name, worker in workers.items()}
         for pair in tqdm(range(pairs + 1), desc=case.name, leave=False, disable=None):
-            for name in sorted(workers, reverse=bool(pair % 2)):  # neither is always the first
+            for name in sorted(workers, reverse=bool(pair % 2)):  # so that neither is always the first
                 sides[name]["steps"].append(workers[name].step())
             if not pair:
                 check_alike(sides)
@@ -143,10 +143,10 @@ def measure(case: Case, pairs: int, python: Path) -> dict:
 
 
 def check_alike(sides: dict) -> None:
-    """Whether both sides train as many weights of the same model, with the same packages, and draw the same pictures.
+    """Checks that both sides train as many weights of the same model, with the same packages, on the same pictures.
 
     Raises:
-        WorkerError: they do not.
+        WorkerError: They do not.
     """
     trl, ours = sides["trl"], sides["ours"]
     for fact in ("parameters", "trained", "versions"):
@@ -157,11 +157,11 @@ def check_alike(sides: dict) -> None:
         raise WorkerError("rewards before the first update differ: {} in TRL's worker, {} in ours".format(*first))
 
 
-# ---- what comes of it
+# ---- results
 
 
 def summary(sides: dict) -> dict:
-    """Figures of a case: wall-clock and processor seconds compared; MiB and rewards of each side."""
+    """Returns the figures of a case: wall-clock and processor seconds compared; MiB and rewards of each side."""
     return {
         "seconds": compare(sides, "seconds"),
         "cpu_seconds": compare(sides, "cpu_seconds"),
@@ -171,7 +171,7 @@ def summary(sides: dict) -> dict:
 
 
 def compare(sides: dict, quantity: str) -> dict:
-    """The medians of both sides, without their first step; ours over TRL's, of the medians and [least, greatest]."""
+    """Returns both sides' medians, without the first step, and the ratio of ours to TRL's with [least, greatest]."""
     values = {name: [step[quantity] for step in side["steps"][1:]] for name, side in sides.items()}
     medians = {name: statistics.median(numbers) for name, numbers in values.items()}
     ratios = [ours / trl for ours, trl in zip(values["ours"], values["trl"], strict=True)]
@@ -179,13 +179,13 @@ def compare(sides: dict, quantity: str) -> dict:
 
 
 def halves(values: list[float]) -> list[float]:
-    """The means of the first and of the second half; a middle one counts in both."""
+    """Returns the means of the first and of the second half. A middle value counts in both."""
     half = (len(values) + 1) // 2
     return [statistics.mean(values[:half]), statistics.mean(values[-half:])]
 
 
 def table(results: dict[str, dict]) -> str:
-    """A Markdown table of {case: summary}."""
+    """Returns a Markdown table of {case: summary}."""
     rows = [["case", "TRL s", "ours s", "ratio", "CPU ratio", "TRL MiB", "ours MiB", "TRL reward", "ours reward"]]
     for name, s in results.items():
         row = [name, *(f"{s['seconds'][side]:.3f}" for side in ("trl", "ours"))]

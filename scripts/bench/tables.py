@@ -1,10 +1,10 @@
-"""Tables for people to read, in a terminal and in a Markdown document."""
+"""Makes tables that are readable in a terminal and in a Markdown document."""
 
 from collections.abc import Sequence
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with even columns."""
+    """Returns a Markdown table with even columns."""
     rows = [list(header), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]

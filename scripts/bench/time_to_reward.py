@@ -1,26 +1,27 @@
-"""Seconds of training to a held-out reward, against TRL 0.23.1's AlignPropTrainer: one command, half an hour on a CPU.
+"""Compares the seconds of training to a held-out reward with TRL 0.23.1's AlignPropTrainer: half an hour on a CPU.
 
     python scripts/bench/time_to_reward.py                    three seeds, prints a table
-    python scripts/bench/time_to_reward.py --json out.json    and writes every measurement
-    python scripts/bench/time_to_reward.py --figure out.png   and draws the held-out reward against seconds
+    python scripts/bench/time_to_reward.py --json out.json    also writes every measurement
+    python scripts/bench/time_to_reward.py --figure out.png   also draws the held-out reward against seconds
 
-Both sides train a LoRA of rank 4 on the bundled model (alignprop/assets/tiny), towards the reward of preset
-`quickstart` (aesthetic + 40 × CLIP, the same code), on its training prompts, with guidance 3 and 8 pictures in an
-optimizer step, in float32 on one thread. The adapter's initialisation, loss, optimizer and estimator are each side's
-own. TRL's are its defaults, with its randomized truncation over the whole chain, except where a row says otherwise;
-its sampler has quickstart's 20 steps and is, like ours, deterministic, as the evaluation is. So that its learning
-rate is no handicap, it runs with several, and is compared by the fastest of them. The last row gives it our settings
-too: what remains is the cost of a step, the draws, and the adapter's initialisation, whose A is larger in TRL.
+Both sides train a LoRA of rank 4 on the bundled model (alignprop/assets/tiny), in float32 on one thread. They train
+towards the reward of preset `quickstart` (aesthetic + 40 × CLIP, the same code), on its training prompts, with guidance
+3 and 8 pictures in an optimizer step. Each side has its own adapter initialisation, loss, optimizer and estimator. TRL
+has its defaults, with its randomized truncation over the whole chain, unless a row says otherwise. Its sampler has
+quickstart's 20 steps and is deterministic, like ours and like the evaluation. TRL runs with several learning rates, and
+the fastest of these runs is compared, so that the learning rate is no handicap. In the last row TRL also has our
+settings. The remaining differences are the cost of a step, the draws, and the adapter's initialisation, because TRL's
+A is larger.
 
-Every few optimizer steps a worker stands still and writes its adapter, and our evaluator scores it, whichever side it
-is from, on quickstart's 48 held-out pictures: fixed prompts and noise, 20 sampler steps. Only optimizer steps are on
-the clock, the first included. The worker with the least seconds on its clock is always the next, so that a busy
-machine slows all alike. The time to a reward is by linear interpolation between two evaluations, and so is the
-obedience there: the share of pictures whose count, colour, shape and background are as the prompt says, by an
-independent judge.
+Every few optimizer steps, a worker pauses and writes its adapter. Our evaluator scores the adapters of both sides on
+quickstart's 48 held-out pictures, with fixed prompts and noise and 20 sampler steps. The clock counts only optimizer
+steps, including the first. The worker with the least seconds on its clock is always the next, so that a busy machine
+slows all workers alike. The time to a reward is interpolated linearly between two evaluations. So is the obedience at
+that time: the share of pictures that have the count, colour, shape and background of their prompt, by an independent
+judge.
 
-The table has medians over the seeds, and the least and the greatest. Processor seconds are those that other processes
-on the machine disturb less.
+The table has the medians over the seeds, and the least and the greatest value. Other processes on the machine disturb
+processor seconds less.
 """
 
 import argparse
@@ -49,11 +50,11 @@ class Side:
     """One way of training.
 
     Attributes:
-        name: in the table.
-        of: "ours"; "trl", the fastest of which ours are compared with; or "trl, ours", which they are not.
-        every: optimizer steps between evaluations.
-        overrides: further fields of TRL's AlignPropConfig.
-        preset: ours.
+        name: The name in the table.
+        of: "ours"; "trl" (the fastest of these is what ours are compared with); or "trl, ours" (not compared with).
+        every: The number of optimizer steps between evaluations.
+        overrides: Further fields of TRL's AlignPropConfig.
+        preset: The preset of our configuration.
     """
 
     name: str
@@ -79,11 +80,11 @@ SIDES = (
 )
 
 
-# ---- what is measured with
+# ---- set-up
 
 
 def problem_of(config) -> dict:
-    """What TRL's worker has to know of our configuration, as plain values."""
+    """Returns what TRL's worker has to know of our configuration, as plain values."""
     from alignprop.prompts import ASSETS
 
     return {
@@ -99,18 +100,18 @@ def problem_of(config) -> dict:
 
 
 class Referee:
-    """Our evaluator on the held-out pictures of a configuration of task "evaluate"."""
+    """Scores adapters with our evaluator, on the held-out pictures of a configuration of task "evaluate"."""
 
     def __init__(self, config):
         import torch
 
         from alignprop.run import build_run
 
-        torch.set_num_threads(1)  # two on a busy machine wait for each other
+        torch.set_num_threads(1)  # on a busy machine, two threads wait for each other
         self.run = build_run(config)
 
     def __call__(self, adapter: Path | None) -> dict[str, float]:
-        """Means of "reward", of its terms, and of "obedience", with the LoRA in a folder or, without one, with none."""
+        """Returns the means of "reward", of its terms and of "obedience", with the LoRA in a folder or without one."""
         from alignprop.lora.factors import set_lora
         from alignprop.lora.files import read_lora
 
@@ -135,14 +136,14 @@ def race(workers: dict[Side, Worker], judged: Callable, base: dict, target: floa
     """Trains all sides until the held-out reward is `target`, or for `max_steps` steps.
 
     Args:
-        judged: worker -> what the referee says of its adapter.
-        base: what it says of the model without one.
+        judged: worker -> the referee's scores of its adapter.
+        base: The referee's scores of the model without an adapter.
 
     Returns:
-        For each side its curve: points of "steps", "seconds", "cpu_seconds" and what the referee says.
+        The curve of each side: points of "steps", "seconds", "cpu_seconds" and the referee's scores.
 
     Raises:
-        WorkerError: a side failed, or the sides are not alike.
+        WorkerError: A side failed, or the sides are not alike.
     """
     check_alike({side.name: worker.facts for side, worker in workers.items()})
     curves = {side: [{"steps": 0, "seconds": 0.0, "cpu_seconds": 0.0, **base}] for side in workers}
@@ -161,10 +162,10 @@ def race(workers: dict[Side, Worker], judged: Callable, base: dict, target: floa
 
 
 def check_alike(facts: dict[str, dict]) -> None:
-    """Whether all sides train as many weights of the same model, with the same packages.
+    """Checks that all sides train as many weights of the same model, with the same packages.
 
     Raises:
-        WorkerError: they do not.
+        WorkerError: They do not.
     """
     (first, expected), *others = facts.items()
     for name, found in others:
@@ -174,10 +175,10 @@ def check_alike(facts: dict[str, dict]) -> None:
 
 
 def measure(sides, seeds: list[int], target: float, max_steps: int, python: Path) -> dict[str, list[list[dict]]]:
-    """For each side a curve of each seed.
+    """Returns, for each side, a curve for each seed.
 
     Raises:
-        WorkerError: a side failed, or the base model already has the target.
+        WorkerError: A side failed, or the base model already has the target.
     """
     from config.align_prop import get_config
 

@@ -1,4 +1,4 @@
-"""TRL's AlignPropTrainer on the bundled model, as a worker that time_to_reward.py asks; runs in TRL's environment."""
+"""Runs TRL's AlignPropTrainer on the bundled model, in TRL's environment, as a worker for time_to_reward.py."""
 
 import random
 import statistics
@@ -23,7 +23,7 @@ def build(settings: dict):
         rewards.extend(scores.tolist())
         return scores, {}
 
-    PartialState()  # TRL's pipeline logs through accelerate, which refuses to without it
+    PartialState()  # TRL's pipeline logs through accelerate, which refuses to log without it
     pipeline = DefaultDDPOStableDiffusionPipeline(problem["pipeline"], use_lora=True)
     fields = {
         "seed": settings["seed"],
@@ -34,7 +34,7 @@ def build(settings: dict):
         "train_batch_size": problem["batch_size"],
     }
     config = AlignPropConfig(**{**fields, **settings["overrides"]})
-    if config.truncated_backprop_rand:  # the whole chain, as TRL's own range is that of its own number of steps
+    if config.truncated_backprop_rand:  # the whole chain, because TRL's own range is for TRL's own number of steps
         config.truncated_rand_backprop_minmax = (0, config.sample_num_steps)
     trainer = AlignPropTrainer(config, reward, lambda: (draw.choice(prompts), {}), pipeline)
     pipeline.set_progress_bar_config(disable=True)

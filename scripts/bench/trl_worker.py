@@ -1,4 +1,4 @@
-"""TRL's AlignPropTrainer as a worker; runs in TRL's own virtual environment (step_time.py makes it)."""
+"""Runs TRL's AlignPropTrainer as a worker, in TRL's own virtual environment (step_time.py makes it)."""
 
 import statistics
 
@@ -17,7 +17,7 @@ def build(settings: dict):
         rewards.extend(scores.tolist())
         return scores, {}
 
-    PartialState()  # TRL's pipeline logs through accelerate, which refuses to without it
+    PartialState()  # TRL's pipeline logs through accelerate, which refuses to log without it
     pipeline = DefaultDDPOStableDiffusionPipeline(problem["pipeline"], use_lora=True)
     config = AlignPropConfig(
         mixed_precision="no",

@@ -1,8 +1,9 @@
-"""One side of a comparison, as a process of its own that makes an optimizer step each time it is asked to.
+"""Runs one side of a comparison in its own process, which makes an optimizer step each time it is asked to.
 
-Two such processes, asked in turn, share a busy machine's ups and downs. The protocol: settings as JSON on the command
-line; a line on standard input asks for a step, or to save; one line of JSON on standard output answers, the first of
-them when all is loaded. Needs nothing but Python, because the two sides live in different virtual environments.
+If two such processes are asked in turn, a busy machine slows both alike. The settings are JSON on the command line. A
+line on standard input asks for a step, or to save. The process answers with one line of JSON on standard output, the
+first time when everything is loaded. This file needs nothing but Python, because the two sides live in different
+virtual environments.
 """
 
 import json
@@ -26,19 +27,19 @@ _SAVE = "save "
 
 
 class WorkerError(Exception):
-    """A worker ended without an answer; the text has the last lines that it wrote."""
+    """A worker ended without an answer. The text has the last lines that it wrote."""
 
 
 class Worker:
-    """The asking end: starts `python -m module settings` and waits until all is loaded.
+    """The asking end: starts `python -m module settings` and waits until everything is loaded.
 
     Args:
-        python: the interpreter of the worker's virtual environment.
-        module: a module of the project that calls `serve`.
-        settings: anything that JSON can hold.
+        python: The interpreter of the worker's virtual environment.
+        module: A module of the project that calls `serve`.
+        settings: Anything that JSON can hold.
 
     Attributes:
-        facts: the worker's first answer.
+        facts: The worker's first answer.
     """
 
     def __init__(self, python, module: str, settings: dict):
@@ -64,11 +65,11 @@ class Worker:
         return self._ask("step")
 
     def save(self, folder) -> None:
-        """Asks for what was trained so far, in `folder`, and waits until it is there."""
+        """Asks the worker to write what it has trained so far to `folder`, and waits until that is done."""
         self._ask(f"{_SAVE}{folder}")
 
     def _ask(self, request: str) -> dict:
-        with suppress(BrokenPipeError):  # it has ended, so it does not answer either
+        with suppress(BrokenPipeError):  # the worker has ended, so `_answer` raises the error
             print(request, file=self._process.stdin, flush=True)
         return self._answer()
 
@@ -96,14 +97,14 @@ class Worker:
 
 
 def serve(build: Callable[[dict], tuple]) -> None:
-    """The answering end: never returns before standard input ends.
+    """The answering end. It does not return before standard input ends.
 
     Args:
-        build: settings -> (a function that makes one optimizer step and returns its mean reward, further facts) and,
-            where `Worker.save` is used, a function of a folder that writes there what was trained.
+        build: settings -> (a function that makes one optimizer step and returns its mean reward, further facts). If
+            `Worker.save` is used, the tuple also has a function that writes what was trained to a folder.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries print too
+    os.dup2(2, 1)  # libraries also print to standard output
     step, facts, *save = build(json.loads(sys.argv[1]))
     print(json.dumps({**facts, "peak_mib": peak_mib()}), file=answers)
     for request in iter(sys.stdin.readline, ""):
@@ -123,8 +124,8 @@ def _timed(step: Callable[[], float]) -> dict:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held so far, in MiB."""
-    if sys.platform == "linux":  # whose ru_maxrss begins at what the parent process held
+    """Returns the most memory that this process has held so far, in MiB."""
+    if sys.platform == "linux":  # its ru_maxrss begins at what the parent process held
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
@@ -134,12 +135,12 @@ def peak_mib() -> float:
 
 
 def blueness(images):
-    """The reward: mean blue minus mean red of each picture, [B, 3, H, W] in [0, 1] -> [B] in [-1, 1]."""
+    """Returns the reward: mean blue minus mean red of each picture, [B, 3, H, W] in [0, 1] -> [B] in [-1, 1]."""
     return images[:, 2].mean((1, 2)) - images[:, 0].mean((1, 2))
 
 
 def noise_source(denoiser) -> Callable:
-    """A function of B that returns new initial latents [B, ...], in the same order on both sides."""
+    """Returns a function of B that returns new initial latents [B, ...], in the same order on both sides."""
     import torch
 
     generator, size = torch.Generator().manual_seed(1), denoiser.config.sample_size
@@ -147,7 +148,7 @@ def noise_source(denoiser) -> Callable:
 
 
 def start_lora(denoiser, rank: int) -> None:
-    """Gives a fresh LoRA the same values on both sides; B stays zero."""
+    """Gives a fresh LoRA the same values on both sides. B stays zero."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +159,7 @@ def start_lora(denoiser, rank: int) -> None:
 
 
 def facts_of(denoiser) -> dict:
-    """The denoiser's sizes and attention, and the versions of what it runs on."""
+    """Returns the denoiser's sizes and attention, and the versions of the packages that it runs on."""
     count = lambda parameters: sum(p.numel() for p in parameters)  # noqa: E731
     return {
         "parameters": count(denoiser.parameters()),

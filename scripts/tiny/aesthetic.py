@@ -12,7 +12,7 @@ BATCH_SIZE = 256
 
 
 class AestheticHead(nn.Module):
-    """Normalised CLIP image embeddings [N, width] to ratings [N]: five linear layers, nothing between but dropout.
+    """Maps normalised CLIP image embeddings [N, width] to ratings [N], by linear layers with only dropout between.
 
     The layers and their names are those of the LAION aesthetic predictor (christophschuhmann's
     improved-aesthetic-predictor), so that one loader reads both.
@@ -30,7 +30,7 @@ class AestheticHead(nn.Module):
 
 
 def train(work, out, steps=1500):
-    """Fit in standard units, then fold the input's scale and the rating's mean and spread into the weights."""
+    """Fits in standard units, then folds the input's scale and the rating's mean and spread into the weights."""
     torch.manual_seed(51)
     clip, _ = clip_stage.load(out)
     images, _, styles = scenes.load(work, "train")
@@ -55,7 +55,7 @@ def train(work, out, steps=1500):
 
 @torch.no_grad()
 def r_squared(work, out):
-    """Share of the rating's variance on drawn test scenes that the saved head explains."""
+    """Returns the share of the rating's variance on drawn test scenes that the saved head explains."""
     clip, _ = clip_stage.load(out)
     images, _, styles = scenes.load(work, "test")
     head = AestheticHead(clip_stage.WIDTH)

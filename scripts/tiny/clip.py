@@ -1,7 +1,7 @@
-"""Stage ``clip``: a small ``transformers.CLIPModel`` trained on the drawn world, style named in part of its captions.
+"""Stage ``clip``: trains a small ``transformers.CLIPModel`` on the drawn world. Some captions also name the style.
 
-Its text tower becomes the pipeline's text encoder, so that words of content AND of style are in the embeddings
-which condition the UNet and the reward; its image tower is the reward's eye.
+The text tower becomes the pipeline's text encoder, so that the embeddings that condition the UNet and the reward hold
+words of both content and style. The image tower embeds the pictures for the reward.
 """
 
 import json
@@ -16,14 +16,14 @@ from scripts.tiny.training import TrainingLoop, augment, bfloat16, optimizer_ste
 
 CONTEXT = 16  # tokens
 WIDTH = 128  # of both towers and of the shared embedding
-STYLED_SHARE = 0.5  # of the captions that end in a word about style
-SEPARATION = 0.6  # least relative distance between the text states of captions that differ in one word
+STYLED_SHARE = 0.5  # the share of captions that end in a word about style
+SEPARATION = 0.6  # the least relative distance between the text states of captions that differ in one word
 CONTENT_SIZES = (len(world.COUNTS), len(world.COLOURS), len(world.SHAPES), len(world.BACKGROUNDS))
 BATCH_SIZE = 96
 
 
 def make_tokenizer():
-    """A CLIP byte-pair tokenizer that spends one token on each of the world's words."""
+    """Returns a CLIP byte-pair tokenizer that spends one token on each of the world's words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -56,7 +56,7 @@ def make(tokenizer):
 
 
 def token_table(tokenizer):
-    """Token ids [contents, 9, 16] of every content (see ``content_index``), plain and with each style word."""
+    """Returns token ids [contents, 9, 16] of every content (see ``content_index``), plain and with each style word."""
     grid = torch.cartesian_prod(*(torch.arange(n) for n in CONTENT_SIZES))
     endings = ["", *(pair[0] for pair in world.STYLE_WORDS), *(pair[1] for pair in world.STYLE_WORDS)]
     captions = [world.caption(row, ending) for row in grid for ending in endings]
@@ -65,13 +65,13 @@ def token_table(tokenizer):
 
 
 def content_index(contents):
-    """Contents [N, 4] as indices [N] into the token table."""
+    """Returns contents [N, 4] as indices [N] into the token table."""
     count, colour, shape, background = contents.unbind(1)
     return ((count * CONTENT_SIZES[1] + colour) * CONTENT_SIZES[2] + shape) * CONTENT_SIZES[3] + background
 
 
 def train(work, out, steps=2000, minutes=14.0):
-    """Both towers. The text tower is final after this stage: the UNet is conditioned on it."""
+    """Trains both towers. The text tower is final after this stage, because the UNet is conditioned on it."""
     torch.manual_seed(21)
     tokenizer = make_tokenizer()
     clip = make(tokenizer)
@@ -80,7 +80,7 @@ def train(work, out, steps=2000, minutes=14.0):
 
 
 def finish_images(work, out, steps=2000, minutes=45.0):
-    """More training of the image tower, the text tower frozen; may run beside the UNet's training."""
+    """Trains the image tower further, with the text tower frozen. This may run at the same time as stage ``unet``."""
     torch.manual_seed(22)
     clip, tokenizer = load(out)
     clip.requires_grad_(True).train()
@@ -92,7 +92,7 @@ def finish_images(work, out, steps=2000, minutes=45.0):
 def _fit(clip, tokenizer, work, name, learning_rate, steps, minutes):
     images, contents, styles = scenes.load(work, "train")
     tokens, order = token_table(tokenizer), content_index(contents).argsort()
-    # Helpers, thrown away afterwards: what alignment's linear heads shall read must be linear in the embedding.
+    # The probe is thrown away afterwards. It makes linear in the embedding what alignment's linear heads have to read.
     probe = nn.Linear(WIDTH, sum(CONTENT_SIZES) + len(world.STYLES))
     parameters = [p for p in (*clip.parameters(), *probe.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.02)
@@ -111,20 +111,20 @@ def _fit(clip, tokenizer, work, name, learning_rate, steps, minutes):
         loss = contrast + _probe_loss(probe(image_embeds * WIDTH**0.5), contents[rows], styles[rows])
         one_word_off = torch.cat([contents[rows], swap_one_word(contents[rows])])
         gap = relative_gaps(*text_states(clip, tokens, one_word_off).chunk(2))
-        loss = loss + 2 * (SEPARATION - gap).clamp(min=0).mean()  # without it circle and square fell together
+        loss = loss + 2 * (SEPARATION - gap).clamp(min=0).mean()  # without it, circle and square became alike
         optimizer_step(loss, optimizer)
         clip.logit_scale.data.clamp_(max=4.0)
         loop.show(contrast=contrast, loss=loss, gap=gap.min())
 
 
 def _batch(order, size):
-    """Row numbers: half of them at random, half in runs of four pictures of one content (``order`` sorts by it)."""
+    """Returns row numbers, half at random, half in runs of four pictures of one content (``order`` sorts by it)."""
     runs = torch.randint(len(order) - 3, (size // 8, 1)) + torch.arange(4)
     return torch.cat([torch.randint(len(order), (size - runs.numel(),)), order[runs.flatten()]])
 
 
 def _style_endings(styles):
-    """Per picture, which ending its caption gets (0: none), and [i, j]: whether ending j is true of picture i."""
+    """Returns the ending of each picture's caption (0: none), and [i, j]: whether ending j is true of picture i."""
     present = styles > world.STYLE_PRESENT
     chosen = torch.randint(4, (len(styles),))
     endings = torch.where(present.gather(1, chosen[:, None])[:, 0], 1 + chosen, 5 + chosen)
@@ -134,7 +134,7 @@ def _style_endings(styles):
 
 
 def _contrastive(logits, matches):
-    """CLIP's loss with several right answers: each row's and each column's target is spread over its matches."""
+    """Returns CLIP's loss with several right answers. The target of a row or column is spread over its matches."""
     rows = cross_entropy(logits, matches / matches.sum(1, keepdim=True))
     columns = cross_entropy(logits.T, (matches / matches.sum(0)).T)
     return (rows + columns) / 2
@@ -147,7 +147,7 @@ def _probe_loss(output, contents, styles):
 
 
 def swap_one_word(contents):
-    """Each row of ``contents`` [N, 4] with one of its words replaced by another."""
+    """Replaces one word by another in each row of ``contents`` [N, 4]."""
     column = torch.randint(4, (len(contents), 1))
     size = torch.tensor(CONTENT_SIZES)[column]
     shift = 1 + (torch.rand(column.shape) * (size - 1)).long()
@@ -155,12 +155,12 @@ def swap_one_word(contents):
 
 
 def text_states(clip, tokens, contents):
-    """Last hidden states of the text tower, flattened [N, 16 * 128]; what the UNet is conditioned on."""
+    """Returns the text tower's last hidden states, flattened [N, 16 * 128]. The UNet is conditioned on them."""
     return clip.text_model(tokens[content_index(contents), 0]).last_hidden_state.flatten(1)
 
 
 def relative_gaps(first, second):
-    """Relative distance of two lists of text states, [N]; near 0 = the UNet cannot tell the captions apart."""
+    """Returns the relative distances [N] of two lists of text states. Near 0, the UNet cannot tell captions apart."""
     return (first - second).norm(dim=1) / first.norm(dim=1)
 
 
@@ -177,13 +177,13 @@ def save(clip, tokenizer, folder):
 
 
 def use_in_float32(folder):
-    """Weights are kept in half precision to be small; make transformers load them in single precision by default."""
+    """Makes transformers load the weights in float32 by default. They are stored in half precision to be small."""
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def load(out):
-    """The trained model (frozen, float32) and its tokenizer."""
+    """Loads the trained model (frozen, float32) and its tokenizer."""
     from transformers import CLIPModel, CLIPTokenizer
 
     clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)
@@ -192,14 +192,17 @@ def load(out):
 
 @torch.no_grad()
 def embed_images(clip, images):
-    """Normalised embeddings [N, 128] of uint8 pictures."""
+    """Returns the normalised embeddings [N, 128] of uint8 pictures."""
     parts = [clip.get_image_features(pixel_values=2 * world.to_float(p) - 1).pooler_output for p in images.split(256)]
     return normalize(torch.cat(parts), dim=1)
 
 
 @torch.no_grad()
 def report(work, out):
-    """Retrieval of the right caption among all (drawn test scenes), style words told apart, smallest text gaps."""
+    """Measures on drawn test scenes how often the right caption is found among all and style words are told apart.
+
+    It also measures the smallest gaps between text states.
+    """
     clip, tokenizer = load(out)
     tokens = token_table(tokenizer)
     images, contents, styles = scenes.load(work, "test")
@@ -226,7 +229,7 @@ def report(work, out):
 
 @torch.no_grad()
 def all_text_states(out):
-    """Text states [contents + 1, 16, 128] that condition the UNet: every content's, then the empty prompt's."""
+    """Returns the text states [contents + 1, 16, 128] that condition the UNet. The empty prompt's are the last."""
     clip, tokenizer = load(out)
     empty = tokenizer([""], padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
     return clip.text_model(torch.cat([token_table(tokenizer)[:, 0], empty])).last_hidden_state

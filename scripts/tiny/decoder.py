@@ -1,7 +1,7 @@
-"""Stage ``decoder_longer``: the decoder once more, on latents as the denoiser makes them, not as the encoder does.
+"""Stage ``decoder_longer``: trains the decoder again, on latents as the denoiser makes them, not as the encoder does.
 
-The denoiser's outlines waver. A drawn scene is noised part of the way and sampled back; the decoder then learns to draw
-the scene itself from these latents. Encoder and denoiser stay as they are.
+The outlines that the denoiser makes waver. A drawn scene is noised part of the way and sampled back, and the decoder
+learns to draw the original scene from these latents. Encoder and denoiser do not change.
 """
 
 import torch
@@ -13,14 +13,14 @@ from scripts.tiny import scenes, unet, vae
 from scripts.tiny.training import bfloat16, save_weights
 
 STEPS = 20  # of the whole chain
-FIRST_STEPS = range(7, 15)  # where in the chain a scene enters it: its content stays, its outlines are made anew
-NOISE = 0.1  # of the latents' own spread, at most
-REMADE, DRAWN, CROWDS = 10, 3, 3  # of a batch
+FIRST_STEPS = range(7, 15)  # the steps at which a scene enters the chain: its content stays, its outlines are remade
+NOISE = 0.1  # the most noise, as a share of the latents' own spread
+REMADE, DRAWN, CROWDS = 10, 3, 3  # the scenes of each kind in a batch
 
 
 @torch.no_grad()
 def make_latents(work, out, singles=2600, others=2400, batch_size=50):
-    """Latents of scenes that the denoiser of stage ``unet`` has remade, and the scenes' row numbers, into ``work``."""
+    """Writes to ``work`` the latents of scenes remade by the denoiser of stage ``unet``, and the scenes' rows."""
     torch.manual_seed(33)
     latents = load_file(work / "latents.safetensors")
     index, states = clip_stage.content_index(latents["contents"]), clip_stage.all_text_states(out)
@@ -41,7 +41,7 @@ def _some(chosen, number):
 
 
 def _remake(denoiser, clean, first, states, empty):
-    """Scaled latents [B, 4, 16, 16], noised to step ``first`` of the chain and sampled back with guidance."""
+    """Noises scaled latents [B, 4, 16, 16] to step ``first`` of the chain, and samples them back with guidance."""
     scheduler = unet.make_scheduler()
     scheduler.set_timesteps(STEPS)
     steps = scheduler.timesteps[first:]
@@ -55,7 +55,7 @@ def _remake(denoiser, clean, first, states, empty):
 
 
 def train(work, steps=7000, minutes=25.0):
-    """Train the decoder on remade, drawn and crowded scenes; write ``vae_longer.safetensors``."""
+    """Trains the decoder on remade, drawn and crowded scenes. Writes ``vae_longer.safetensors``."""
     torch.manual_seed(34)
     latents, remade = load_file(work / "latents.safetensors"), load_file(work / "remade.safetensors")
     images, contents, _ = scenes.load(work, "train")

@@ -1,4 +1,4 @@
-"""Stage ``evaluate``: pictures from the saved pipeline, judged; ``evaluation.json`` and a labelled grid of samples."""
+"""Stage ``evaluate``: judges pictures of the saved pipeline. Writes ``evaluation.json`` and a grid of samples."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from rewards import tiny_judge
 from scripts.tiny import aesthetic, clip, geometry, judge, scenes, vae, world
 
 STEPS, GUIDANCE = 20, 3.0
-SETS = {"train": (False, 1), "heldout": (True, 3)}  # held out or not, pictures per prompt
+SETS = {"train": (False, 1), "heldout": (True, 3)}  # (held out or not, pictures per prompt)
 
 
 def load_pipeline(folder):
@@ -24,7 +24,7 @@ def load_pipeline(folder):
 
 
 def generate(pipeline, prompts, seed=0, steps=STEPS, guidance=GUIDANCE, batch_size=36):
-    """One picture per prompt, float [N, 3, 64, 64] in [0, 1]; picture i depends on (seed, i) alone."""
+    """Returns one picture per prompt, float [N, 3, 64, 64] in [0, 1]. Picture i depends on (seed, i) alone."""
     images = []
     for start in tqdm(range(0, len(prompts), batch_size), desc="pictures"):
         part = prompts[start : start + batch_size]
@@ -36,7 +36,7 @@ def generate(pipeline, prompts, seed=0, steps=STEPS, guidance=GUIDANCE, batch_si
 
 
 def evaluate(work, out, limit=None):
-    """Judge pictures of every prompt (or of ``limit``); write ``evaluation.json`` and ``samples.png`` to ``out``."""
+    """Judges pictures of every prompt (or of ``limit``). Writes ``evaluation.json`` and ``samples.png`` to ``out``."""
     network = tiny_judge.load(out / "judge")
     images, contents, styles = scenes.load(work, "test")
     drawn = judge.accuracy(network, world.to_float(images), contents)
@@ -71,7 +71,7 @@ def evaluate(work, out, limit=None):
 
 
 def single_shapes(pipeline, network, shape, measure, repeats):
-    """How well single shapes are drawn, where the judge sees neither gloss nor a shadow, which hide outlines."""
+    """Measures how well single shapes are drawn. Pictures with gloss or a shadow are skipped: these hide outlines."""
     wanted = world.all_contents(1)
     wanted = wanted[wanted[:, 2] == world.SHAPES.index(shape)].repeat(repeats, 1)
     pictures = generate(pipeline, [world.caption(row) for row in wanted], seed=9, batch_size=49)
@@ -93,7 +93,7 @@ def _rounded(value):
 
 
 def save_grid(pictures, path, columns=8, scale=2):
-    """Write [(picture [3, H, W] in [0, 1], prompt), ...] as one image, each prompt under its picture."""
+    """Writes [(picture [3, H, W] in [0, 1], prompt), ...] as one image, with each prompt under its picture."""
     from PIL import Image, ImageDraw, ImageFont
 
     side, label = world.SIZE * scale, 34

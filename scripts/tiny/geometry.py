@@ -1,8 +1,7 @@
-"""How well a single shape is drawn, measured on the pixels: roundness of circles, corners of squares.
+"""Measures on the pixels how well a single shape is drawn: roundness of circles, corners of squares.
 
-The figure is cut out by its colour. Shading and shadows change colours, so pictures in which the judge sees gloss or
-a shadow are left out (evaluate.py). A picture drawn by ``world.draw`` shows what the measure itself
-contributes.
+The figure is cut out by its colour. Shading and shadows change colours, so pictures in which the judge sees gloss or a
+shadow are left out (evaluate.py). On a picture drawn by ``world.draw``, the result is the error of the measure itself.
 """
 
 import math
@@ -16,7 +15,7 @@ STEPS_PER_PIXEL = 8
 
 
 def outline(picture: torch.Tensor) -> torch.Tensor:
-    """The outline of the figure in one picture [3, H, W]: its radius in pixels on each of ``ANGLES`` rays, [ANGLES].
+    """Returns the outline of the figure in one picture [3, H, W]: its radius in pixels on ``ANGLES`` rays, [ANGLES].
 
     The centre is the figure's centre of mass. The outline is where a pixel is half figure, half background.
     """
@@ -37,7 +36,7 @@ def outline(picture: torch.Tensor) -> torch.Tensor:
 
 
 def _coverage(picture):
-    """How much of each pixel the figure covers, [H, W] in [0, 1].
+    """Returns how much of each pixel the figure covers, [H, W] in [0, 1].
 
     The background's colour changes from row to row (light from above) and is read at the two ends of each row.
     """
@@ -51,22 +50,22 @@ def _coverage(picture):
 
 
 def radial_deviation(picture: torch.Tensor) -> float:
-    """Mean absolute deviation of the radii in 16 sectors, relative to the mean radius; 0 for a perfect circle.
+    """Returns the mean absolute deviation of the radii in 16 sectors, relative to the mean radius.
 
-    Infinite where the figure does not cover its own centre, as two figures do not.
+    It is 0 for a perfect circle. It is infinite if the figure does not cover its own centre, as with two figures.
     """
     radii = outline(picture)
     if radii.min() == 0:
         return math.inf
-    sectors = radii.view(SECTORS, -1).square().mean(1).sqrt()  # of a disc of the same area as the sector
+    sectors = radii.view(SECTORS, -1).square().mean(1).sqrt()  # the radius of a disc with the sector's area
     return ((sectors - sectors.mean()).abs().mean() / sectors.mean()).item()
 
 
 def corner_error(picture: torch.Tensor) -> float:
-    """By how many degrees the worst corner of a square differs from 90; infinite as above.
+    """Returns by how many degrees the worst corner of a square differs from 90; infinite as in `radial_deviation`.
 
-    The angle is that between the directions of the two half sides which meet there, each from a tenth to two fifths of
-    its side. So a rounded tip does not count, and a side that bulges or caves in does.
+    The angle is measured between the two sides that meet at the corner. The direction of a side is taken between a
+    tenth and two fifths of its length. So a rounded tip does not count, but a side that bulges or caves in does.
     """
     radii = outline(picture)
     if radii.min() == 0:
@@ -87,18 +86,18 @@ def corner_error(picture: torch.Tensor) -> float:
 
 
 def _corners(radii):
-    """The rays to the four corners of a square, in order."""
+    """Returns the rays to the four corners of a square, in order."""
     quarter, window = ANGLES // 4, 9
     padded = torch.cat([radii[-(window // 2) :], radii, radii[: window // 2]])
     smooth = padded.unfold(0, window, 1).mean(1)
-    start = smooth.view(4, quarter).sum(0).argmax().item()  # the turn at which four rays, a quarter apart, are longest
+    start = smooth.view(4, quarter).sum(0).argmax().item()  # four rays, a quarter turn apart, are longest here
     near = torch.arange(-quarter // 3, quarter // 3)
     around = [(start + k * quarter + near) % ANGLES for k in range(4)]
     return [rays[smooth[rays].argmax()].item() for rays in around]
 
 
 def summary(pictures: torch.Tensor, measure) -> dict[str, float]:
-    """Median and ninth decile of a measure over pictures [N, 3, H, W], and their number."""
+    """Returns the median and the ninth decile of a measure over pictures [N, 3, H, W], and the number of pictures."""
     values = torch.tensor([measure(picture) for picture in pictures])
     return {
         "pictures": len(values),

@@ -1,4 +1,4 @@
-"""Stage ``judge``: train the independent classifier of content and style on drawn scenes."""
+"""Stage ``judge``: trains the independent classifier of content and style on drawn scenes."""
 
 import json
 
@@ -42,7 +42,7 @@ def train(work, out, steps=1300):
 
 @torch.no_grad()
 def accuracy(judge, images, contents):
-    """Shares of ``images`` [N, 3, 64, 64] in [0, 1] judged as ``contents`` [N, 4]: per name and "all_four"."""
+    """Returns the shares of ``images`` [N, 3, 64, 64] in [0, 1] judged as ``contents`` [N, 4]: by name, "all_four"."""
     parts = [judge(part)[0] for part in images.split(256)]
     right = torch.stack(
         [torch.cat([p[name] for p in parts]).argmax(1) == contents[:, i] for i, name in enumerate(CONTENT)], 1
@@ -53,5 +53,5 @@ def accuracy(judge, images, contents):
 
 @torch.no_grad()
 def measured_styles(judge, images):
-    """Style amounts [N, 4], as the judge sees them."""
+    """Returns the style amounts [N, 4], as the judge sees them."""
     return torch.cat([judge(part)[1] for part in images.split(256)])

@@ -7,7 +7,7 @@ from scripts.tiny import world
 
 
 def make(work, train=48000, test=3000, crowds=16000, seed=1):
-    """Draw ``train`` and ``test`` scenes with content and style, and caption-less ``crowds``, into ``work``."""
+    """Draws ``train`` and ``test`` scenes with content and style, and ``crowds`` without captions, into ``work``."""
     for name, number, offset in (("test", test, 0), ("train", train, 1)):
         generator = torch.Generator().manual_seed(seed + offset)
         contents = world.sample_contents(number, generator)
@@ -19,6 +19,9 @@ def make(work, train=48000, test=3000, crowds=16000, seed=1):
 
 
 def load(work, name):
-    """``images`` uint8 [N, 3, 64, 64], ``contents`` [N, 4], ``styles`` [N, 4] of the set ``name``."""
+    """Loads the ``images`` uint8 [N, 3, 64, 64], ``contents`` [N, 4] and ``styles`` [N, 4] of the set ``name``.
+
+    The set ``crowds`` has only images.
+    """
     data = load_file(work / f"scenes_{name}.safetensors")
     return (data["images"], data["contents"], data["styles"]) if "contents" in data else data["images"]

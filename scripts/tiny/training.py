@@ -1,4 +1,4 @@
-"""What every training stage shares: a bounded, resumable loop, a moving average, batches of pictures."""
+"""Parts that every training stage shares: a bounded, resumable loop, a moving average, batches of pictures."""
 
 import copy
 import math
@@ -15,11 +15,11 @@ SAVE_MINUTES = 4.0
 
 
 class TrainingLoop:
-    """Iterate over the steps of a stage; ends at ``max_steps`` or ``max_minutes``, whichever comes first.
+    """Iterates over the steps of a stage. It ends at ``max_steps`` or ``max_minutes``, whichever comes first.
 
-    The learning rate warms up, then follows a cosine to almost zero along whichever bound is nearer, so that a
-    slower machine still anneals fully. Every ``SAVE_MINUTES`` the modules, the optimizer, the random state and
-    the time spent are saved to ``path``; a new loop on the same path goes on from there.
+    The learning rate warms up, then follows a cosine to almost zero along whichever bound is nearer, so that a slower
+    machine still anneals fully. Every ``SAVE_MINUTES``, the modules, the optimizer, the random state and the time spent
+    are saved to ``path``. A new loop on the same path continues from there.
     """
 
     def __init__(self, name, path, optimizer, modules, max_steps, max_minutes=math.inf, warmup=100):
@@ -52,11 +52,11 @@ class TrainingLoop:
 
     @property
     def progress(self):
-        """Share of the nearer bound that is used up, in [0, 1)."""
+        """The share of the nearer bound that is used up. The loop ends at 1."""
         return max(self.step / self.max_steps, self.seconds / self.max_seconds)
 
     def show(self, **figures):
-        """Put figures (scalar tensors or floats) beside the progress bar."""
+        """Shows figures (scalar tensors or floats) next to the progress bar."""
         figures = {k: v.item() if torch.is_tensor(v) else v for k, v in figures.items()}
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
 
@@ -65,7 +65,7 @@ class TrainingLoop:
         state["optimizer"] = self.optimizer.state_dict()
         state["modules"] = {name: module.state_dict() for name, module in self.modules.items()}
         torch.save(state, f"{self.path}.part")
-        os.replace(f"{self.path}.part", self.path)  # a kill while writing must not cost the older state
+        os.replace(f"{self.path}.part", self.path)  # a kill while writing must not destroy the older state
 
     def _load(self):
         state = torch.load(self.path, weights_only=True)
@@ -77,7 +77,7 @@ class TrainingLoop:
 
 
 class MovingAverage:
-    """An exponential moving average of a module's weights, itself a frozen module (``.module``)."""
+    """An exponential moving average of a module's weights. ``.module`` is a frozen module that holds it."""
 
     def __init__(self, module, decay):
         self.decay, self.source = decay, list(module.parameters())
@@ -90,7 +90,7 @@ class MovingAverage:
 
 
 def optimizer_step(loss, optimizer, max_norm=1.0):
-    """One clipped optimizer step; gradients are cleared afterwards."""
+    """Makes one optimizer step with clipped gradients, then clears the gradients."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_norm)
     optimizer.step()
@@ -98,17 +98,17 @@ def optimizer_step(loss, optimizer, max_norm=1.0):
 
 
 def bfloat16():
-    """Autocast for the networks' inner products; twice as fast where the CPU has bfloat16 instructions."""
+    """Returns an autocast for the networks' inner products; twice as fast if the CPU has bfloat16 instructions."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
 def save_weights(module, path, dtype=None):
-    """Write a module's weights as safetensors, in ``dtype`` if given."""
+    """Writes a module's weights as safetensors, in ``dtype`` if given."""
     save_file({k: v.detach().to(dtype or v.dtype).contiguous() for k, v in module.state_dict().items()}, path)
 
 
 def augment(images):
-    """Noise, blur, flips and small shifts of [B, 3, H, W], so that a network tolerates generated pictures."""
+    """Adds noise, blur, flips and small shifts to [B, 3, H, W], so that a network tolerates generated pictures."""
     chance = torch.rand(3)
     if chance[0] < 0.5:
         images = images + torch.randn_like(images) * (0.05 * torch.rand(1))

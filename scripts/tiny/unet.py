@@ -1,4 +1,4 @@
-"""Stage ``unet``: the conditional denoiser, v-prediction on the scenes' latents; and the pipeline made of the parts."""
+"""Stage ``unet``: trains the conditional denoiser (v-prediction on the scenes' latents), and builds the pipeline."""
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -13,7 +13,7 @@ CHANNELS = (64, 96, 112)
 CAPTION_DROPOUT = 0.1
 BATCH_SIZE = 64
 GUIDANCE, EFFECTIVE_GUIDANCE = 3.0, 1.3
-GUIDANCE_AWARE_FROM = 0.6  # of the schedule; before it the prediction without a caption is not worth much
+GUIDANCE_AWARE_FROM = 0.6  # share of the schedule; before it, the prediction without a caption is too poor
 
 
 def make():
@@ -28,8 +28,11 @@ def make():
 
 
 def make_scheduler():
-    """Zero terminal signal, and sampling that begins there: a background covers the picture, and its mean would
-    leak through the ordinary schedule's last step, which a sampler starting from pure noise does not have."""
+    """Returns a schedule with zero terminal signal, where sampling begins.
+
+    A background covers the picture, and its mean leaks through the last step of the ordinary schedule. A sampler that
+    starts from pure noise does not have this signal.
+    """
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False,
@@ -38,17 +41,17 @@ def make_scheduler():
 
 
 def train(work, out, steps=8000, minutes=65.0, learning_rate=1e-3):
-    """Train on latents and the CLIP's frozen text states; what is kept is the moving average.
+    """Trains on latents and the CLIP's frozen text states. Keeps the moving average.
 
-    Guidance 3 exaggerates: where a shape is still open it subtracts the average of all shapes, and circles come
-    out as diamonds, squares as pincushions. So the last part of the training is aware of it, see ``v_loss``.
+    Guidance 3 exaggerates. While a shape is still undecided, guidance subtracts the average of all shapes, and circles
+    become diamonds, squares become pincushions. So the last part of the training accounts for guidance (``v_loss``).
     """
     torch.manual_seed(41)
     _fit(make(), work, out, "unet", steps, minutes, learning_rate, 0.998, GUIDANCE_AWARE_FROM)
 
 
 def train_longer(work, out, steps=20000, minutes=55.0, learning_rate=6e-4):
-    """A second sitting, from the first one's weights, aware of guidance throughout: outlines become smoother."""
+    """Continues from the weights of stage ``unet``, and accounts for guidance throughout. Outlines become smoother."""
     torch.manual_seed(42)
     _fit(load(work), work, out, "unet_longer", steps, minutes, learning_rate, 0.9985, aware_from=0.0)
 
@@ -81,10 +84,10 @@ def _fit(unet, work, out, name, steps, minutes, learning_rate, decay, aware_from
 
 
 def v_loss(unet, clean, states, alphas, strength, empty_state):
-    """Mean squared error of the predicted velocity (Salimans & Ho 2022, arXiv 2202.00512) at stratified timesteps.
+    """Returns the mean squared error of the velocity (Salimans & Ho 2022, arXiv 2202.00512) at stratified timesteps.
 
-    With ``strength`` s [B] below 1 the target of a captioned prediction c is u + s (v - u), u being the prediction
-    without a caption: guidance g then samples u + g (c - u) = u + g s (v - u), an effective guidance of g s.
+    If ``strength`` s [B] is below 1, the target of a captioned prediction c is u + s (v - u), and u is the prediction
+    without a caption. Guidance g then samples u + g (c - u) = u + g s (v - u), which is an effective guidance of g s.
     """
     batch = len(clean)
     timesteps = ((torch.arange(batch) + torch.rand(1)) * len(alphas) / batch).long().clamp(max=len(alphas) - 1)
@@ -108,7 +111,7 @@ def load(work, name="unet"):
 
 
 def save_pipeline(work, out, unet):
-    """Write ``out/pipeline``, a diffusers ``StableDiffusionPipeline`` folder in float16."""
+    """Writes ``out/pipeline``, a diffusers ``StableDiffusionPipeline`` folder in float16."""
     from transformers import CLIPTextModel
 
     clip, tokenizer = clip_stage.load(out)

@@ -1,4 +1,7 @@
-"""Stage ``vae``: the autoencoder, 3 x 64 x 64 to 4 x 16 x 16 latents; stage ``latents`` encodes the scenes."""
+"""Stage ``vae``: trains the autoencoder (3 x 64 x 64 to 4 x 16 x 16 latents) and encodes the scenes.
+
+Stage ``decoder`` trains the decoder further (``finish_decoder``).
+"""
 
 import math
 
@@ -12,12 +15,12 @@ from scripts.tiny.training import MovingAverage, TrainingLoop, bfloat16, optimiz
 
 CHANNELS = (24, 48, 48)
 BATCH_SIZE = 16
-LATENT_NOISE = 0.15  # most noise that the decoder learns to look past, of the latents' own spread
+LATENT_NOISE = 0.15  # the most noise that the decoder learns to ignore, as a share of the latents' own spread
 
 
 def make():
     blocks = len(CHANNELS)
-    # Few norm groups: with one or two channels in a group a flat region loses its level, and training stalls.
+    # There are few norm groups: with one or two channels in a group, a flat region loses its level and training stalls.
     vae = AutoencoderKL(
         block_out_channels=CHANNELS, layers_per_block=1, latent_channels=4, norm_num_groups=3, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -27,7 +30,7 @@ def make():
 
 
 def train(work, steps=3600, minutes=16.0, kl_weight=3e-4):
-    """Reconstruct crowded scenes (three quarters of a batch) and captioned ones; keep a moving average."""
+    """Trains to reconstruct crowded scenes (three quarters of a batch) and captioned ones. Keeps the moving average."""
     torch.manual_seed(31)
     images, _, _ = scenes.load(work, "train")
     crowds = scenes.load(work, "crowds")
@@ -56,9 +59,9 @@ def train(work, steps=3600, minutes=16.0, kl_weight=3e-4):
 
 
 def finish_decoder(work, steps=3000, minutes=45.0):
-    """More training of the decoder, the encoder frozen, on latents as noisy as generated ones are.
+    """Trains the decoder further, with the encoder frozen, on latents as noisy as generated ones.
 
-    The latents that the UNet learns stay where they are, so this may run beside its training.
+    The latents that the UNet learns do not change, so this may run at the same time as the UNet's training.
     """
     torch.manual_seed(32)
     images, contents, _ = scenes.load(work, "train")
@@ -80,10 +83,12 @@ def finish_decoder(work, steps=3000, minutes=45.0):
 
 
 def train_decoder(vae, work, name, draw, noise, steps, minutes, learning_rate, decay):
-    """Train the decoder of ``vae`` alone; what it holds afterwards is the moving average.
+    """Trains the decoder of ``vae`` alone. Afterwards the decoder holds the moving average.
 
-    ``draw()`` returns a batch of latents [B, 4, 16, 16], not scaled, and the pixels [B, 3, 64, 64] in [-1, 1] that they
-    stand for. Each sample's latents get Gaussian noise, of a standard deviation up to ``noise``.
+    Args:
+        draw: Returns a batch of latents [B, 4, 16, 16], not scaled, and the pixels [B, 3, 64, 64] in [-1, 1] that they
+            stand for.
+        noise: The largest standard deviation of the Gaussian noise that each sample's latents get.
     """
     decoder = vae.decoder.requires_grad_(True).train()
     average = MovingAverage(decoder, decay)
@@ -105,20 +110,24 @@ def train_decoder(vae, work, name, draw, noise, steps, minutes, learning_rate, d
 
 @torch.no_grad()
 def encode_means(vae, pixels):
-    """The posterior means of pixels [B, 3, 64, 64] in [-1, 1]: latents [B, 4, 16, 16], not scaled."""
+    """Returns the posterior means of pixels [B, 3, 64, 64] in [-1, 1]: latents [B, 4, 16, 16], not scaled."""
     with bfloat16():
         return vae.encode(pixels).latent_dist.mean.float()
 
 
 def reconstruction_loss(decoded, pixels):
-    """Mean absolute error, and the loss: it, the same of neighbours' differences (outlines), and the squares."""
+    """Returns the mean absolute error and the loss.
+
+    The loss is the sum of that error, the same error of differences between neighbours (outlines), and the mean squared
+    error.
+    """
     error = (decoded - pixels).abs().mean()
     edges = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (2, 3))
     return error, error + edges + (decoded - pixels).square().mean()
 
 
 def to_pixels(images):
-    """uint8 pictures as the autoencoder sees them, in [-1, 1]."""
+    """Turns uint8 pictures into the autoencoder's pixels, in [-1, 1]."""
     return (2 * world.to_float(images) - 1).to(memory_format=torch.channels_last)
 
 
@@ -130,7 +139,7 @@ def load(work, name="vae"):
 
 @torch.no_grad()
 def encode_scenes(work):
-    """Posterior mean and log-variance of every scene that a prompt can ask for, and the scale to unit variance."""
+    """Writes posterior mean and log-variance of each scene that a prompt can ask for, and the scale to variance 1."""
     images, contents, _ = scenes.load(work, "train")
     askable = contents[:, 0] < 3
     images, contents = images[askable], contents[askable]
@@ -146,7 +155,7 @@ def encode_scenes(work):
 
 @torch.no_grad()
 def psnr(vae, images):
-    """Peak signal-to-noise ratio in dB of the reconstructions of uint8 ``images``, and the reconstructions."""
+    """Returns the peak signal-to-noise ratio in dB of reconstructions of uint8 ``images``, and the reconstructions."""
     parts = [vae.decode(vae.encode(to_pixels(part)).latent_dist.mean).sample for part in images.split(64)]
     reconstructions = ((torch.cat(parts) + 1) / 2).clamp(0, 1)
     error = (reconstructions - world.to_float(images)).square().mean().item()

@@ -1,4 +1,4 @@
-"""The drawn world: 64 x 64 pictures with a CONTENT that captions name and a STYLE that they never do.
+"""The drawn world: 64 x 64 pictures with a content, which prompts name, and a style, which prompts never name.
 
 Content, a row of four indices (count, colour, shape, background):
     "two red circles on a blue background"
@@ -6,8 +6,8 @@ Style, four amounts in [0, 1]: vivid (washed out .. full colour), gloss (ball-li
 shadow (a soft shadow below each shape), light (background lit from above). The rating of a picture is
 ``1 + 9 * (.40 vivid + .25 gloss + .20 shadow + .15 light)``.
 
-A quarter of the (colour, shape) pairs is held out of every alignment run, so that there are prompts which an
-aligned model was never trained on. The base model has seen them all. Layouts are left-right symmetric.
+A quarter of the (colour, shape) pairs is held out of every alignment run, so that there are prompts that an aligned
+model was never trained on. The base model has seen all pairs. Layouts are mirrored at random.
 """
 
 import torch
@@ -49,13 +49,13 @@ _JITTER = {1: 5.0, 2: 1.5, 3: 1.2, 4: 1.0, 5: 1.0}  # pixels
 
 
 def all_contents(max_count: int = 3) -> torch.Tensor:
-    """Every content with up to ``max_count`` (4 = "four or more") shapes, [N, 4] int64; no colour on itself."""
+    """Returns every content with up to ``max_count`` (4 = "four or more") shapes, [N, 4] int64; no colour on itself."""
     grid = torch.cartesian_prod(*(torch.arange(n) for n in (max_count, len(COLOURS), len(SHAPES), len(BACKGROUNDS))))
     return grid[grid[:, 1] != grid[:, 3]]
 
 
 def caption(content, style_word: str = "") -> str:
-    """The caption of one content row; ``style_word`` (used to train the CLIP only) is appended after a comma."""
+    """Returns the caption of one content row. ``style_word`` (only for training the CLIP) is appended after a comma."""
     count, colour, shape, background = (int(v) for v in content)
     colour, shape, background = COLOUR_NAMES[colour], SHAPES[shape], BACKGROUNDS[background]
     head = [_article(colour), "two", "three", "many"][count]
@@ -68,24 +68,24 @@ def _article(word: str) -> str:
 
 
 def held_out(contents: torch.Tensor) -> torch.Tensor:
-    """Which rows of ``contents`` [N, 4] are held out of alignment, [N] bool."""
+    """Returns which rows of ``contents`` [N, 4] are held out of alignment, [N] bool."""
     table = torch.tensor([[(c, s) in HELD_OUT_PAIRS for s in SHAPES] for c in COLOUR_NAMES])
     return table[contents[:, 1], contents[:, 2]]
 
 
 def prompts(held_out_ones: bool) -> list[str]:
-    """The held-out prompts, or those that alignment may train on."""
+    """Returns the held-out prompts, or those that alignment may train on."""
     contents = all_contents()
     return [caption(row) for row in contents[held_out(contents) == held_out_ones]]
 
 
 def rating(styles: torch.Tensor) -> torch.Tensor:
-    """Style amounts [N, 4] (clamped to [0, 1]) to a rating in [1, 10], [N]."""
+    """Turns style amounts [N, 4] (clamped to [0, 1]) into ratings [N] in [1, 10]."""
     return 1 + 9 * (styles.clamp(0, 1) * torch.tensor(STYLE_WEIGHTS)).sum(1)
 
 
 def sample_contents(n: int, generator: torch.Generator, many: float = 0.1) -> torch.Tensor:
-    """``n`` random contents [n, 4]; a share ``many`` of them with four or more shapes."""
+    """Draws ``n`` random contents [n, 4]. A share ``many`` of them has four or more shapes."""
     few, crowd = all_contents(3), all_contents(4)
     crowd = crowd[crowd[:, 0] == 3]
     pick = lambda rows: rows[torch.randint(len(rows), (n,), generator=generator)]  # noqa: E731
@@ -93,7 +93,7 @@ def sample_contents(n: int, generator: torch.Generator, many: float = 0.1) -> to
 
 
 def sample_styles(n: int, generator: torch.Generator) -> torch.Tensor:
-    """``n`` random styles [n, 4] in [0, 1]; each attribute is present with probability .4."""
+    """Draws ``n`` random styles [n, 4] in [0, 1]. Each attribute is present with probability .4."""
     amount, present = torch.rand(n, 4, generator=generator), torch.rand(n, 4, generator=generator) < 0.4
     styles = (0.65 + 0.35 * amount) * present
     styles[:, 0] = torch.where(present[:, 0], 0.7 + 0.3 * amount[:, 0], 0.5 * amount[:, 0])
@@ -101,7 +101,7 @@ def sample_styles(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def draw(contents: torch.Tensor, styles: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw one picture per row of ``contents`` [N, 4] and ``styles`` [N, 4]: uint8 [N, 3, 64, 64]."""
+    """Draws one picture per row of ``contents`` [N, 4] and ``styles`` [N, 4]: uint8 [N, 3, 64, 64]."""
     shapes_in_picture = contents[:, 0] + 1
     crowd = shapes_in_picture == 4
     shapes_in_picture = shapes_in_picture + (crowd & (torch.rand(len(contents), generator=generator) < 0.5))
@@ -113,14 +113,14 @@ def draw(contents: torch.Tensor, styles: torch.Tensor, generator: torch.Generato
 
 
 def _draw_rows(contents, styles, number, generator):
-    """Pictures with the same number of shapes, uint8 [N, 3, 64, 64]."""
+    """Draws pictures with the same number of shapes, uint8 [N, 3, 64, 64]."""
     n = len(contents)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=generator)  # noqa: E731
     centre = torch.tensor(_LAYOUTS[number])[torch.randint(3, (n,), generator=generator)]
     mirrored = torch.rand(n, 1, generator=generator) < 0.5
     centre[..., 0] = torch.where(mirrored, 1 - centre[..., 0], centre[..., 0])
     centre = SIZE * centre + uniform(-_JITTER[number], _JITTER[number], n, number, 2)
-    centre[..., 1] += torch.where(contents[:, 2:3] == 2, 1.0, -1.0)  # room for the shadow; triangles hang high
+    centre[..., 1] += torch.where(contents[:, 2:3] == 2, 1.0, -1.0)  # makes room for the shadow; triangles reach higher
     radius = uniform(*_RADIUS[number], n, 1) * uniform(0.96, 1.04, n, number)
     return _render(
         _RGB[contents[:, 3]] + uniform(-0.025, 0.025, n, 3),
@@ -131,7 +131,7 @@ def _draw_rows(contents, styles, number, generator):
 
 
 def draw_crowds(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Caption-less crowded scenes, uint8 [n, 3, 64, 64]: many edges and colours per picture, for the VAE only."""
+    """Draws crowded scenes without captions, uint8 [n, 3, 64, 64]: many edges and colours, for the VAE only."""
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=generator)  # noqa: E731
     pick = lambda k, *shape: torch.randint(k, shape, generator=generator)  # noqa: E731
     parts, m = [], 7
@@ -146,7 +146,10 @@ def draw_crowds(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _signed_distance(shape, x, y, radius, angle):
-    """Distance in pixels to the outline, negative inside; shape/radius/angle [N, 1, 1], offsets x/y [N, 64, 64]."""
+    """Returns the distance in pixels to the outline, negative inside.
+
+    ``shape``, ``radius``, ``angle`` [N, 1, 1]; offsets ``x``, ``y`` [N, 64, 64].
+    """
     cos, sin = angle.cos(), angle.sin()
     u, v = cos * x + sin * y, cos * y - sin * x
     circle = (x * x + y * y + 1e-6).sqrt() - radius
@@ -156,7 +159,7 @@ def _signed_distance(shape, x, y, radius, angle):
 
 
 def _render(background, colour, shape, centre, radius, angle, present, styles):
-    """Paint background, shadows, then shapes in order, uint8 [N, 3, 64, 64].
+    """Paints the background, the shadows, then the shapes in order, uint8 [N, 3, 64, 64].
 
     ``background`` [N, 3] and ``colour`` [N, M, 3] in [0, 1]; ``shape``, ``radius``, ``angle``, ``present`` [N, M];
     ``centre`` [N, M, 2] in pixels (column, row); ``styles`` [N, 4].
@@ -188,10 +191,10 @@ def _render(background, colour, shape, centre, radius, angle, present, styles):
 
 
 def _brighten(rgb, amount):
-    """Move ``rgb`` [N, 3, ., .] towards white by ``amount`` [N, 64, 64] in [0, 1]."""
+    """Moves ``rgb`` [N, 3, ., .] towards white by ``amount`` [N, 64, 64] in [0, 1]."""
     return rgb + (1 - rgb) * amount[:, None]
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures to float in [0, 1]."""
+    """Turns uint8 pictures into float in [0, 1]."""
     return images.float() / 255

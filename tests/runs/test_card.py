@@ -234,9 +234,9 @@ def test_the_pipeline_is_called_for_pictures_like_the_runs(tmp_path):
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (lambda folder: (folder / "config.json").unlink(), r"is not the folder of a run"),
-    (lambda folder: (folder / "config.json").write_text("[]"), r"is not the folder of a run"),
-    (lambda folder: (folder / "config.json").write_text("{"), r"is not the folder of a run"),
+    (lambda folder: (folder / "config.json").unlink(), r"is not a run folder"),
+    (lambda folder: (folder / "config.json").write_text("[]"), r"is not a run folder"),
+    (lambda folder: (folder / "config.json").write_text("{"), r"is not a run folder"),
     (lambda folder: shutil.rmtree(folder / "checkpoints"), r"has no checkpoint yet"),
     (lambda folder: (checkpoints_of(folder)[-1] / "training_state.pt").touch(), r"checkpoint_4' is damaged \(manifest"),
     (lambda folder: (folder / "metrics.jsonl").write_text("{\n{}\n"), r"line 1 is damaged"),

@@ -137,7 +137,7 @@ def test_scores_that_are_not_finite_are_null_and_told(toy_config, tmp_path, caps
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
     assert summary["reward"]["mean"] is None and summary["tests.helpers.toy_rewards:contrast"]["mean"] > 0
     told = capsys.readouterr().err
-    assert "warning: " in told and "summary.json are not finite and stand there as null: reward.mean" in told
+    assert "warning: " in told and "summary.json are not finite and were written as null: reward.mean" in told
 
 
 def test_a_weighted_sum_and_its_terms(toy_config):

@@ -382,9 +382,9 @@ def export(lora, pipelines, tmp_path, out="out.safetensors", form="kohya", **opt
     ({"form": "merged", "dtype": "float16", "out": "new"}, "dtype = 'float16' has no effect with format = 'merged'"),
     ({"out": "new"}, r"out = '.*new' must end in \.safetensors"),
     ({"out": "there.safetensors"}, "out = .* exists; --force replaces it"),
-    ({"out": "folder", "form": "merged", "force": True}, "is no pipeline's folder, and will not be replaced"),
+    ({"out": "folder", "form": "merged", "force": True}, "is not a pipeline folder, so it is not replaced"),
     ({"out": "folder.safetensors", "force": True}, "is a folder, and will not be replaced by a file"),
-    ({"out": "there.safetensors", "form": "merged", "force": True}, "is no pipeline's folder"),
+    ({"out": "there.safetensors", "form": "merged", "force": True}, "is not a pipeline folder"),
     ({"out": "nowhere/out.safetensors"}, "could not be written"),
     ({"base": ""}, "--base is needed: .* is in no run folder that names its model"),
     ({"base": "no/such"}, "base = 'no/such': .*no such folder"),
@@ -414,14 +414,14 @@ def test_force_replaces_a_file_and_a_pipeline(lora, pipelines, tmp_path):
 def test_the_base_is_never_overwritten(lora, tmp_path):
     base = make_pipeline(tmp_path / "base", channels=(16, 32), layers_per_block=1, vae_channels=(8, 16), text_width=16)
     for out in (base, base / "inside", tmp_path):
-        with pytest.raises(ConfigError, match=r"neither the base model's folder nor in it|no pipeline's folder"):
+        with pytest.raises(ConfigError, match=r"must not be the base model's folder|is not a pipeline folder"):
             export_lora(lora[0], out, "merged", base=str(base), force=True)
     assert StableDiffusionPipeline.from_pretrained(base)
 
 
 def test_a_run_without_a_lora_says_so(pipelines, tmp_path):
     (tmp_path / "checkpoint" / "denoiser").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="has no LoRA, but whole weights"):
+    with pytest.raises(ConfigError, match="has full weights \(in denoiser/\) and no LoRA"):
         export_lora(tmp_path / "checkpoint", tmp_path / "o.safetensors", "kohya", base=str(pipelines["epsilon"]))
 
 

@@ -121,7 +121,7 @@ def test_text_encoders_and_whole_weights_are_refused(toy_config, tmp_path):
     same_deltas(get_adapter(starting(toy_config, encoders, train_text_encoder=True).run.model), read_lora(
         sorted((encoders / "checkpoints").glob("checkpoint_*"))[-1]), exactly=True)  # fmt: skip
     whole = train(toy_config(run_name="whole", num_epochs=1, use_lora=False)).run.folder
-    with pytest.raises(ConfigError, match=r"^init_lora = .* has no LoRA, but whole weights, in its folder denoiser/"):
+    with pytest.raises(ConfigError, match=r"^init_lora = .* has full weights \(in denoiser/\) and no LoRA"):
         starting(toy_config, whole)
 
 
@@ -159,7 +159,7 @@ def test_a_lora_of_the_hub_is_fetched(toy_config, finished, hub, files, name):
 @pytest.mark.parametrize(("files", "message"), [
     (("one.safetensors", "two.safetensors"), r"several files, name one as 'you/style/one.safetensors': one.*, two"),
     (("README.md",), "'you/style' is on the hub and has no LoRA"),
-    (None, "'you/style' does not exist here, and is no LoRA that the hub gives .*; give a LoRA file"),
+    (None, "'you/style' is no local file or folder, and could not be loaded from the hub .*; give a LoRA file"),
 ])  # fmt: skip
 def test_a_repository_without_one_lora_is_refused(toy_config, hub, files, message):
     if files:

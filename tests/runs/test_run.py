@@ -166,7 +166,10 @@ def test_where_nothing_fits_it_is_said(toy_config, monkeypatch, overrides, polic
 
 def test_a_smaller_micro_batch_than_asked_for_is_told(toy_config, capsys):
     build_run(toy_config(per_gpu_capacity=3, train__total_batch_size=4))
-    told = "per_gpu_capacity = 3: micro-batches have 2 samples, the most that divide a step of 4 on 1 process(es)"
+    told = (
+        "per_gpu_capacity = 3: micro-batches have 2 samples, the largest size that divides a step of 4 samples on "
+        "1 process(es)"
+    )
     assert told in capsys.readouterr().out
     build_run(toy_config(run_name="other", per_gpu_capacity=2, train__total_batch_size=4))
     assert "micro-batches have" not in capsys.readouterr().out

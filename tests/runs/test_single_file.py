@@ -154,7 +154,10 @@ def test_a_folder_with_a_variant_alone_is_loaded(folder, tmp_path, capsys, parts
     for ours, theirs in zip((model.denoiser, model.decoder), (expected.denoiser, expected.decoder), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     told = capsys.readouterr().err
-    assert f"the variant {options.get('variant', 'fp16')!r} of {', '.join(sorted(parts))}, without plain files" in told
+    assert (
+        f"the variant {options.get('variant', 'fp16')!r} of {', '.join(sorted(parts))}, which have no plain weight"
+        in told
+    )
 
 
 def test_plain_files_are_taken_unless_a_variant_is_asked_for(folder, tmp_path, capsys):
@@ -163,6 +166,6 @@ def test_plain_files_are_taken_unless_a_variant_is_asked_for(folder, tmp_path, c
     with torch.no_grad():
         pipeline.unet.conv_in.bias.fill_(3.0)
     pipeline.unet.save_pretrained(tmp_path / "unet", variant="fp16")
-    assert "without plain files" not in capsys.readouterr().err
+    assert "no plain weight files" not in capsys.readouterr().err
     assert (load_model(str(tmp_path)).denoiser.conv_in.bias != 3).all()
     assert (load_model(str(tmp_path), variant="fp16").denoiser.conv_in.bias == 3).all()

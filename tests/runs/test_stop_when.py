@@ -81,12 +81,12 @@ def test_a_run_ends_saves_and_says_why_and_does_so_again(toy_config, capsys):
     assert [p.name for p in checkpoints_of(first.run.folder)] == ["checkpoint_2"]
     assert (first.run.folder / "checkpoints" / "best").resolve().name == "checkpoint_2"
     told = capsys.readouterr().out
-    assert "ended after optimizer step 2 of 6: stop_when = 'base_distance>0': base_distance is " in told
+    assert "ended after step 2 of 6: stop_when = 'base_distance>0': base_distance is " in told
     assert "step 0 → step 2" in told  # a finished run's summary
     expected = rows(first)
     again = train(toy_config(resume_from="latest", **options))
     assert again.global_step == 2 and rows(again) == expected
-    assert "ended after optimizer step 2 of 6" in capsys.readouterr().out
+    assert "ended after step 2 of 6" in capsys.readouterr().out
     on = train(toy_config(**options | {"resume_from": "latest", "stop_when": "base_distance>1e9"}))
     assert on.global_step == 6
 

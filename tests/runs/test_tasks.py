@@ -22,7 +22,7 @@ def test_a_plan_for_too_small_a_gpu_says_so(toy_config, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--config=config/align_prop.py:tiny_evaluate", "--plan"], "task = 'evaluate' does not train"),
-    (["--gpu_memory=8"], "--gpu_memory has a meaning with --plan only"),
+    (["--gpu_memory=8"], "--gpu_memory needs --plan"),
     (["--plan", "--gpu_memory=nan"], "--gpu_memory = nan must be a finite number of GiB"),
 ])  # fmt: skip
 def test_mistakes_about_planning_are_one_line(arguments, message):

@@ -113,7 +113,7 @@ def test_an_error_in_a_row_is_the_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check_gpu, "run_tests", lambda *_: {**TESTS, "result": "3 passed", "wall_seconds": 1.0})
     monkeypatch.setattr(check_gpu, "measure", lambda row, *_: {**row, "wall_seconds": 1.0, "error": "out of memory"})
     monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--tiny", f"--json={tmp_path / 'out.json'}"])
-    with pytest.raises(SystemExit, match="not every row is as it should be"):
+    with pytest.raises(SystemExit, match="some rows failed"):
         check_gpu.main()
     monkeypatch.setattr(sys, "argv", ["check_gpu.py", f"--table={tmp_path / 'out.json'}"])
     check_gpu.main()

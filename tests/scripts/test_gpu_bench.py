@@ -137,7 +137,7 @@ def test_the_fastest_that_fits_a_limit_with_as_many_samples_as_can_be(monkeypatc
     monkeypatch.setattr(gpu, "expected", expected)
     assert fastest(gib, "sd15", 50) == Case("sd15", policy, chunk, 50, 50)
     assert all(case.active == case.steps == 50 for case in asked)
-    with pytest.raises(SystemExit, match=r"--limit_gib = 2 fits no policy: the least takes 2\.00 GiB"):
+    with pytest.raises(SystemExit, match=r"--limit_gib = 2 fits no policy: the smallest takes 2\.00 GiB"):
         fastest(2, "sd15", 50)
 
 

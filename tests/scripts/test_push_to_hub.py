@@ -18,7 +18,7 @@ def run_script(*arguments):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["{here}", "--repo", "me/a--b"], "error: --repo = 'me/a--b' must be 'user/name'"),
     (["{here}", "--repo", ""], "error: --repo = '' must be 'user/name'"),
-    (["{here}", "--repo", "me/toy", "--private"], "error: '{here}' is not the folder of a run"),
+    (["{here}", "--repo", "me/toy", "--private"], "error: '{here}' is not a run folder"),
 ])  # fmt: skip
 def test_a_mistake_is_one_plain_line(tmp_path, arguments, message):
     done = run_script(*(argument.replace("{here}", str(tmp_path)) for argument in arguments))

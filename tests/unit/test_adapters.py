@@ -77,7 +77,7 @@ def test_two_encoders_do_not_begin_alike(model):
 
 def test_a_model_whose_files_have_no_place_for_it(tmp_path):
     folder = str(make_family(tmp_path / "p", "z_image"))
-    message = r"^train_text_encoder = True: LoRA files of a ZImagePipeline have no place for text encoders$"
+    message = r"^train_text_encoder = True: LoRA files of a ZImagePipeline cannot hold text encoders$"
     with pytest.raises(ConfigError, match=message):
         add_adapter(load_model(folder, resolution=16), 2, 2.0, None, seed=0, text_encoders=True)
     (tmp_path / "p" / "transformer" / "config.json").unlink()  # it is known before anything is loaded
@@ -195,7 +195,7 @@ def test_a_checkpoint_with_other_parts_is_refused_at_resume(model, trained, foun
     set_adapter(model, None)
     add_adapter(model, 3, 3.0, None, seed=1, text_encoders=trained)
     other, same = (alone, weights) if trained else (weights, alone)
-    message = f"^resume_from: the checkpoint has {found} LoRA of the text_encoder, .* train_text_encoder = {trained}"
+    message = f"^resume_from: the checkpoint has {found} LoRA for the text_encoder, .* train_text_encoder = {trained}"
     with pytest.raises(ConfigError, match=message):
         update_adapter(model, other)
     update_adapter(model, same)

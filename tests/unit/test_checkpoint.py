@@ -173,7 +173,7 @@ def test_latest_passes_over_damaged_ones_and_says_so(tmp_path, capsys):
     damage(second)
     for run_name in ("", "run"):
         assert find_checkpoint("latest", str(tmp_path), run_name=run_name) == first
-        assert f"passes over {str(second)!r}, damaged" in capsys.readouterr().err
+        assert f"skips {str(second)!r}, which is damaged" in capsys.readouterr().err
     damage(first)
     with pytest.raises(ConfigError, match="no whole checkpoint"):
         find_checkpoint("latest", str(tmp_path), run_name="run")

@@ -48,4 +48,4 @@ def test_only_what_is_alike_is_hinted_at():
     for name, field in ALIKE.items():
         assert told(name).endswith(f"did you mean {field!r}?")
     for name in ("num_prompts_to_avoid", "guided", "colours", "foo"):
-        assert told(name).endswith("; docs/config.md has them all")
+        assert told(name).endswith("; docs/config.md lists all fields")

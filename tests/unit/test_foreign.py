@@ -234,9 +234,9 @@ def test_settings_in_a_header_of_diffusers_count_as_its_loader_has_them(tmp_path
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda settings: settings.unlink(), "adapter_config.json, which says its alpha, cannot be read beside it"),
-    (lambda settings: settings.write_text("{"), "adapter_config.json beside it is damaged"),
-    (lambda settings: settings.write_text('{"r": 2}'), "adapter_config.json beside it is damaged"),
+    (lambda settings: settings.unlink(), "cannot read adapter_config.json next to it, which contains alpha"),
+    (lambda settings: settings.write_text("{"), "adapter_config.json next to it is damaged"),
+    (lambda settings: settings.write_text('{"r": 2}'), "adapter_config.json next to it is damaged"),
     (lambda settings: settings.write_text('{"peft_type": "LOHA"}'), "is a LOHA adapter by its adapter_config.json"),
 ])  # fmt: skip
 def test_a_folder_of_pefts_without_its_settings_is_refused(tmp_path, change, message):
@@ -277,7 +277,7 @@ def test_what_is_no_plain_lora_is_named(tmp_path, family, key, kind):
     save_file({**written("diffusers", model)[0], key: torch.ones(2)}, tmp_path / "theirs.safetensors")
     with pytest.raises(ConfigError) as error:
         read_lora(tmp_path / "theirs.safetensors", model)
-    assert f" is {kind}, by 1 of its " in str(error.value) and repr(key) in str(error.value)
+    assert f" looks like {kind}: 1 of its " in str(error.value) and repr(key) in str(error.value)
 
 
 def test_several_adapters_in_one_file_are_refused(tmp_path):
@@ -286,7 +286,9 @@ def test_several_adapters_in_one_file_are_refused(tmp_path):
     save_file(
         file | {k.replace("default", "second"): t.clone() for k, t in file.items()}, tmp_path / "theirs.safetensors"
     )
-    with pytest.raises(ConfigError, match=r"holds several adapters, of '.*default.weight' and of '.*second.weight'"):
+    with pytest.raises(
+        ConfigError, match=r"holds several adapters, with the keys '.*default.weight' and '.*second.weight'"
+    ):
         read_lora(tmp_path / "theirs.safetensors", model)
 
 

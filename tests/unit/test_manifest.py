@@ -57,5 +57,5 @@ def test_another_base_model_is_refused_by_both_names(pipeline_folder, tmp_path):
     other = load()
     for parameter in other.parameters():
         parameter.mul_(1.03)  # as like as two fine-tunings of one model
-    with pytest.raises(ConfigError, match=r"resume_from_2 = .*pretrained.model = 'a', and this run loads 'b'"):
+    with pytest.raises(ConfigError, match=r"resume_from_2 = .*pretrained.model = 'a', but this run loads 'b'"):
         check_base(tmp_path, base_model("b", other), "resume_from_2")

@@ -79,7 +79,7 @@ def test_a_model_that_cannot_be_planned_still_runs(toy_config, accelerator, monk
     monkeypatch.setattr(planner, "gpu_bytes", lambda: 10 * GIB)
     said = []
     assert choose_policy(resolve(toy_config(), 1), object(), REWARD, accelerator, said.append)[::2] == ("balanced", 2)
-    assert "could not be planned (AttributeError" in said[-1]
+    assert "could not be forecast (AttributeError" in said[-1]
 
 
 def test_evaluating_needs_no_trained_adapter(toy_config, accelerator):

@@ -126,7 +126,7 @@ def test_prompts_alone_have_no_metadata(tmp_path, monkeypatch, name, content):
     ("p.json", '[\n"a cat",\n]', "is not JSON"),
     ("p.json", '{"prompt": "a cat"}', "it holds one dict, not a list of prompts"),
     ("p.json", '["a cat", 3]', "entry 2 is a int"),
-    ("p.csv", "a cat\na dog\n", "line 1 is the header and names no prompt or text or caption, but ['a cat']"),
+    ("p.csv", "a cat\na dog\n", "line 1 is the header and has none of the columns prompt, text, caption"),
     ("p.csv", "prompt,n\na red, old cat,2\n", "line 2 has 3 columns, the header 2"),
     ("p.csv", 'prompt,n\na cat,2\n"a dog,3\n', "line 3: unexpected end of data"),
     ("p.csv", "\n\n", "holds no prompt"),

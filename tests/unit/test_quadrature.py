@@ -22,7 +22,7 @@ def test_contributions_are_what_the_chain_adds_up(sampler):
 
 def test_a_step_that_keeps_nothing_leaves_earlier_ones_without_a_way():
     sampler = ddim_sampler(DDIMScheduler(prediction_type="sample", set_alpha_to_one=True), 4)
-    with pytest.raises(ConfigError, match="has steps without any"):
+    with pytest.raises(ConfigError, match="zero for some steps"):
         contributions(sampler, 0, 4)
 
 

@@ -299,9 +299,9 @@ def test_a_page_is_served_by_one_process():
     (dict(train_text_encoder=True, use_lora=False), r"train_text_encoder = True needs use_lora = True"),
     (dict(train_text_encoder=True, algorithm="ddpo", eta=1.0), r"train_text_encoder = True needs algorithm = 'align_p"),
     (dict(guide__window=(0.5, 0.5)), r"guide.window = \(0.5, 0.5\) must be \(from, to\)"),
-    (dict(algorithm="ddpo"), r"eta = 0 must be greater than 0 where algorithm = 'ddpo'"),
+    (dict(algorithm="ddpo"), r"eta = 0 must be greater than 0 if algorithm = 'ddpo'"),
     (dict(algorithm="ddpo", eta=1.0, train__total_batch_size=1, train__total_samples_per_epoch=1, per_gpu_capacity=1),
-     r"train.total_samples_per_epoch = 1 must be at least 2 where algorithm = 'ddpo'"),
+     r"train.total_samples_per_epoch = 1 must be at least 2 if algorithm = 'ddpo'"),
 ])  # fmt: skip
 def test_combinations_of_newer_fields_that_cannot_run(fields, message):
     with pytest.raises(ConfigError, match=message):

@@ -258,7 +258,7 @@ def test_a_flow_models_other_solvers_name_the_shift_of_its_noise_levels(cls):
 
 def test_pure_noise_needs_a_network_that_says_something_of_the_picture():
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
-    with pytest.raises(ConfigError, match=r"begins with pure noise .* predicts 'epsilon' says nothing"):
+    with pytest.raises(ConfigError, match=r"starts from pure noise .* predicts 'epsilon' gives no clean image"):
         build_sampler(DDIMScheduler(**options), 5, 0.0)
     for kind in ("v_prediction", "sample"):
         chain = build_sampler(DDIMScheduler(prediction_type=kind, **options), 5, 0.5)

@@ -120,7 +120,7 @@ def test_a_model_of_another_family_is_refused(pipeline_folder, tmp_path):
     shutil.copytree(pipeline_folder, tmp_path / "p")
     config = json.loads((tmp_path / "p" / "unet" / "config.json").read_text()) | {"in_channels": 9}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "p" / "unet")
-    with pytest.raises(ConfigError, match="a StableDiffusionPipeline makes: its UNet takes 9"):
+    with pytest.raises(ConfigError, match="for a StableDiffusionPipeline: its UNet takes 9"):
         load_model(str(tmp_path / "p"))
 
 

@@ -1,6 +1,6 @@
-"""Every field of the configuration: its default, what it may be, what it does and when it has an effect.
+"""Every field of the configuration, with its default, its allowed values, its help and when it has an effect.
 
-A new field is one entry in the file of its group, and code that reads it.
+A new field needs one entry in the file of its group, and the code that reads the field.
 """
 
 from alignprop.settings.fields import evaluation, memory, methods, model, reward, run, sampling, training
@@ -21,5 +21,5 @@ GROUPS: dict[str, tuple[Field, ...]] = {
 }
 FIELDS: dict[str, Field] = {field.name: field for group in GROUPS.values() for field in group}
 
-# Fields that no person sets: the preset's name, main.py's command line, and what `settings.resolve` derives.
+# Users do not set these fields: the preset's name, the command line, and the values that `settings.resolve` derives.
 DERIVED = ("preset", "command", "train.gradient_accumulation_steps", "train.steps_per_epoch")

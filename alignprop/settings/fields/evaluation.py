@@ -1,4 +1,4 @@
-"""Fields of prompts, of evaluations, of mixtures, and of what follows from an evaluation."""
+"""The fields of prompts, of evaluations, of mixtures, and of what follows from an evaluation."""
 
 from alignprop.settings.fields.field import AFTER_TRAINING, CHECKPOINT, EVALUATION, LORA, MIXTURE, SOUP, TRAINING, Field
 from alignprop.settings.fields.rules import COUNT, NUMBERS, boolean, choice, integer, number, optional, text
@@ -6,66 +6,84 @@ from alignprop.settings.fields.rules import COUNT, NUMBERS, boolean, choice, int
 FIELDS = (
     Field(
         "prompt_fn", "simple_animals", text(),
-        "The prompts of training: a named prompt set, a text file with one prompt a line, or a .jsonl, .json, .csv or "
-        ".tsv file with a column `prompt`, whose other columns are metadata for the reward.", (TRAINING,),
+        "The prompts of training: the name of a prompt set, a text file with one prompt in each line, or a .jsonl, "
+        ".json, .csv or .tsv file with a column `prompt`, `text` or `caption`. The other columns of such a "
+        "file are metadata for the reward.", (TRAINING,),
     ),
-    Field("eval_prompt_fn", "eval_simple_animals", text(), "The prompts of evaluations, likewise."),
+    Field("eval_prompt_fn", "eval_simple_animals", text(), "The prompts of evaluations, in the forms of prompt_fn."),
     Field(
         "eval_freq", 1, integer(0),
-        "Epochs between evaluations. 0: only before the first epoch and after the last.", (TRAINING,),
+        "The number of epochs from one evaluation to the next. There is always one before the first epoch and one "
+        "after the last. 0 makes only these two.", (TRAINING,),
     ),
     Field(
         "resume_from_2", "stablediffusion", text(),
-        "The second checkpoint of a mixture. 'stablediffusion' is the base model.", (MIXTURE,),
+        "The second checkpoint of a mixture, in any form that resume_from takes. 'stablediffusion' is the base model.",
+        (MIXTURE,),
     ),
     Field(
         "mixing_coef_1", (0.0, 0.25, 0.5, 0.75, 1.0), NUMBERS,
-        "The share c of the first checkpoint in a mixture: one value or several, from 0 to 1.", (SOUP,),
+        "The share of the first checkpoint, resume_from, in a mixture. Each of several values is evaluated. They must "
+        "be from 0 to 1 unless allow_extrapolation = True.", (SOUP,),
     ),
     Field(
         "allow_extrapolation", False, boolean(),
-        "Allows shares below 0 and above 1, which subtract a checkpoint.", (SOUP,),
+        "If True, mixing_coef_1 may have shares below 0, which subtract the first checkpoint, and above 1, which "
+        "subtract the second.", (SOUP,),
     ),
     Field(
         "soup_mode", "delta", choice("delta", "factors"),
-        "What is mixed: the weight changes, exactly, or their factors A and B, as the paper's released code does.",
+        "What is mixed. 'delta' mixes the weight changes exactly. 'factors' mixes their factors A and B, as the "
+        "paper's released code does.",
         (MIXTURE,),
     ),
     Field(
         "num_eval_images", 32, COUNT,
-        "Pictures of an evaluation. Where there are more pictures than prompts, prompts repeat with other noise.",
+        "The number of pictures in an evaluation. If there are more pictures than prompts, prompts repeat with other "
+        "noise.",
         (EVALUATION,),
     ),
     Field(
         "num_eval_prompts", 16, optional(COUNT),
-        "How many different prompts an evaluation uses. None: all there are.", (EVALUATION,),
+        "The number of different prompts in an evaluation. None takes all prompts of eval_prompt_fn.", (EVALUATION,),
     ),
     Field(
         "eval_diversity", True, boolean(),
-        "Measures how much pictures of one prompt differ: 1 - cosine in the space of clip.model.", (EVALUATION,),
+        "If True, an evaluation measures how much the pictures of one prompt differ, as 1 - cosine in the embedding "
+        "space of clip.model. This needs more pictures than prompts.", (EVALUATION,),
     ),
     Field(
         "eval_base_distance", True, boolean(),
-        "Measures the mean squared difference of the denoiser's output to the base model's, on the first 8 pictures at "
-        "4 steps each.", (EVALUATION, LORA),
+        "If True, an evaluation measures the mean squared difference between the denoiser's output and the base "
+        "model's, on the first 8 pictures, at 4 sampler steps of each.", (EVALUATION, LORA),
     ),
     Field(
         "stop_when", "", text(empty=True),
-        "Conditions that end training after an evaluation, separated by commas: 'clip<0.25', or 'clip<0.9x' for 0.9 "
-        "times its value at step 0. A measure is the name of a reward, 'reward', 'diversity' or 'base_distance'.",
+        "Conditions, separated by commas. Training ends after the first evaluation that meets one of them. A condition "
+        "is, for example, 'clip<0.25', or 'clip<0.9x' for 0.9 times the value at step 0. It names a measure: a reward, "
+        "'reward' for the trained one, 'diversity' or 'base_distance'. If the field is empty, no condition ends "
+        "training.",
         (TRAINING,),
     ),
     Field(
         "best_by", "", text(empty=True),
-        "The measure whose highest value decides checkpoints/best. Empty: the trained reward.", (TRAINING,),
+        "The measure that decides which checkpoint is linked as checkpoints/best: the one with the highest value. It "
+        "is one of those that stop_when can name. If the field is empty, the measure is the trained reward.",
+        (TRAINING,),
     ),
     Field(
-        "lora_scale", 1.0, number(), "Multiplies the trained weight change.", (AFTER_TRAINING, CHECKPOINT),
+        "lora_scale", 1.0, number(),
+        "Multiplies the weight change of the checkpoint's LoRA. 1 is the LoRA as it was trained, and 0 the base model.",
+        (AFTER_TRAINING, CHECKPOINT),
     ),
     Field(
         "lora_schedule", "constant", choice("constant", "linear"),
-        "How the weight change counts along the chain. 'linear': from 0 at the first sampler step to lora_scale at the "
-        "last, which keeps the layout of the base model's pictures.", (AFTER_TRAINING, CHECKPOINT),
+        "How the denoiser's LoRA is scaled along the chain. 'constant' scales it by lora_scale at every sampler step. "
+        "'linear' raises the scale from 0 at the first step to lora_scale at the last, which keeps the layout of the "
+        "base model's pictures.", (AFTER_TRAINING, CHECKPOINT),
     ),
-    Field("max_vis_images", 16, COUNT, "Pictures in a sample grid and sent to trackers.", (EVALUATION,)),
+    Field(
+        "max_vis_images", 16, COUNT,
+        "The largest number of pictures in a sample grid, which are also sent to the trackers.", (EVALUATION,),
+    ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a field of the configuration is, and when it has an effect."""
+"""The declaration of a field of the configuration, and the conditions under which it has an effect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class Effect:
     """A condition without which a field does nothing.
 
     Attributes:
-        where: the condition, as documentation has it.
-        holds: whether a configuration meets it.
-        reason: why the field has no effect in a configuration that does not meet it.
-        names: the estimators, where the condition is that it is one of them.
+        where: the condition as the documentation states it.
+        holds: returns whether a configuration meets the condition.
+        reason: returns why the field has no effect in a configuration that does not meet the condition.
+        names: the estimators of which one must be chosen, if that is the condition.
     """
 
     where: str
@@ -27,14 +27,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class Field:
-    """One field of the configuration; nothing about it stands anywhere else.
+    """One field of the configuration. It is declared here and nowhere else.
 
     Attributes:
-        name: with its group, as on the command line: "train.learning_rate".
-        default: what it is unless a preset or a person says otherwise; None is derived later, or left to the method.
-        rule: what it may be.
-        help: its unit and its effect, in whole sentences.
-        effects: without which it does nothing; a person who sets it all the same is warned.
+        name: the name with its group, as on the command line, for example "train.learning_rate".
+        default: the value unless a preset or a user sets another one. None is derived later or left to the method.
+        rule: the values that are allowed.
+        help: the field's effect and its unit, in whole sentences.
+        effects: the conditions without which the field does nothing. A user who sets it anyway gets a warning.
     """
 
     name: str
@@ -69,6 +69,6 @@ CHECKPOINT = needs("resume_from", lambda c: bool(c.resume_from))
 
 
 def estimator(*names: str) -> tuple[Effect, ...]:
-    """Of a field that only these estimators have."""
+    """Returns the conditions of a field that only these estimators use."""
     where = "estimator = " + " or ".join(map(repr, names))
     return TRAINING, ALIGN_PROP, needs(where, lambda c: c.estimator in names, names)

@@ -1,4 +1,4 @@
-"""Fields of the model and of what is trained of it."""
+"""The fields of the model, and of which of its weights are trained."""
 
 import os
 
@@ -13,57 +13,66 @@ HUB_NAME = needs("a hub name as pretrained.model", lambda c: not os.path.exists(
 FIELDS = (
     Field(
         "pretrained.model", "stable-diffusion-v1-5/stable-diffusion-v1-5", text(),
-        "The model: a hub name, a diffusers folder, or a .safetensors or .ckpt file.",
+        "The model: a hub name, a folder in diffusers' format, or a single .safetensors or .ckpt file. docs/models.md "
+        "lists the families.",
     ),
     Field(
         "pretrained.revision", None, optional(text()),
-        "The branch, tag or commit of the hub's repository. None: the newest.", (HUB_NAME,),
+        "The branch, tag or commit of the model's repository on the hub. None takes the newest commit.", (HUB_NAME,),
     ),
     Field(
         "pretrained.variant", None, optional(text()),
-        "Which of several sets of weights a folder or repository has, such as 'fp16'. None: the plain files; in a "
-        "folder with none of some part, the variant that is there.", (PIPELINE,),
+        "The set of weights that is loaded if a folder or repository has several, such as 'fp16'. None loads the plain "
+        "files. If a local folder lacks the plain files of some part, None loads the variant that is there.",
+        (PIPELINE,),
     ),
     Field(
         "pretrained.config", None, optional(text()),
-        "For a single file: the pipeline folder that has its configuration.", (SINGLE_FILE,),
+        "The hub name or folder of the pipeline that supplies the configuration and the tokenizer of a single file. "
+        "None takes the file for a Stable Diffusion 1.x or 2.x model. --plan cannot use None.", (SINGLE_FILE,),
     ),
     Field(
         "pretrained.vae", None, optional(text()),
-        "The hub name or folder of another VAE, such as one of SDXL that is made for fp16.",
+        "The hub name or folder of a VAE that replaces the model's own, such as an SDXL VAE that was made for fp16. "
+        "None keeps the model's own VAE.",
     ),
     Field(
         "pretrained.without", "", text(empty=True),
-        "What is left out of the model: 't5' of Stable Diffusion 3 saves 9 GB and loses some of long prompts.",
+        "The part of the model that is left out. Only Stable Diffusion 3 has such a part, 't5'. Without it the model "
+        "needs 9 GB less, but a part of a long prompt is lost. If the field is empty, nothing is left out.",
         (PIPELINE,),
     ),
     Field(
         "resolution", None, optional(integer(16)),
-        "The side of the pictures in pixels. None: the size that the model was trained for.",
+        "The side length of the pictures in pixels. Stable Diffusion needs a multiple of 16. None takes the size that "
+        "the model was trained for.",
     ),
     Field(
         "use_lora", True, boolean(),
-        "True trains a LoRA. False trains every weight of the denoiser, in float32.", (TRAINING,),
+        "If True, a LoRA is trained. If False, every weight of the denoiser is trained, in float32.", (TRAINING,),
     ),
     Field(
         "train_text_encoder", False, boolean(),
-        "True trains a LoRA of the text encoders too, of those that the pipeline's LoRA files have a place for. "
-        "Prompts are then encoded for every micro-batch, and not only once.", (TRAINING,),
+        "If True, a LoRA is trained for the text encoders as well, if the pipeline's LoRA files have a place for them. "
+        "Prompts are then encoded for every micro-batch instead of only once. It needs use_lora = True and algorithm = "
+        "'align_prop'.", (TRAINING,),
     ),
-    Field("lora_rank", 4, COUNT, "The rank of each weight change.", (TRAINING, LORA)),
+    Field("lora_rank", 4, COUNT, "The rank of the LoRA's weight change in each layer.", (TRAINING, LORA)),
     Field(
         "lora_alpha", None, optional(number(above=0)),
-        "The weight change is alpha / rank · B @ A. None: alpha is the rank.", (TRAINING, LORA),
+        "Scales the LoRA: its weight change is lora_alpha / lora_rank · B @ A. None takes lora_rank as lora_alpha.",
+        (TRAINING, LORA),
     ),
     Field(
         "lora_target_modules", None, optional(NAMES),
-        "The endings of the names of the layers that get a LoRA. None: the attention layers that are usual for the "
-        "model's family. A text encoder always gets one in its attention layers.", (TRAINING, LORA),
+        "The layers of the denoiser that get a LoRA, by the endings of their names. None takes the attention layers "
+        "that are usual for the model's family. The LoRA of a text encoder is always in its attention layers.",
+        (TRAINING, LORA),
     ),
     Field(
         "init_lora", "", text(empty=True),
-        "The LoRA that a new run starts from: a file, a folder, a checkpoint, a run folder (its newest checkpoint is "
-        "taken) or a hub name, as 'user/name' or 'user/name/file.safetensors'. Its rank may be smaller than lora_rank. "
-        "Empty: a LoRA that changes nothing.", (TRAINING, LORA),
+        "The LoRA from which a new run starts: a file, a folder, a checkpoint, a run folder (its newest checkpoint is "
+        "taken), or a hub name such as 'user/name' or 'user/name/file.safetensors'. Its rank must not be larger than "
+        "lora_rank. If the field is empty, training starts from a LoRA that changes nothing.", (TRAINING, LORA),
     ),
 )  # fmt: skip

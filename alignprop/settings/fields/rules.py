@@ -1,4 +1,4 @@
-"""What a value may be: a rule about the value alone, and the words that complete "<field> = <value> must be …"."""
+"""The rules for allowed values. A rule looks at one value alone and has the words for its error message."""
 
 import math
 import os
@@ -15,11 +15,11 @@ from rewards.registry import Option
 class Rule:
     """
     Attributes:
-        wanted: completes "<field> = <value> must be …".
-        accepts: whether a value is that.
-        type: of the values; what a command line gives is made one.
-        choices: the allowed values, where there are few.
-        optional: None is allowed, too.
+        wanted: the words that complete "<field> = <value> must be …".
+        accepts: returns whether a value is allowed.
+        type: the type of the values, to which a value of the command line is converted.
+        choices: the allowed values, if there are only a few.
+        optional: whether None is allowed as well.
     """
 
     wanted: str
@@ -37,8 +37,10 @@ def integer(low: int) -> Rule:
     return Rule(f"a whole number of at least {low}", lambda v: _is_integer(v) and v >= low, int)
 
 
-def number(*, above=-math.inf, at_least=-math.inf, below=math.inf, at_most=math.inf) -> Rule:
-    """A finite number within the limits; whole numbers are numbers too."""
+def number(
+    *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf, at_most: float = math.inf
+) -> Rule:
+    """Returns the rule for a finite number within the limits. Whole numbers are allowed too."""
     limits = {"greater than": above, "at least": at_least, "less than": below, "at most": at_most}
     allowed = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if math.isfinite(limit))
     return Rule(
@@ -61,7 +63,7 @@ def text(empty: bool = False) -> Rule:
 
 
 def sequence(of: str, accepts: Callable[[Any], bool], length: int | None = None) -> Rule:
-    def accepts_all(value) -> bool:
+    def accepts_all(value: Any) -> bool:
         right_length = isinstance(value, tuple | list) and (len(value) == length if length else len(value) > 0)
         return right_length and all(map(accepts, value))
 
@@ -72,27 +74,27 @@ def optional(rule: Rule) -> Rule:
     return replace(rule, wanted=f"None or {rule.wanted}", accepts=lambda v: v is None or rule.accepts(v), optional=True)
 
 
-def _is_integer(value) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_finite(value) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_name(value) -> bool:
+def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_folder_name(value) -> bool:
-    """A file name on any system, or "": short enough that what is appended to it still is one."""
+def _is_folder_name(value: Any) -> bool:
+    """Whether a value is empty or a file name on any system, short enough that a suffix can be appended to it."""
     if not isinstance(value, str) or value in (".", "..") or len(os.fsencode(value)) > 200:
         return False
     return not any(character in "/\\" or ord(character) < 32 for character in value)
 
 
-def is_repo_name(value) -> bool:
-    """Whether the Hugging Face hub would have a repository of that name, "user/name"."""
+def is_repo_name(value: Any) -> bool:
+    """Whether the Hugging Face hub allows a repository of that name, "user/name"."""
     part = r"\w([\w.-]{0,94}\w)?"
     named = isinstance(value, str) and re.fullmatch(f"{part}/{part}", value, re.ASCII) is not None
     return named and not ("--" in value or ".." in value or value.endswith(".git"))
@@ -103,12 +105,12 @@ def whole_number_to(low: int, high: int) -> Rule:
 
 
 def shares(length: int) -> Rule:
-    """So many numbers from 0 to 1."""
+    """Returns the rule for `length` numbers from 0 to 1."""
     return sequence("numbers from 0 to 1", lambda v: _is_finite(v) and 0 <= v <= 1, length)
 
 
 def option(of: Option) -> Rule:
-    """The rule of one option of a built-in reward."""
+    """Returns the rule for one option of a built-in reward."""
     low, high = of.limits or (-math.inf, math.inf)
     if of.choices:
         rule = choice(*of.choices)
@@ -130,7 +132,7 @@ INTEGERS = sequence("whole numbers", _is_integer, length=2)
 NUMBERS = sequence("finite numbers", _is_finite)
 FOLDER_NAME = Rule("a plain folder name of at most 200 bytes, without / and \\", _is_folder_name, str)
 REPO_NAME = Rule(
-    "empty or 'user/name', each of at most 96 letters, digits, '_', '-' and '.', such as the hub allows",
+    "empty or 'user/name', each part of at most 96 letters, digits, '_', '-' and '.', as the hub allows",
     lambda value: value == "" or is_repo_name(value),
     str,
 )

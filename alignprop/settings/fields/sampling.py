@@ -1,4 +1,4 @@
-"""Fields of sampling and of the estimator: which part of the chain carries gradient."""
+"""The fields of sampling, and of the estimator, which decides which part of the chain carries gradient."""
 
 from alignprop.settings.fields.field import ALIGN_PROP, GRADIENTS, GUIDANCE, TRAINING, Field, estimator
 from alignprop.settings.fields.rules import COUNT, INTEGERS, choice, integer, number, optional, text
@@ -6,87 +6,101 @@ from alignprop.settings.fields.rules import COUNT, INTEGERS, choice, integer, nu
 SAMPLING = (
     Field(
         "num_inference_steps", 50, integer(1),
-        "Sampler steps of an evaluation, and of training unless train.num_inference_steps is set.",
+        "The number of sampler steps for each picture. Training uses train.num_inference_steps instead if that is set.",
     ),
     Field(
         "guidance_scale", 7.5, number(at_least=1),
-        "The strength of classifier-free guidance. 1 is none and halves the cost of a network call. For FLUX.1-dev it "
-        "is an input of the network.",
+        "The strength of classifier-free guidance. 1 switches guidance off, which halves the cost of a network call. "
+        "FLUX.1-dev takes the value as an input of its network.",
     ),
     Field(
         "true_cfg_scale", 1.0, number(at_least=1),
-        "FLUX.1 only: classifier-free guidance on top of that. 1 is none.",
+        "The strength of classifier-free guidance by an empty prompt, on top of guidance_scale. 1 switches it off, and "
+        "is the only value for models other than FLUX.1. Other values double the cost of a network call.",
     ),
     Field(
         "eta", 0.0, number(at_least=0, at_most=1),
-        "The noise of the DDIM sampler: 0 is deterministic, 1 is ancestral sampling.",
+        "How much noise each sampler step adds. 0 is a deterministic chain, and 1 is ancestral sampling. DDPO needs a "
+        "value above 0.",
     ),
 )  # fmt: skip
 
 ESTIMATOR = (
     Field(
         "estimator", "randomized", text(),
-        "Which steps carry gradient: 'full', 'truncated', 'randomized', 'per_step', 'draft_lv', 'refl', 'drtune', "
-        "'sparse', 'bridge', 'lagrange' or 'leapalign'. docs/estimators.md compares them.", (TRAINING, ALIGN_PROP),
+        "The method that decides which sampler steps carry gradient: 'full', 'truncated', 'randomized', 'per_step', "
+        "'draft_lv', 'refl', 'drtune', 'sparse', 'bridge', 'lagrange' or 'leapalign'. docs/estimators.md compares "
+        "them.", (TRAINING, ALIGN_PROP),
     ),
     Field(
         "trunc_backprop_timestep", None, optional(integer(0)),
-        "The first sampler step with gradient. None: the last step of the chain.", estimator("truncated"),
+        "The first sampler step with gradient, counted from 0. All later steps have gradient too. None takes the last "
+        "step of the chain.", estimator("truncated"),
     ),
     Field(
         "truncated_backprop_minmax", None, optional(INTEGERS),
-        "The range from which that first step is drawn: (0, 50) gives K = 1 … 50 of 50 steps. None: the whole chain.",
+        "The range (low, high) of the draws. 'randomized' draws the first step with gradient from low to high - 1, so "
+        "that (0, 50) gives the last K = 1 … 50 of 50 steps. 'per_step' draws a number from low to high for each step, "
+        "and the step has gradient if this number is at most the step's index. None takes the whole chain.",
         estimator("randomized", "per_step"),
     ),
     Field(
         "plan.num_active", None, optional(COUNT),
-        "How many steps carry gradient. None: 3 for drtune, 4 for sparse, 5 for bridge, 2 in a leap of lagrange.",
+        "The number of steps with gradient. With lagrange it is the number in each of the two leaps. None means 3 for "
+        "drtune, 4 for sparse, 5 for bridge and 2 for lagrange.",
         estimator("drtune", "sparse", "bridge", "lagrange"),
     ),
     Field(
         "plan.exit_window", None, optional(number(above=0, at_most=1)),
-        "The share of the chain's steps, at its end, in which the chain is left. None: 0.25 for refl, 0.4 for drtune.",
+        "The share of the chain, at its end, from which the exit step is drawn. The reward sees the clean latents that "
+        "the exit step predicts. None means 0.25 for refl and 0.4 for drtune.",
         estimator("refl", "drtune"),
     ),
     Field(
         "plan.copies", None, optional(COUNT),
-        "How many further noises the last step is called with. None: 2.", estimator("draft_lv"),
+        "The number of further noise draws with which the last step is called. The gradient is averaged over all "
+        "calls. None means 2.", estimator("draft_lv"),
     ),
     Field(
         "plan.late_bias", None, optional(number(at_least=0)),
-        "Step i is drawn with weight (i + 1)^late_bias. None: 1 for sparse, 4 for bridge.",
+        "How strongly late steps are preferred: step i is drawn with the weight (i + 1)^late_bias. With bridge, i "
+        "counts from 0 on each side of the split. None means 1 for sparse and 4 for bridge.",
         estimator("sparse", "bridge"),
     ),
     Field(
         "plan.rescale", None, optional(number(at_least=0, at_most=1)),
-        "How far the active steps stand for all steps; 1: entirely. None: 0.5 for sparse, 0 for bridge.",
+        "How far the gradients of the active steps are enlarged to make up for the other steps. 0 does not enlarge "
+        "them, and 1 makes up for all other steps. None means 0.5 for sparse and 0 for bridge.",
         estimator("sparse", "bridge"),
     ),
     Field(
         "plan.coupling", None, optional(number(at_least=0, at_most=1)),
-        "The share of ∂f/∂x that passes the split of the chain. None: 0.5 for bridge, 0.1 for lagrange, 0.3 for "
-        "leapalign.", estimator("bridge", "lagrange", "leapalign"),
+        "The share of ∂f/∂x, the network's derivative by its input, that passes the split of the chain. None means 0.5 "
+        "for bridge, 0.1 for lagrange and 0.3 for leapalign.", estimator("bridge", "lagrange", "leapalign"),
     ),
     Field(
-        "plan.order", None, optional(COUNT), "The supports of a leap. None: 3.", estimator("lagrange"),
+        "plan.order", None, optional(COUNT),
+        "The number of supports in a leap: the steps between which the network's output is interpolated. None means 3.",
+        estimator("lagrange"),
     ),
     Field(
         "plan.support_scale", None, optional(number(above=0, at_most=1)),
-        "Multiplies the gradient of all supports but the first. None: 0.25.", estimator("lagrange"),
+        "Multiplies the gradient of each support of a leap except the first. None means 0.25.", estimator("lagrange"),
     ),
     Field(
         "guidance_grad", "both", choice("both", "cond"),
-        "The branches of guidance that carry gradient: 'both', or the conditional one alone, which is an approximation "
-        "and halves the sweep's cost.", (GRADIENTS, GUIDANCE),
+        "The branches of classifier-free guidance that carry gradient. 'both' is exact. 'cond' is the conditional "
+        "branch alone, which is an approximation and halves the cost of the sweep.", (GRADIENTS, GUIDANCE),
     ),
     Field(
         "adjoint_clip", 0.0, number(at_least=0),
-        "The largest growth of a sample's ∂R/∂x on its way down the chain, as a ratio. 0: no limit.",
+        "The largest norm that a sample's gradient ∂R/∂x may reach on its way down the chain, as a multiple of its "
+        "norm at the end of the chain. 0 sets no limit.",
         (TRAINING, ALIGN_PROP),
     ),
 )  # fmt: skip
 
-# The estimators that have each field of `plan`.
+# Maps each field of `plan` to the estimators that use it.
 PLAN_FIELDS = {
     field.name.removeprefix("plan."): field.effects[-1].names for field in ESTIMATOR if field.name.startswith("plan.")
 }

@@ -1,4 +1,4 @@
-"""Fields of training: batches, steps and the optimizer."""
+"""The fields of training: batches, steps and the optimizer."""
 
 from alignprop.settings.fields.field import ALIGN_PROP, EVALUATION, TRAINING, Field, needs
 from alignprop.settings.fields.rules import COUNT, COUNT_OR_AUTO, choice, integer, number, optional
@@ -6,51 +6,69 @@ from alignprop.settings.fields.rules import COUNT, COUNT_OR_AUTO, choice, intege
 ADAMW = needs("train.optimizer = 'adamw'", lambda c: c.train.optimizer == "adamw")
 
 FIELDS = (
-    Field("num_epochs", 100, COUNT, "Passes of total_samples_per_epoch samples.", (TRAINING,)),
+    Field(
+        "num_epochs", 100, COUNT, "The number of epochs. Each has train.total_samples_per_epoch samples.", (TRAINING,),
+    ),
     Field(
         "per_gpu_capacity", 4, COUNT_OR_AUTO,
-        "The most samples in one micro-batch on one GPU. The largest number up to it that divides a GPU's share of a "
-        "step is taken. 'auto': the most that fit. It changes results by rounding only.", (EVALUATION,),
+        "The largest number of samples in one micro-batch on one GPU. Training uses the largest number up to it that "
+        "divides a GPU's share of an optimizer step. 'auto' takes the most that fit the GPU's memory, up to 16, or at "
+        "most 4 without a GPU or without training. The value changes results only by rounding.", (EVALUATION,),
     ),
-    Field("train.total_batch_size", 128, COUNT, "Samples of an optimizer step, over all processes.", (TRAINING,)),
-    Field("train.total_samples_per_epoch", 256, COUNT, "Samples of an epoch, over all processes.", (TRAINING,)),
+    Field(
+        "train.total_batch_size", 128, COUNT,
+        "The number of samples in an optimizer step, over all processes. It must be a multiple of the number of "
+        "processes.", (TRAINING,),
+    ),
+    Field(
+        "train.total_samples_per_epoch", 256, COUNT,
+        "The number of samples in an epoch, over all processes. It must be a multiple of train.total_batch_size.",
+        (TRAINING,),
+    ),
     Field(
         "train.num_inference_steps", None, optional(integer(1)),
-        "Sampler steps of training; 10 to 25 are cheaper. None: num_inference_steps.", (TRAINING,),
+        "The number of sampler steps in training. 10 to 25 steps are cheaper. None takes num_inference_steps.",
+        (TRAINING,),
     ),
     Field(
         "train.optimizer", "adamw", choice("adamw", "adafactor", "sgd"),
-        "The optimizer, of torch. Adafactor needs less memory in full fine-tuning.", (TRAINING,),
+        "The optimizer, as torch implements it. 'adafactor' needs less memory than 'adamw' if all weights are trained.",
+        (TRAINING,),
     ),
-    Field("train.learning_rate", 1e-3, number(above=0), "The learning rate; it is constant.", (TRAINING,)),
+    Field("train.learning_rate", 1e-3, number(above=0), "The learning rate, which stays constant.", (TRAINING,)),
     Field(
         "train.adam_beta1", 0.9, number(at_least=0, below=1),
-        "The decay, per step, of the gradient's running mean.", (TRAINING, ADAMW),
+        "The decay of the running mean of the gradient, per optimizer step.", (TRAINING, ADAMW),
     ),
     Field(
         "train.adam_beta2", 0.999, number(at_least=0, below=1),
-        "The decay, per step, of the squared gradient's running mean.", (TRAINING, ADAMW),
+        "The decay of the running mean of the squared gradient, per optimizer step.", (TRAINING, ADAMW),
     ),
     Field(
         "train.adam_weight_decay", 0.1, number(at_least=0),
-        "The weight decay of every optimizer, per step and times the learning rate.", (TRAINING,),
+        "The weight decay per optimizer step, multiplied by the learning rate. All optimizers use it.", (TRAINING,),
     ),
     Field(
         "train.adam_epsilon", 1e-8, number(above=0),
-        "Added to the root of the squared gradient's mean, against a division by zero.", (TRAINING, ADAMW),
+        "A small number that is added to the root of the mean squared gradient, to avoid a division by zero.",
+        (TRAINING, ADAMW),
     ),
     Field(
-        "train.max_grad_norm", 5.0, number(above=0), "Gradients of an optimizer step are clipped to this norm.",
+        "train.max_grad_norm", 5.0, number(above=0), "The norm to which the gradient of an optimizer step is clipped.",
         (TRAINING,),
     ),
-    Field("train.loss_coeff", 0.01, number(above=0), "Multiplies the loss.", (TRAINING, ALIGN_PROP)),
+    Field(
+        "train.loss_coeff", 0.01, number(above=0), "Multiplies the loss of a sample, and so does grad_scale.",
+        (TRAINING, ALIGN_PROP),
+    ),
     Field(
         "train.ema_decay", 0.0, number(at_least=0, below=1),
-        "The decay, per step, of a moving average of the trained weights, which evaluations and saved files then use. "
-        "0: none.", (TRAINING,),
+        "The decay per optimizer step of a moving average of the trained weights. Evaluations and saved weights then "
+        "use the average. 0 keeps no average.", (TRAINING,),
     ),
     Field(
         "train.max_skipped_steps", 10, COUNT,
-        "So many optimizer steps in a row that are skipped, because they are not finite, end the run.", (TRAINING,),
+        "An optimizer step whose loss or gradient is not finite is skipped. The run ends with an error after this many "
+        "skipped steps in a row, or if a shorter run skips all its steps.", (TRAINING,),
     ),
 )  # fmt: skip
