@@ -8,7 +8,12 @@ alignprop/command.py reads the flags; its `run_task` imports the trainer or the 
 
 import sys
 
-from alignprop.command import run_flags
+try:
+    from alignprop.command import run_flags
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("alignprop"):
+        raise
+    sys.exit(f"error: the package {error.name!r} is not installed; activate the environment, or `pip install -e .`")
 
 if __name__ == "__main__":
     run_flags(sys.argv)

@@ -90,7 +90,8 @@ def parse(prompt: str, config: dict) -> list[int]:
         colours, shapes = "/".join(config["colours"]), "/".join(config["shapes"])
         raise RewardError(
             f"prompt {prompt!r}: the judge reads only '<a|two|three> <colour> <shape>[s] on a <colour> background', "
-            f"colours {colours}, shapes {shapes}; for other prompts drop the rewards.tiny_judge ones and tiny_count"
+            f"colours {colours}, shapes {shapes}; for other prompts, take tiny_count and the "
+            "rewards.tiny_judge ones out of reward_fn and eval_reward_fn"
         ) from None
 
 

@@ -38,6 +38,8 @@ def test_a_preset_is_found_by_its_name_from_anywhere(name, file, tmp_path, monke
 def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ddpo.py").write_text("")
+    (tmp_path / "hps").mkdir()
+    assert preset_file("hps") == str(CONFIG / "align_prop.py:hps")  # a folder is no configuration
     assert preset_file("ddpo.py:mine") == "ddpo.py:mine"
     with pytest.raises(ConfigError, match=r"^--config = 'hbs' is not one of .*; did you mean 'hps'"):
         preset_file("hbs")

@@ -308,6 +308,13 @@ def test_combinations_of_newer_fields_that_cannot_run(fields, message):
         resolve(preset(**fields), 1)
 
 
+def test_what_only_training_uses_is_checked_for_training_only():
+    fields = dict(task="evaluate", kl_coeff=0.1, use_lora=False, loss="ceiling", loss_target=None)
+    assert resolve(preset(**fields), 1).task == "evaluate"
+    unused = warnings_for(resolve(preset(**fields), 1), ["kl_coeff", "loss", "compile"])
+    assert [line.split(" ")[0] for line in unused] == ["kl_coeff", "loss", "compile"]
+
+
 def test_every_preset_resolves():
     for name in PRESETS:
         resolve(preset(name, **({"resume_from": "x"} if "soup" in name else {})), 1)
