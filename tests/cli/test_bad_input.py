@@ -358,7 +358,7 @@ def test_odd_prompts_and_paths_write_into_the_run_folder_alone(tmp_path, pipelin
     done, _, before, after = attempt(row, tmp_path / "here", pipeline_folder)
     assert done.returncode == 0, done.stderr
     (warning,) = [line for line in re.split(r"[\r\n]|\x1b\[A", done.stderr) if line.strip() and "%|" not in line]
-    assert warning.startswith("warning: prompts are truncated to 75 tokens") and "others" in warning
+    assert warning.startswith("warning: prompts are truncated to 75 tokens") and "every other prompt" in warning
 
     assert {file: stat for file, stat in after.items() if file.split("/")[0] != "logs"} == before
     assert {path.name for path in (tmp_path / "here" / "logs").iterdir()} == {"r"}

@@ -48,7 +48,9 @@ def test_a_process_that_ends_with_an_error_does_what_was_submitted():
 def test_without_the_packages_it_says_so_in_one_line():
     done = subprocess.run([sys.executable, "-S", "main.py"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: the package 'absl' is not installed; activate") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: the package 'absl' is not installed; activate") and done.stderr.count("\n") == 1
+    )
 
 
 def test_what_finds_mistakes_loads_no_torch():

@@ -367,7 +367,9 @@ def test_a_run_names_its_base_model(lora, toy_config, tmp_path):
 def test_a_single_file_has_its_configuration_elsewhere(lora, pipelines, tmp_path):
     run = make_run(lora[0], tmp_path / "run", model="model.safetensors", config=str(pipelines["epsilon"]))
     assert export_lora(run, tmp_path / "out.safetensors", "kohya").checked
-    with pytest.raises(ConfigError, match=r"--base is needed, a pipeline's folder: .* single file 'model.safetensors'"):
+    with pytest.raises(
+        ConfigError, match=r"--base must name a pipeline folder, because .* single file 'model.safetensors'"
+    ):
         export_lora(run, tmp_path / "out", "merged")
 
 

@@ -122,8 +122,8 @@ def test_what_is_resumed_with_other_settings_is_said(toy_config, capsys):
     first = train(toy_config(run_name="r", num_epochs=1))
     AlignPropTrainer(toy_config(resume_from=str(first.run.folder), train__learning_rate=5e-4))
     told = capsys.readouterr().out
-    assert "  with another train.learning_rate: 0.004 → 0.0005\n" in told
-    assert told.count("with another") == 2  # num_epochs
+    assert "  changed: train.learning_rate: 0.004 → 0.0005\n" in told
+    assert told.count("  changed: ") == 2  # num_epochs
 
 
 def test_resuming_an_earlier_checkpoint_drops_the_later_rows(toy_config):
