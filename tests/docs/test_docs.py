@@ -215,6 +215,6 @@ def test_links_lead_somewhere(page):
 
 
 def test_nothing_is_overlooked():
-    assert len(MAIN) > 20 and len(SCRIPTS) > 8 and len(FLAG_BLOCKS) > 2 and len(FLAGS) > 5 and len(SNIPPETS) > 4
+    assert len(MAIN) > 20 and len(SCRIPTS) > 8 and len(FLAG_BLOCKS) > 1 and len(FLAGS) > 5 and len(SNIPPETS) > 4
     found = [line for page in PAGES for line in overlooked(page)]
     assert [line for line in found if '"$@"' not in line] == []  # what is passed on by a script is test_slurm_doc.py's
