@@ -12,18 +12,17 @@ advantages, and makes the updates.
 import math
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from alignprop.callbacks import PromptSource, RewardFunction, SamplesHook, check_given
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_fsdp
 from alignprop.loop import TrainingLoop, now
 from alignprop.method.samplers import Sampler
-from alignprop.models.base import Conditioning, Model, encode, select
+from alignprop.models.base import Conditioning, encode, select
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import chunks
@@ -93,34 +92,22 @@ class Samples:
 class DDPOTrainer(TrainingLoop):
     """Trains a LoRA, or the whole denoiser, with any reward, by policy gradient.
 
-    TrainingLoop (loop.py) says more about the arguments.
-
-    Args:
-        config: the configuration (config/ddpo.py).
-        reward_function: used instead of the reward that the configuration names.
-        prompt_function: used instead of the prompts that the configuration names.
-        model: used instead of the model that the configuration names.
-        image_samples_hook: called with the pictures of every evaluation.
-
-    Raises:
-        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
+    TrainingLoop (loop.py) explains the arguments of the constructor.
     """
 
-    def __init__(
-        self, config: ConfigDict, reward_function: RewardFunction | None = None,
-        prompt_function: PromptSource | None = None, model: Model | None = None,
-        image_samples_hook: SamplesHook | None = None,
-    ):  # fmt: skip
-        check_given(config, model, image_samples_hook)
-        self.statistics = PromptStatistics(config.ddpo.per_prompt_buffer, config.ddpo.per_prompt_min_count)
-        super().__init__(config, reward_function, prompt_function, model, image_samples_hook)
+    def check_run(self) -> None:
         if is_fsdp(self.run.accelerator):
             raise ConfigError("algorithm = 'ddpo' does not run under FSDP; use one of the other configurations")
         if not self.noisy_steps:
             raise ConfigError(
-                f"ddpo.min_noise = {config.ddpo.min_noise} must be less than the noise of the sampler's noisiest step, "
-                f"{float(self.run.rollout.sampler.s.max()):.4g}"
+                f"ddpo.min_noise = {self.config.ddpo.min_noise} must be less than the noise of the sampler's noisiest "
+                f"step, {float(self.run.rollout.sampler.s.max()):.4g}"
             )
+
+    @cached_property
+    def statistics(self) -> PromptStatistics:
+        """The newest rewards of each prompt."""
+        return PromptStatistics(self.config.ddpo.per_prompt_buffer, self.config.ddpo.per_prompt_min_count)
 
     @property
     def noisy_steps(self) -> list[int]:

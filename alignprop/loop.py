@@ -10,7 +10,15 @@ import torch
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from alignprop.callbacks import PromptFunction, PromptSource, RewardFunction, SamplesHook, call_hook, with_names
+from alignprop.callbacks import (
+    PromptFunction,
+    PromptSource,
+    RewardFunction,
+    SamplesHook,
+    call_hook,
+    check_given,
+    with_names,
+)
 from alignprop.engine.processes import on_main
 from alignprop.engine.sharding import is_fsdp
 from alignprop.engine.speed import compile_blocks
@@ -46,24 +54,30 @@ class TrainingLoop:
         image_samples_hook: called as `hook(data, global_step, tracker)` by the main process at every evaluation. `data`
             has the first `max_vis_images` pictures (callbacks.call_hook). `tracker` is the first tracker of
             `log_with`, or None.
-        needs_gradient: whether the reward must be differentiable.
+
+    Attributes:
+        needs_gradient: whether the reward must be differentiable; of the class.
 
     Raises:
         ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
 
+    needs_gradient = False
+
     def __init__(
         self, config: ConfigDict, reward_function: RewardFunction | None = None,
         prompt_function: PromptSource | None = None, model: Model | None = None,
         image_samples_hook: SamplesHook | None = None,
-        needs_gradient: bool = False,
     ):  # fmt: skip
+        check_given(config, model, image_samples_hook)
+        self.check_config(config)
         self.image_samples_hook = image_samples_hook
         own_prompts = PromptFunction(prompt_function) if prompt_function else None
         self.prompts = own_prompts or load_prompts(config.prompt_fn, "prompt_fn")
         named = with_names(config, prompt_fn=prompt_function)
-        self.run = run = build_run(named, reward_function, model, needs_gradient, own_prompts)
+        self.run = run = build_run(named, reward_function, model, self.needs_gradient, own_prompts)
         self.config = c = run.config
+        self.check_run()
         for field, function in (("reward_fn", reward_function), ("prompt_fn", prompt_function)):
             if function:
                 run.say(f"{field} = {config[field]!r} is not used: {c[field]} takes its place")
@@ -85,6 +99,12 @@ class TrainingLoop:
         is_open = "auto" in (c.memory_policy, c.per_gpu_capacity)
         if is_open and run.accelerator.device.type == "cuda" and not is_fsdp(run.accelerator):
             self._try_policy()
+
+    def check_config(self, config: ConfigDict) -> None:
+        """Raises ConfigError if the method cannot train with `config`. It is called before anything is loaded."""
+
+    def check_run(self) -> None:
+        """Raises ConfigError if the method cannot train with `run`, which has the model and its sampler."""
 
     @property
     def last_step(self) -> int:

@@ -10,20 +10,19 @@ The method is from Prabhudesai et al. 2023, arXiv 2310.03739. `AlignPropTrainer.
 The loop around the steps is in loop.py.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from alignprop.callbacks import PromptSource, RewardFunction, SamplesHook, check_given
 from alignprop.engine.seeding import generator, seed_global
 from alignprop.loop import TrainingLoop, now
 from alignprop.method import estimators
-from alignprop.method.estimators import ESTIMATORS, build_estimator
+from alignprop.method.estimators import ESTIMATORS, Estimator, build_estimator
 from alignprop.method.gradient import RewardGradient, SampleValues
 from alignprop.method.plans import GradientPlan
-from alignprop.models.base import Model
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import one_of
 from alignprop.settings.options import estimator_options, gradient_options
@@ -32,28 +31,18 @@ from alignprop.settings.options import estimator_options, gradient_options
 class AlignPropTrainer(TrainingLoop):
     """Trains a LoRA, or the whole denoiser, by back-propagating a differentiable reward.
 
-    TrainingLoop (loop.py) says more about the arguments.
-
-    Args:
-        config: the configuration (docs/config.md).
-        reward_function: used instead of the reward that the configuration names.
-        prompt_function: used instead of the prompts that the configuration names.
-        model: used instead of the model that the configuration names.
-        image_samples_hook: called with the pictures of every evaluation.
-
-    Raises:
-        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
+    TrainingLoop (loop.py) explains the arguments of the constructor.
     """
 
-    def __init__(
-        self, config: ConfigDict, reward_function: RewardFunction | None = None,
-        prompt_function: PromptSource | None = None, model: Model | None = None,
-        image_samples_hook: SamplesHook | None = None,
-    ):  # fmt: skip
-        check_given(config, model, image_samples_hook)
-        one_of("estimator", config.estimator, [name for name in ESTIMATORS if name != "none"])
-        super().__init__(config, reward_function, prompt_function, model, image_samples_hook, needs_gradient=True)
-        self.estimator = build_estimator(config.estimator, **estimator_options(self.config))
+    needs_gradient = True
+
+    def check_config(self, config: ConfigDict) -> None:
+        one_of("estimator", config.estimator, ESTIMATORS)
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        """Draws the plan of a step."""
+        return build_estimator(self.config.estimator, **estimator_options(self.config))
 
     def step(self) -> dict[str, Any]:
         """Makes one optimizer step over `total_batch_size` samples (Algorithm 1), and returns its metrics row."""

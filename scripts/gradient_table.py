@@ -34,7 +34,6 @@ from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config
 from tests.helpers.definitions import DEFINITIONS, Chain
 
-NAMES = [name for name in ESTIMATORS if name != "none"]
 SIZE = 8
 
 
@@ -88,7 +87,7 @@ def options_of(name: str, trainer) -> dict:
 def measure(trainer, batches: int) -> dict[str, dict]:
     full = [sweep_gradient(trainer, (0, d), plan_of(trainer, "full", d)) for d in tqdm(range(batches), "full")]
     exact, rows = torch.stack(full), {}
-    for name in NAMES:
+    for name in ESTIMATORS:
         found = exact
         if name != "full":
             keys = tqdm(range(batches), name, leave=False)

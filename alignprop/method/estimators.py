@@ -18,14 +18,9 @@ import torch
 from alignprop.method.plans import GradientPlan, late_biased, stratified_integers, stratified_pairs
 from alignprop.method.quadrature import contributions, interpolation_weights, supports
 from alignprop.method.samplers import Sampler
-from alignprop.settings.errors import ConfigError
+from alignprop.settings.errors import ConfigError, one_of
 
 Estimator = Callable[[Sampler, int, torch.Generator], GradientPlan]
-
-
-def none(sampler, num_samples, generator=None) -> GradientPlan:
-    """No gradient at all, for evaluation."""
-    return GradientPlan.exact(torch.zeros(sampler.num_steps, num_samples, dtype=torch.bool))
 
 
 def full(sampler, num_samples, generator=None) -> GradientPlan:
@@ -190,20 +185,34 @@ def leapalign(sampler, num_samples, generator, *, coupling=0.3) -> GradientPlan:
 ESTIMATORS = {
     function.__name__: function
     for function in (
-        none, full, truncated, randomized, per_step, draft_lv, refl, drtune, sparse, bridge, lagrange, leapalign
+        full,
+        truncated,
+        randomized,
+        per_step,
+        draft_lv,
+        refl,
+        drtune,
+        sparse,
+        bridge,
+        lagrange,
+        leapalign,
     )
-}  # fmt: skip
+}
 
 
 def build_estimator(name: str, **options) -> Estimator:
-    """Returns the estimator called `name`, a key of ESTIMATORS, with its options set.
+    """Returns the estimator called `name`, with its options set.
 
     Args:
-        name: the name of the estimator.
+        name: a key of ESTIMATORS.
         options: `first` is the field `trunc_backprop_timestep`, 0 … N-1. `minmax` is the field
             `truncated_backprop_minmax`, 0 <= minmax[0] < minmax[1] <= N. The other options are the fields of `plan`.
             An option that is None gets the estimator's default. Options that the estimator does not take are ignored.
+
+    Raises:
+        ConfigError: there is no such estimator.
     """
+    one_of("estimator", name, ESTIMATORS)
     taken = inspect.signature(ESTIMATORS[name]).parameters
     return partial(ESTIMATORS[name], **{k: v for k, v in options.items() if k in taken and v is not None})
 

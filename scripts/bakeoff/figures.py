@@ -3,12 +3,14 @@
 import statistics
 from pathlib import Path
 
-COLOURS = {
-    "full": "#1f77b4", "truncated": "#ff7f0e", "randomized": "#d62728", "per_step": "#e377c2", "draft_lv": "#bcbd22",
-    "refl": "#8c564b", "drtune": "#2ca02c", "sparse": "#17becf", "bridge": "#00429d", "lagrange": "#9467bd",
-    "leapalign": "#e6ab02", "ddpo": "#000000",
+# The colour and the marker of each method.
+STYLES = {
+    "full": ("#1f77b4", "o"), "truncated": ("#ff7f0e", "s"), "randomized": ("#d62728", "D"),
+    "per_step": ("#e377c2", "v"), "draft_lv": ("#bcbd22", "^"), "refl": ("#8c564b", "<"), "drtune": ("#2ca02c", ">"),
+    "sparse": ("#17becf", "p"), "bridge": ("#00429d", "P"), "lagrange": ("#9467bd", "X"),
+    "leapalign": ("#e6ab02", "*"), "ddpo": ("#000000", "h"),
 }  # fmt: skip
-MARKERS = dict(zip(COLOURS, "osDv^<>pPX*h", strict=True))
+OTHER = ("#7f7f7f", ".")
 AXES = {"samples": "samples of training", "seconds": "processor seconds of training"}
 
 
@@ -55,7 +57,8 @@ def _draw_curves(panel, curves, reward, methods, axis, budget) -> None:
     score = lambda m: (methods[m][f"reward_at_{axis}"] or {"mean": float("-inf")})["mean"]  # noqa: E731
     for method in sorted((m for m in methods if m != "base"), key=score, reverse=True):
         points = mean_curve(curves, reward, method)[1:]
-        style = {"color": COLOURS[method], "marker": MARKERS[method], "linewidth": 2.4 if method == "ddpo" else 1.5}
+        colour, marker = STYLES.get(method, OTHER)
+        style = {"color": colour, "marker": marker, "linewidth": 2.4 if method == "ddpo" else 1.5}
         panel.plot([p[axis] for p in points], [p["reward"] for p in points], label=method, markersize=5, **style)
     panel.axhline(methods["base"]["reward_at_samples"]["mean"], color="grey", linestyle=":", label="base model")
     panel.axvline(budget, color="grey", linewidth=0.8, alpha=0.6)
@@ -69,7 +72,8 @@ def _draw_bars(panel, methods, measure) -> None:
     names = [m for m in methods if m != "base" and methods[m][measure]]
     means = [methods[m][measure]["mean"] for m in names]
     errors = [methods[m][measure]["stderr"] or 0 for m in names]
-    panel.barh(names[::-1], means[::-1], xerr=errors[::-1], color=[COLOURS[m] for m in names[::-1]], capsize=3)
+    colours = [STYLES.get(m, OTHER)[0] for m in names[::-1]]
+    panel.barh(names[::-1], means[::-1], xerr=errors[::-1], color=colours, capsize=3)
     if methods["base"][measure]:
         panel.axvline(methods["base"][measure]["mean"], color="grey", linestyle=":")
     panel.set(xlabel=f"{measure}; dotted: base model")

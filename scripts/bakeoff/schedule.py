@@ -23,7 +23,7 @@ from alignprop.stopping import STOPPED
 from scripts.bakeoff.curves import curve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-METHODS = [*(name for name in ESTIMATORS if name != "none"), "ddpo"]
+METHODS = [*ESTIMATORS, "ddpo"]
 REWARDS = {"aesthetic_clip": "aesthetic:1,clip:40", "jpeg": "jpeg_proxy"}
 MEASURED = "aesthetic,clip,rewards.tiny_judge:rating,rewards.tiny_judge:obedience,jpeg_compressibility"
 FIELDS = {  # eta is 1 for all: DDPO needs a sampler with noise, and held-out rewards depend on the sampler

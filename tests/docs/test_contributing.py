@@ -54,7 +54,8 @@ def copy(tmp_path):
     """The repository as somebody has cloned it."""
     for name in ("alignprop", "config", "rewards", "scripts", "tests", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "main.py", tmp_path)
+    for name in ("main.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
@@ -74,7 +75,9 @@ def test_an_estimator(copy):
     (code,) = section("Add an estimator")
     file = copy / "alignprop" / "method" / "estimators.py"
     put(file, code + "\n\n", "ESTIMATORS = {")
-    put(file, ", every_second", "\n    )\n}  # fmt: skip")
+    put(file, "        every_second,\n", "    )\n}\n")
+    checked = call(copy, "-m", "ruff", "check", file)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
     done = call(copy, "main.py", *TINY, "--config.estimator=every_second")
     assert done.returncode == 0, done.stderr[-2000:]
     assert list((copy / "logs" / "r").glob("checkpoints/checkpoint_1/*.safetensors"))

@@ -18,7 +18,6 @@ from tests.unit.test_rollout import guided, make_model, relative_difference
 
 STEPS, BATCH, GUIDANCE = 8, 5, 3.0
 PROMPTS = ["a cat", "two dogs", "a red circle", "a house", "three birds"]
-NAMES = [name for name in ESTIMATORS if name != "none"]
 SET = {"first": 5, "minmax": (0, STEPS)}
 
 
@@ -77,7 +76,7 @@ def draw(name, sampler, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "flow"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_sweep_is_the_definition(pipelines, name, kind):
     model, sampler = chain_of(kind, pipelines, torch.float64)
     plan = draw(name, sampler)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from alignprop.method.estimators import ESTIMATORS
 from alignprop.settings.errors import ConfigError
 from scripts.bakeoff.claims import against_ddpo, claims, differences
 from scripts.bakeoff.curves import curve, mean_error, samples_to_reach, value_at
-from scripts.bakeoff.figures import COLOURS, mean_curve
+from scripts.bakeoff.figures import STYLES, mean_curve
 from scripts.bakeoff.report import busy_seconds, table, write_report
 from scripts.bakeoff.run import keep_flags, main
 from scripts.bakeoff.schedule import METHODS, Bakeoff, BakeRun, Budget, runs_of
@@ -108,7 +109,7 @@ def test_whole_seeds_come_first_and_methods_are_side_by_side():
         "full-jpeg-0", "full-aesthetic_clip-0", "ddpo-jpeg-0", "ddpo-aesthetic_clip-0",
     ]  # fmt: skip
     assert [run.seed for run in runs] == [0] * 4 + [1] * 4
-    assert len(METHODS) == 12 and set(METHODS) == set(COLOURS)
+    assert [*ESTIMATORS, "ddpo"] == METHODS and set(STYLES) <= set(METHODS)
 
 
 @pytest.mark.parametrize(("rewards", "seconds", "covered", "epochs"), [

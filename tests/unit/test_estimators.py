@@ -3,6 +3,7 @@ import torch
 
 from alignprop.engine.seeding import generator
 from alignprop.method import estimators
+from alignprop.method.plans import GradientPlan
 from alignprop.method.samplers import Sampler
 from alignprop.settings.errors import ConfigError
 
@@ -19,10 +20,12 @@ def chain(steps):
 CHAIN = chain(N)
 
 
-def test_full_and_none():
+def test_full():
     assert estimators.full(CHAIN, B).active.all()
-    plan = estimators.none(CHAIN, B)
-    assert not plan.active.any() and plan.first_active == N
+
+
+def test_a_plan_without_an_active_step_has_no_first_one():
+    assert GradientPlan.exact(torch.zeros(N, B, dtype=torch.bool)).first_active == N
 
 
 @pytest.mark.parametrize(("first", "k"), [(49, 1), (45, 5), (0, 50)])
@@ -82,6 +85,11 @@ def test_every_name_builds_a_plan():
     for name in estimators.ESTIMATORS:
         plan = estimators.build_estimator(name, first=N - 1, minmax=(0, N))(CHAIN, B, generator(5))
         assert plan.active.shape == (N, B), name
+
+
+def test_a_misspelt_name_is_told_in_one_line():
+    with pytest.raises(ConfigError, match=r"^estimator = 'trunctated' is not one of .*; did you mean 'truncated'\?$"):
+        estimators.build_estimator("trunctated")
 
 
 def test_draft_lv_has_the_last_step_and_leaves_there():
