@@ -35,7 +35,7 @@ def log_probability(
 
     The authors' code takes this average too. It keeps the importance ratio near 1 whatever the size of the latents.
     """
-    a, b, s = (float(c[i]) for c in (sampler.a, sampler.b, sampler.s))
+    a, b, s = float(sampler.a[i]), float(sampler.b[i, i]), float(sampler.s[i, i])
     squares = ((next_latents - a * latents - b * model_output) / s).square()
     return (-squares / 2 - math.log(s) - math.log(2 * math.pi) / 2).flatten(1).mean(dim=1)
 
@@ -112,7 +112,7 @@ class DDPOTrainer(TrainingLoop):
     @property
     def noisy_steps(self) -> list[int]:
         """The sampler steps that updates may use: those with more noise than `ddpo.min_noise`."""
-        return (self.run.rollout.sampler.s > self.config.ddpo.min_noise).nonzero().squeeze(1).tolist()
+        return (self.run.rollout.sampler.s.diagonal() > self.config.ddpo.min_noise).nonzero().squeeze(1).tolist()
 
     def step(self) -> dict[str, Any]:
         """Samples `total_samples_per_epoch` pictures, makes the updates with them, and returns the metrics row."""
@@ -179,7 +179,7 @@ class DDPOTrainer(TrainingLoop):
         rollout, steps = self.run.rollout, []
         rollout.sample(generators(indices, *key, "noise"), cond, on_step=lambda *step: steps.append(step))
         latents = [steps[0][1], *(x_next for *_, x_next in steps)]
-        logs = {i: log_probability(rollout.sampler, i, *step) for i, *step in steps if rollout.sampler.s[i]}
+        logs = {i: log_probability(rollout.sampler, i, *step) for i, *step in steps if rollout.sampler.s[i, i]}
         return Samples(indices, prompts, [x.cpu() for x in latents], {i: log.cpu() for i, log in logs.items()})
 
     def update(self, block: list[Samples], advantages: torch.Tensor, draw: torch.Generator) -> list[float]:

@@ -27,8 +27,8 @@ def base_distance(
 ) -> torch.Tensor:
     """Returns the mean squared difference of the denoiser's output from the base model's output, [B].
 
-    Both networks see x = α[i]·latents + σ[i]·noise, and only the conditional branch counts. Two steps of a stochastic
-    chain that differ in f only are Gaussians with the same variance. The KL divergence between them is
+    Both networks see scale[i]·(α[i]·latents + σ[i]·noise), and only the conditional branch counts. Two steps of a stochastic
+    one-step chain that differ in f only are Gaussians with the same variance. The KL divergence between them is
     b[i]²/(2·s[i]²)·‖f - f_base‖² (DPOK, Fan et al. 2023, arXiv 2305.16381). The base distance is this divergence up to
     a factor that depends on the step. Ho et al. 2020 (arXiv 2006.11239) leave this weighting of the steps out of their
     loss too. The base distance also has a meaning for a deterministic chain.
@@ -46,8 +46,9 @@ def base_distance(
     """
     sampler, model, f = rollout.sampler, rollout.model, rollout.f
     shape = [-1] + [1] * (latents.dim() - 1)
-    alpha, sigma = (level[steps].to(latents).view(shape) for level in (sampler.alpha, sampler.sigma))
-    x = (alpha * latents + sigma * noise.to(latents)).detach()
+    levels = (sampler.alpha[:-1], sampler.sigma[:-1])
+    alpha, sigma = ((sampler.scale * level)[steps].to(latents).view(shape) for level in levels)
+    x = (alpha * latents + sigma * noise.to(latents)).detach()  # as the network sees x[i]
     timesteps = sampler.timesteps[steps].to(latents.device)
 
     def output(cond: Conditioning) -> torch.Tensor:

@@ -5,7 +5,8 @@ batch before the rollout starts, so a plan can be printed and tested. Every proc
 from this plan. So neither the number of processes nor the micro-batch size changes the plan.
 
 In the equations, f[i] is the network's output at the stored x[i], and sg(·) stops the gradient. f[i] contributes
-c[i]·f[i] to x[j], with c[i] = b[i]·a[i+1]·…·a[j-1]. For flow matching, c[i] is σ[i+1] - σ[i].
+c[i]·f[i] to x[j], with c[i] = b[i,i]·a[i+1]·…·a[j-1] in a one-step method (quadrature.py). For Euler's method and flow
+matching, c[i] is σ[i+1] - σ[i].
 """
 
 import inspect
@@ -16,7 +17,7 @@ from functools import partial
 import torch
 
 from alignprop.method.plans import GradientPlan, late_biased, stratified_integers, stratified_pairs
-from alignprop.method.quadrature import contributions, interpolation_weights, supports
+from alignprop.method.quadrature import contributions, direct_steps, interpolation_weights, supports
 from alignprop.method.samplers import Sampler
 from alignprop.settings.errors import ConfigError, one_of
 
@@ -28,28 +29,28 @@ def full(sampler, num_samples, generator=None) -> GradientPlan:
     return GradientPlan.exact(torch.ones(sampler.num_steps, num_samples, dtype=torch.bool))
 
 
-def truncated(sampler, num_samples, generator=None, *, first: int) -> GradientPlan:
+def truncated(sampler, num_samples, generator=None, *, first: int | None = None) -> GradientPlan:
     """Back-propagation through the last K = N - first steps, from sampler step `first` on.
 
     This is DRaFT-K (Clark et al. 2023, arXiv 2309.17400, sec. 3.2), and for K = 1 AlignProp's truncation to one step
     (arXiv 2310.03739, sec. 4).
     """
-    active = _steps(sampler) >= first
+    active = _steps(sampler) >= (sampler.num_steps - 1 if first is None else first)
     return GradientPlan.exact(active.expand(sampler.num_steps, num_samples))
 
 
-def randomized(sampler, num_samples, generator, *, minmax: tuple[int, int]) -> GradientPlan:
+def randomized(sampler, num_samples, generator, *, minmax: tuple[int, int] | None = None) -> GradientPlan:
     """AlignProp's randomized truncation: each trajectory draws ONE first step, uniform over minmax[0] … minmax[1]-1.
 
     (0, N) draws K = 1 … N, so that at least the last step of every trajectory is active (arXiv 2310.03739, sec. 4,
     eq. 4).
     """
-    low, high = minmax
+    low, high = minmax or (0, sampler.num_steps)
     first = stratified_integers(low, high, num_samples, generator)
     return GradientPlan.exact(_steps(sampler) >= first)
 
 
-def per_step(sampler, num_samples, generator, *, minmax: tuple[int, int]) -> GradientPlan:
+def per_step(sampler, num_samples, generator, *, minmax: tuple[int, int] | None = None) -> GradientPlan:
     """A new truncation step at EVERY sampler step: step i is active if its draw from minmax[0] … minmax[1] is <= i.
 
     AlignProp's released code and TRL's trainer do this instead of the paper's one draw per trajectory. With (0, 50),
@@ -57,7 +58,7 @@ def per_step(sampler, num_samples, generator, *, minmax: tuple[int, int]) -> Gra
     reproduce their results. Both ends of the range are included, as in their code. In their code the samples of a
     micro-batch share the draws. Here each sample draws separately, which gives the same expectation with less variance.
     """
-    low, high = minmax
+    low, high = minmax or (0, sampler.num_steps)
     draws = torch.randint(low, high + 1, (sampler.num_steps, num_samples), generator=generator)
     return GradientPlan.exact(draws <= _steps(sampler))
 
@@ -154,7 +155,8 @@ def lagrange(
     """
     n = _at_least_two(sampler, "lagrange")
     active, weight = torch.zeros(2, n, num_samples, dtype=torch.float64)
-    starts, splits = stratified_pairs(n, num_samples, generator)
+    steps = direct_steps(sampler, at_least=2 if order == 1 else None)
+    starts, splits = (steps[drawn] for drawn in stratified_pairs(len(steps), num_samples, generator))
     for sample, (start, split) in enumerate(zip(starts.tolist(), splits.tolist(), strict=True)):
         for first, end in ((start, split), (split, n)):
             points = supports(first, end, order)
@@ -174,8 +176,8 @@ def leapalign(sampler, num_samples, generator, *, coupling=0.3) -> GradientPlan:
 
         x[j] = A·x[k] + (Σ_{k≤i<j} c[i])·f[k],   x[N] = A·x[j] + (Σ_{i≥j} c[i])·f(α·x[j] + (1-α)·sg(x[j]))
 
-    These equations define the gradient only; the values of x are the rollout's. The pair k < j is uniform, and
-    `coupling` is the discount α. For flow matching the sums are σ[j] - σ[k] and σ[N] - σ[j]. The paper also weights
+    These equations define the gradient only; the values of x are the rollout's. The pair k < j is uniform over the
+    steps with a direct contribution to x[N] (quadrature.py), and `coupling` is the discount α. For flow matching the sums are σ[j] - σ[k] and σ[N] - σ[j]. The paper also weights
     samples by the similarity of leap and rollout, which is left out here. N must be at least 2.
     """
     _at_least_two(sampler, "leapalign")
@@ -235,6 +237,7 @@ def _at_least_two(sampler: Sampler, name: str) -> int:
 
 def _rescaled(sampler: Sampler, active: torch.Tensor, rescale: float) -> torch.Tensor:
     """The weight 1 + rescale·(Σ|c| / Σ_active|c| - 1), the same at all steps of a sample; float64 [N, B]."""
+    direct_steps(sampler)  # raises an error unless all steps are
     size = contributions(sampler, 0, sampler.num_steps).abs()[:, None]
     factor = 1 + rescale * (size.sum() / (size * active).sum(dim=0) - 1)
     return factor.expand(active.shape)

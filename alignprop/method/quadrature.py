@@ -1,8 +1,8 @@
 """Leaps over several steps of a sampling chain, and the weights of the network's outputs in them.
 
-    x[j] = A·x[k] + Σ_{k≤i<j} c[i]·f[i],     c[i] = b[i]·a[i+1]·…·a[j-1]
+    x[j] = A·x[k] + Σ_{k≤i<j} c[i]·f[i],     c[i] = Σ_{i≤n<j} b[n,i]·a[n+1]·…·a[j-1]
 
-This equation is the chain itself. A leap uses f at a few steps only, the supports. At the other steps it replaces f by
+This equation is the chain itself; a multistep method adds outputs before f[k], which are constants here. A leap uses f at a few steps only, the supports. At the other steps it replaces f by
 the polynomial in σ through the supports.
 """
 
@@ -13,19 +13,31 @@ from alignprop.settings.errors import ConfigError
 
 
 def contributions(sampler: Sampler, start: int, end: int) -> torch.Tensor:
-    """Returns c[start] … c[end-1], the weights of f[i] in x[end]; float64 [end - start].
+    """Returns c[start] … c[end-1], the weights of f[i] in x[end]; float64 [end - start]."""
+    a, b = sampler.a[start:end].double(), sampler.b[start:end, start:end].double()
+    later = torch.cat([a[1:].flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.float64)])
+    return later @ b
+
+
+def direct_steps(sampler: Sampler, at_least: int | None = None) -> torch.Tensor:
+    """Returns the steps with a contribution to the end of the chain that is not zero, in order; int64.
+
+    A contribution is zero if a later step keeps nothing of its latents, or if f[i] serves an intermediate point only.
+
+    Args:
+        sampler: the chain.
+        at_least: the number of such steps that are needed; None means all.
 
     Raises:
-        ConfigError: some c[i] is 0, because a later step keeps nothing of its latents or because b[i] is 0.
+        ConfigError: there are fewer.
     """
-    a, b = sampler.a[start:end].double(), sampler.b[start:end].double()
-    later = torch.cat([a[1:].flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.float64)])
-    if not (b * later).all():
+    steps = contributions(sampler, 0, sampler.num_steps).nonzero().flatten()
+    if len(steps) < (sampler.num_steps if at_least is None else at_least):
         raise ConfigError(
             "estimator: this estimator weights each step by its direct contribution to the end of the chain, which is "
             "zero for some steps of this model's sampler; 'randomized' and 'truncated' work with every sampler"
         )
-    return b * later
+    return steps
 
 
 def supports(start: int, end: int, order: int) -> list[int]:
@@ -40,9 +52,14 @@ def interpolation_weights(sampler: Sampler, start: int, end: int, points: list[i
 
     For flow matching, c[i] = σ[i+1] - σ[i], so W[s] is the integral ∫ ℓ_s dσ over the leap, which is FlowBP-Lagrange's
     weight (arXiv 2606.11075). The sum of W over the supports is the sum of c over the steps of the leap.
+
+    Raises:
+        ConfigError: two supports have the same noise level, as in methods of second order.
     """
     c, levels = contributions(sampler, start, end), sampler.sigma.double()
     nodes = levels[points]
+    if len(nodes.unique()) < len(points):
+        raise ConfigError("estimator: 'lagrange' needs another noise level at each step, which this sampler lacks")
     weights = []
     for s in range(len(points)):
         others = torch.cat([nodes[:s], nodes[s + 1 :]])

@@ -2,7 +2,7 @@
 
 Each step i in a window of the chain predicts the clean latents, and takes the gradient of their reward:
 
-    x̂0 = p[i]·x[i] + q[i]·f(x[i], t[i], c)        R = reward(decode(x̂0))        g = ∂R/∂x[i]
+    x̂0 = p[i]·x[i] + q[i]·f[i]                   R = reward(decode(x̂0))        g = ∂R/∂x[i]
 
 It then moves the sampler's next latents along g, each sample separately:
 
@@ -23,7 +23,7 @@ from contextlib import nullcontext
 
 import torch
 
-from alignprop.method.rollout import Rollout
+from alignprop.method.rollout import Past, Rollout
 from alignprop.method.samplers import Sampler
 from alignprop.models.base import Conditioning, Phases, select
 from alignprop.settings.errors import ConfigError
@@ -74,14 +74,14 @@ class RewardGuidance:
         return torch.cat(latents)
 
     def _sample(self, generators, cond, prompts, metadata):
-        latents = self.rollout.model.init_latents(generators)
+        latents, past = self.rollout.start(generators), Past(self.rollout.sampler, generators)
         for i, strength in enumerate(self.strengths.tolist()):
             if strength:
                 model_output, direction = self.look_ahead(i, latents, cond, prompts, metadata)
             else:
                 with self.phases("denoise"):
-                    model_output = self.rollout.f(latents, self._timestep(i, latents), cond)
-            following = self.rollout.next_latents(i, latents, model_output, generators)
+                    model_output = self.rollout.f(*self.rollout.inputs(i, latents), cond)
+            following = self.rollout.next_latents(i, latents, model_output, past)
             if strength:
                 length = _rms(following - latents)  # `direction` has a root mean square of 1
                 following = following + strength * length * direction
@@ -97,22 +97,23 @@ class RewardGuidance:
         Raises:
             rewards.RewardError: the reward's gradient is not finite.
         """
-        f, t = self.rollout.f, self._timestep(i, latents)
-        p, q = (float(c[i]) for c in (self.rollout.sampler.p, self.rollout.sampler.q))
+        f, sampler = self.rollout.f, self.rollout.sampler
+        p, q, scale = (float(c[i]) for c in (sampler.p, sampler.q, sampler.scale))
+        seen, t = self.rollout.inputs(i, latents)
         through_denoiser, graph = self.through == "denoiser", None
         with self.phases("denoise"):
             if through_denoiser and self.rollout.memory.residency == "all":
-                model_output, graph = f.with_graph(latents, t, cond, needs_input=True)
+                model_output, graph = f.with_graph(seen, t, cond, needs_input=True)
             else:  # No graph is kept, because it holds the weights, and these may leave the device.
-                model_output = f(latents, t, cond)
+                model_output = f(seen, t, cond)
         direction = self._into_clean(p * latents + q * model_output, prompts, metadata)
         if through_denoiser:
             with self.phases("sweep"):
                 if graph:
                     products = f.products_of(graph, q * direction, [])
                 else:
-                    products = f.products_at(latents.detach().requires_grad_(), t, cond, q * direction, [])
-            direction = self._unit(p * direction + products.latents)
+                    products = f.products_at(seen.detach().requires_grad_(), t, cond, q * direction, [])
+            direction = self._unit(p * direction + scale * products.latents)
         return model_output, direction
 
     def _into_clean(self, predicted: torch.Tensor, prompts, metadata) -> torch.Tensor:
@@ -137,9 +138,6 @@ class RewardGuidance:
         scaled = gradient / _per_sample(largest.where(largest > 0, 1), gradient)
         size = _rms(scaled)
         return scaled / size.where(size > 0, 1)
-
-    def _timestep(self, i: int, latents: torch.Tensor) -> torch.Tensor:
-        return self.rollout.sampler.timesteps[i].to(latents.device)
 
 
 def strengths(sampler: Sampler, strength: float, schedule: str, window: Sequence[float]) -> torch.Tensor:

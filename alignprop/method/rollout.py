@@ -2,14 +2,14 @@
 
 The forward pass runs the chain without gradient and keeps its latents, which are small:
 
-    x[i+1] = a[i]·x[i] + b[i]·f(x[i], t[i], c) + s[i]·z[i]
+    x[i+1] = a[i]·x[i] + Σ_{m≤i} b[i,m]·f[m] + Σ_{k≤i} s[i,k]·z[k],     f[i] = f(scale[i]·x[i], t[i], c)
 
 The backward pass gets λ = ∂R/∂x[N] from the decoder and the reward, and sweeps it down the chain (sweep.py). At the
 steps that a plan makes active, it calls the network once more, with gradient, at the stored latents. If memory allows,
 the last active calls of the rollout keep their graphs for the sweep, and these steps need no second call.
 
-A sample that leaves the chain at step i ends with x̂0 = p[i]·x[i] + q[i]·f(x[i]) instead of x[N], so p and q take the
-place of a and b at that step.
+A sample that leaves the chain at step i ends with x̂0 = p[i]·x[i] + q[i]·f[i] instead of x[N], so p and q take the place
+of a and b at that step.
 """
 
 from contextlib import nullcontext
@@ -99,7 +99,7 @@ class Rollout(torch.nn.Module):
         to_keep = active[max(len(active) - self.memory.keep_steps, 0) :] if plan and not plan.copies else []
         tracked = [name for name, tensor in cond.items() if tensor.requires_grad]
         trajectory = Trajectory(active[0] if active else self.sampler.num_steps, tracked)
-        latents = self.model.init_latents(generators)
+        latents, past = self.start(generators), Past(self.sampler, generators)
         for i in range(self.sampler.num_steps):
             if i >= trajectory.first:
                 trajectory.stored[i] = latents
@@ -110,12 +110,12 @@ class Rollout(torch.nn.Module):
                 kept = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]), tracked)
                 model_output, trajectory.kept[i] = kept
             elif rows is None:
-                model_output = self.f(latents, self.timestep(i, latents), cond)
+                model_output = self.f(*self.inputs(i, latents), cond)
             else:
                 model_output = torch.zeros_like(latents)
                 rows = rows.to(latents.device)
-                model_output[rows] = self.f(latents[rows], self.timestep(i, latents), select(cond, rows))
-            next_latents = self.next_latents(i, latents, model_output, generators, plan)
+                model_output[rows] = self.f(*self.inputs(i, latents[rows]), select(cond, rows))
+            next_latents = self.next_latents(i, latents, model_output, past, plan)
             if on_step:
                 on_step(i, latents, model_output, next_latents)
             latents = next_latents
@@ -131,28 +131,40 @@ class Rollout(torch.nn.Module):
         rows = (plan.exit_step >= i).nonzero().squeeze(1)
         return torch.arange(len(plan.exit_step)) if is_sharded(self.denoiser) else rows
 
-    def next_latents(self, i: int, latents, model_output, generators, plan=None) -> torch.Tensor:
-        """Returns x[i+1] from x[i] and f. A stochastic sampler draws its noise from the generators."""
-        a, b, s = self.coefficients(i, plan, latents)
-        next_latents = a * latents + b * model_output
-        if self.sampler.is_stochastic:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
-            next_latents = next_latents + s * noise.to(latents)
-        return next_latents
+    def start(self, generators: list[torch.Generator]) -> torch.Tensor:
+        """Draws x[0]."""
+        return self.sampler.start * self.model.init_latents(generators)
 
-    def coefficients(self, i: int, plan: GradientPlan | None, like: torch.Tensor):
-        """Returns the coefficients of x[i], f and z in step i.
+    def inputs(self, i: int, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the latents as the network sees them in step i, and its time input."""
+        return float(self.sampler.scale[i]) * latents, self.sampler.timesteps[i].to(latents.device)
 
-        They are a, b and s for samples in the chain, p, q and 0 for samples that leave it at step i, and 1, 0 and 0 for
-        samples that left it earlier. If the plan has early exits, each is a tensor shaped to multiply `like`.
+    def next_latents(self, i: int, latents, model_output, past: "Past", plan=None) -> torch.Tensor:
+        """Returns x[i+1] from x[i] and f[i]; adds f[i] and the noise of this step to `past`."""
+        past.add(i, model_output)
+        a, outputs, noises = self.coefficients(i, plan, latents)
+        terms = [b * past.outputs[m] for m, b in outputs.items()] + [s * past.noises[k] for k, s in noises.items()]
+        past.forget(i)
+        return sum(terms, a * latents)
+
+    def coefficients(self, i: int, plan: GradientPlan | None, like: torch.Tensor) -> tuple:
+        """Returns a[i], and the weights of the outputs and of the noises in step i, by their index.
+
+        They are those of the chain for samples in it; p, q and no noise for samples that leave it at step i; and 1 and
+        nothing else for samples that left it earlier. If the plan has early exits, each is a tensor shaped to multiply
+        `like`.
         """
-        chain = [float(c[i]) for c in (self.sampler.a, self.sampler.b, self.sampler.s)]
+        a, b, s = self.sampler.weights(i)
         if plan is None or not plan.leaves_early:
-            return chain
-        leaving = (float(self.sampler.p[i]), float(self.sampler.q[i]), 0.0)
-        exits, all_samples = plan.exit_step, torch.arange(len(plan.exit_step))
-        table = torch.tensor([(1.0, 0.0, 0.0), leaving, chain], dtype=torch.float64)
-        return [per_sample(column, all_samples, like) for column in table[1 + (exits - i).sign()].T]
+            return a, b, s
+        p, q = float(self.sampler.p[i]), float(self.sampler.q[i])
+
+        def of_samples(in_chain: float, leaving: float = 0.0, left: float = 0.0) -> torch.Tensor:
+            values = torch.tensor([left, leaving, in_chain], dtype=torch.float64)
+            return per_sample(values[1 + (plan.exit_step - i).sign()], slice(None), like)
+
+        outputs = {m: of_samples(b.get(m, 0.0), q if m == i else 0.0) for m in {**b, i: q}}
+        return of_samples(a, p, 1.0), outputs, {k: of_samples(weight) for k, weight in s.items()}
 
     def with_copies(self, latents, trajectory, generators, cond, plan) -> tuple[torch.Tensor, Trajectory]:
         """Returns x̂0 of each sample followed by x̂0 of its copies, and the trajectory of samples and copies.
@@ -172,22 +184,19 @@ class Rollout(torch.nn.Module):
         with_copies = torch.cat([trajectory.stored[i][:, None], renoised], dim=1).flatten(0, 1)
         samples = torch.arange(len(latents)).repeat_interleave(plan.copies)
         copies = renoised.flatten(0, 1)
-        model_output = self.f(copies, self.timestep(i, copies), select(cond, samples.to(latents.device)))
+        model_output = self.f(*self.inputs(i, copies), select(cond, samples.to(latents.device)))
         predicted = float(sampler.p[i]) * copies + float(sampler.q[i]) * model_output
         finals = torch.cat([latents[:, None], predicted.view_as(renoised)], dim=1).flatten(0, 1)
         return finals, replace(trajectory, stored={i: with_copies})
 
-    def timestep(self, i, latents):
-        return self.sampler.timesteps[i].to(latents.device)
-
     def _keep(self, i, latents, cond, active, needs_input, tracked) -> tuple[torch.Tensor, Graph]:
         """Returns f of all samples, and the graph of f for the active samples."""
-        t, model_output = self.timestep(i, latents), torch.empty_like(latents)
+        model_output = torch.empty_like(latents)
         rows, others = (flags.nonzero().squeeze(1).to(latents.device) for flags in (active, ~active))
         active_cond = track(select(cond, rows), tracked)
-        model_output[rows], graph = self.f.with_graph(latents[rows], t, active_cond, needs_input)
+        model_output[rows], graph = self.f.with_graph(*self.inputs(i, latents[rows]), active_cond, needs_input)
         if len(others):
-            model_output[others] = self.f(latents[others], t, select(cond, others))
+            model_output[others] = self.f(*self.inputs(i, latents[others]), select(cond, others))
         return model_output, graph
 
     def network_calls(self, plan: GradientPlan) -> torch.Tensor:
@@ -200,6 +209,33 @@ class Rollout(torch.nn.Module):
         needs_input = [bool((plan.active[:i] & plan.active[i] & (plan.coupling[i] != 0)).any()) for i in steps]
         calls = torch.stack([plan.active.any(dim=1), torch.tensor(needs_input)])
         return on_any_process(calls, self.denoiser.device) if is_sharded(self.denoiser) else calls
+
+
+class Past:
+    """The outputs f[m] and noises z[k] of earlier steps that later steps of a chain still use, by their index.
+
+    Args:
+        sampler: the chain.
+        generators: one for each sample; each draws its sample's noise.
+    """
+
+    def __init__(self, sampler: Sampler, generators: list[torch.Generator]):
+        self.sampler, self.generators = sampler, generators
+        self.outputs: dict[int, torch.Tensor] = {}
+        self.noises: dict[int, torch.Tensor] = {}
+
+    def add(self, i: int, model_output: torch.Tensor) -> None:
+        """Keeps f[i], and draws z[i] if the sampler draws noise in step i."""
+        self.outputs[i] = model_output
+        if self.sampler.draws[i]:
+            noise = torch.stack([torch.randn(model_output.shape[1:], generator=g) for g in self.generators])
+            self.noises[i] = noise.to(model_output)
+
+    def forget(self, i: int) -> None:
+        """Drops what no step after step i uses."""
+        needed = self.sampler.still_needed(i)
+        self.outputs = {m: output for m, output in self.outputs.items() if m in needed}
+        self.noises = {k: noise for k, noise in self.noises.items() if k in needed}
 
 
 class _SampleWithSweep(torch.autograd.Function):

@@ -1,37 +1,46 @@
-"""The sampling chain as numbers: every step is one affine map around one network call.
+"""The sampling chain as numbers: N steps, each of them one network call and a linear map.
 
-    x[i+1] = a[i]·x[i] + b[i]·f(x[i], t[i], c) + s[i]·z[i]          i = 0 … N-1
-    x̂0[i]  = p[i]·x[i] + q[i]·f(x[i], t[i], c)                       the clean latents that step i predicts
+    x[i+1] = a[i]·x[i] + Σ_{m≤i} b[i,m]·f[m] + Σ_{k≤i} s[i,k]·z[k]          i = 0 … N-1
+    f[i]   = f(scale[i]·x[i], t[i], c)
+    x̂0[i]  = p[i]·x[i] + q[i]·f[i]                                the clean latents that step i predicts
 
-`f` is the denoiser's output after guidance, and `z` is standard normal noise. DDIM with epsilon- or v-prediction
-and any eta has this form (Song et al. 2021, arXiv 2010.02502, eq. 12), and so has Euler's method for flow matching
-(Lipman et al. 2023, arXiv 2210.02747). Their coefficients need no formulas here, because `scheduler.step` is affine:
-calling it with ones and zeros gives them exactly. Only the noise in a flow's chain, which policy gradients need and
-Euler's method lacks, has a formula here (`add_noise`).
+`f` is the denoiser's output after guidance, and `z` is standard normal noise. Every usual scheduler of diffusers has
+this form. In a one-step method, such as DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12) or Euler's, b and s are
+diagonal. A multistep method, such as DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), uses earlier outputs again. A
+method of second order, such as Heun's, makes two calls for one of its own steps, and each of them is a step here.
+
+The coefficients need no formulas, because a run of the scheduler on unit tensors gives them (tables.py). Only the noise
+in a flow's chain, which policy gradients need and Euler's method lacks, has a formula here (`add_noise`).
 """
 
+import inspect
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from alignprop.method.schedulers import is_flow, make_scheduler
+from alignprop.method.tables import read_table
 from alignprop.settings.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The coefficients of one sampling chain of N steps. A field has shape [N] unless it says otherwise.
+    """The coefficients of a sampling chain of N steps. A field has shape [N] unless it says otherwise.
 
     Attributes:
-        timesteps: the network's time input, noisiest first; int64, or float32 for flow matching, because half precision
-            rounds these times.
+        timesteps: the network's time input, noisiest first; int64, or float32 if the scheduler has times between the
+            timesteps of training. Half precision rounds these times.
         a: float64; the weight of the latents in the next latents.
-        b: float64; the weight of the network's output in the next latents.
-        s: float64; the weight of fresh noise in the next latents.
+        b: float64 [N, N], lower-triangular; the weights of the network's outputs in the next latents. A vector [N]
+            stands for the diagonal of a one-step method.
+        s: float64 [N, N], lower-triangular; the weights of fresh noise in the next latents; or a vector, like b.
         p: float64; the weight of the latents in x̂0.
         q: float64; the weight of the network's output in x̂0.
         alpha: float64 [N+1]; the weight of the clean latents in x[i] ~ alpha[i]·x0 + sigma[i]·z.
         sigma: float64 [N+1]; the weight of the noise in x[i].
+        scale: float64; what the latents are multiplied by before the network sees them. None is 1.
+        start: the standard deviation of x[0].
+        draws: bool; whether step i draws noise. None means that every step does, if s is not zero.
     """
 
     timesteps: torch.Tensor
@@ -42,6 +51,19 @@ class Sampler:
     q: torch.Tensor | None = None
     alpha: torch.Tensor | None = None
     sigma: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    start: float = 1.0
+    draws: torch.Tensor | None = None
+
+    def __post_init__(self):
+        given = {name: getattr(self, name) for name in ("b", "s")}
+        tables = {name: values.diag() if values.dim() == 1 else values for name, values in given.items()}
+        if self.scale is None:
+            tables["scale"] = torch.ones(len(self.timesteps), dtype=torch.float64)
+        if self.draws is None:
+            tables["draws"] = (tables["s"] != 0).any().expand(len(self.timesteps))
+        for name, values in tables.items():
+            object.__setattr__(self, name, values)  # the way to fill a field of a frozen dataclass
 
     @property
     def num_steps(self) -> int:
@@ -49,44 +71,72 @@ class Sampler:
 
     @property
     def is_stochastic(self) -> bool:
-        return bool((self.s != 0).any())
+        return bool(self.draws.any())
 
+    @property
+    def is_one_step(self) -> bool:
+        """Whether the next latents depend on the newest output and the newest noise only."""
+        return not (self.b.tril(-1).any() or self.s.tril(-1).any())
 
-_ONE, _ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    def weights(self, i: int) -> tuple[float, dict[int, float], dict[int, float]]:
+        """Returns a[i], and the entries of b[i] and s[i] that are not zero, by their index."""
+        used = ({m: float(row[m]) for m in row.nonzero().flatten().tolist()} for row in (self.b[i], self.s[i]))
+        return float(self.a[i]), *used
+
+    def still_needed(self, i: int) -> set[int]:
+        """Returns the indices of the outputs and noises that steps after step i use."""
+        later = self.b[i + 1 :].any(dim=0) | self.s[i + 1 :].any(dim=0)
+        return set(later[: i + 1].nonzero().flatten().tolist())
 
 
 def build_sampler(
-    scheduler, num_inference_steps: int, eta: float, field: str = "num_inference_steps", **schedule
+    scheduler, num_inference_steps: int, eta: float = 0.0, name: str = "ddim", options: dict | None = None,
+    field: str = "num_inference_steps", sampler_field: str = "sampler", **schedule,
 ) -> Sampler:  # fmt: skip
-    """Builds the chain for a diffusers scheduler, of a flow-matching model or of a discrete-time diffusion model.
+    """Builds the chain of a sampler, for a flow-matching model or a discrete-time diffusion model.
 
     Args:
         scheduler: the diffusers scheduler of the model.
-        num_inference_steps: see `ddim_sampler`.
-        eta: see `ddim_sampler` or, for a flow, `add_noise`.
-        field: see `ddim_sampler`.
-        schedule: see `flow_sampler`; used for a flow only.
+        num_inference_steps: the number of steps, at least 1. A method of second order makes up to two calls for each.
+        eta: how much noise a step of DDIM, of TCD or of a flow's Euler chain adds. 0 is the deterministic chain, and 1
+            adds as much noise as ancestral (DDPM) sampling.
+        name: see `make_scheduler`.
+        options: see `make_scheduler`.
+        field: the name of `num_inference_steps` in messages.
+        sampler_field: the name of the field of `name` in messages.
+        schedule: further arguments of the `set_timesteps` of a flow's scheduler: `mu`, if the shift of the noise levels
+            depends on the size of the picture, and `sigmas`, if the model's pipeline sets the noise levels itself.
 
     Raises:
-        ConfigError: the scheduler is of neither kind, for example EDM's. Also the errors of `ddim_sampler` and
-            `flow_sampler`.
+        ConfigError: the scheduler's noise levels are of neither kind, for example EDM's; the sampler is not for this
+            kind of model; or the model has too few timesteps for so many steps. Or the chain starts from pure noise,
+            where the prediction type gives no x̂0.
     """
-    name, config = type(scheduler).__name__, scheduler.config
-    on_flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-    is_flow = name.startswith("FlowMatch") or on_flow
-    is_discrete = hasattr(scheduler, "alphas_cumprod") and config.get("timestep_type", "discrete") == "discrete"
-    if not is_flow and (not is_discrete or config.get("use_flow_sigmas")):
+    _check_kind(scheduler)
+    flow = is_flow(scheduler)
+    if flow and scheduler.config.get("use_dynamic_shifting") and schedule.get("mu") is None:
         raise ConfigError(
-            f"pretrained.model: the noise levels of its {name} are neither those of discrete-time diffusion nor those "
-            "of flow matching, the two kinds of model that can be trained"
+            "pretrained.model: its scheduler shifts the noise levels with the size of the picture "
+            "(use_dynamic_shifting), and no shift (mu) is known for it"
         )
-    if not is_flow:
-        return ddim_sampler(scheduler, num_inference_steps, eta, field)
-    return add_noise(flow_sampler(scheduler, num_inference_steps, **schedule), eta)
+    solver = make_scheduler(scheduler, name, options or {}, schedule.get("mu"), sampler_field)
+    _set_timesteps(solver, num_inference_steps, name, field, schedule)
+    takes = inspect.signature(solver.step).parameters
+    own_noise = flow and type(solver).__name__ == "FlowMatchEulerDiscreteScheduler"
+    if eta and "eta" not in takes and not own_noise:
+        raise ConfigError(f"eta = {eta} has no effect with {sampler_field} = {name!r}; it must be 0")
+    alpha, sigma, p, q = _levels(solver, flow)
+    table = read_table(solver, **({"eta": eta} if "eta" in takes else {}))
+    to_x = torch.cat([1 / table.scale, torch.ones(1, dtype=torch.float64)])
+    sampler = Sampler(
+        table.timesteps, table.a, table.b, table.s, table.scale * p, q, to_x * alpha, to_x * sigma, table.scale,
+        float(getattr(solver, "init_noise_sigma", 1.0)), table.draws,
+    )  # fmt: skip
+    return add_noise(sampler, eta) if own_noise else sampler
 
 
 def add_noise(sampler: Sampler, eta: float) -> Sampler:
-    """Adds fresh noise to the steps of a flow's chain, and keeps the distribution at every noise level.
+    """Adds fresh noise to the steps of a flow's Euler chain, and keeps the distribution at every noise level.
 
         x[i+1] = α[i+1]·x̂0 + √(σ[i+1]² - s²)·ê + s·z,    ê = x[i] + (1 - σ[i])·f, the noise that f predicts,
         s = eta·σ[i+1]·√(1 - (α[i]·σ[i+1] / (α[i+1]·σ[i]))²)
@@ -96,7 +146,7 @@ def add_noise(sampler: Sampler, eta: float) -> Sampler:
     2505.05470) with the noise level √2·eta.
 
     Args:
-        sampler: the chain of `flow_sampler`.
+        sampler: the chain of Euler's method.
         eta: from 0, the deterministic chain, to 1, ancestral sampling.
     """
     if not eta:
@@ -106,99 +156,89 @@ def add_noise(sampler: Sampler, eta: float) -> Sampler:
     s = eta * sigma[1:] * (1 - kept**2).sqrt()
     direction = (sigma[1:] ** 2 - s**2).sqrt()
     a, b = alpha[1:] + direction, direction * alpha[:-1] - alpha[1:] * sigma[:-1]
-    return replace(sampler, a=a, b=b, s=s)
+    return replace(sampler, a=a, b=b, s=s, draws=None)
 
 
-def flow_sampler(scheduler, num_inference_steps: int, **schedule) -> Sampler:
-    """Reads the chain of Euler's method from the configuration of a flow-matching scheduler.
-
-        x[i+1] = x[i] + (σ[i+1] - σ[i])·f(x[i], 1000·σ[i], c)
-
-    Args:
-        scheduler: any diffusers scheduler of a flow-matching model. Its shift of the noise levels is used.
-        num_inference_steps: N, at least 1.
-        schedule: further arguments of the scheduler's `set_timesteps`: `mu`, if the shift depends on the size of the
-            picture, and `sigmas`, if the model's pipeline sets the noise levels itself.
-
-    Raises:
-        ConfigError: the shift depends on the size of the picture, and there is no `mu`.
-    """
-    options = {"stochastic_sampling": False}  # stochastic sampling draws noise inside the scheduler
-    if "flow_shift" in scheduler.config:  # the name of the shift in solvers for both kinds of model
-        options["shift"] = scheduler.config.flow_shift
-    euler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **options)
-    if euler.config.use_dynamic_shifting and schedule.get("mu") is None:
+def _check_kind(scheduler) -> None:
+    name, config = type(scheduler).__name__, scheduler.config
+    is_discrete = hasattr(scheduler, "alphas_cumprod") and config.get("timestep_type", "discrete") == "discrete"
+    if not is_flow(scheduler) and (not is_discrete or config.get("use_flow_sigmas")):
         raise ConfigError(
-            "pretrained.model: its scheduler shifts the noise levels with the size of the picture "
-            "(use_dynamic_shifting), and no shift (mu) is known for it"
+            f"pretrained.model: the noise levels of its {name} are neither those of discrete-time diffusion nor those "
+            "of flow matching, the two kinds of model that can be trained"
+        )
+    if not is_flow(scheduler) and config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ConfigError(
+            f"pretrained.model: its scheduler predicts {config.prediction_type!r}; "
+            "it must be 'epsilon', 'v_prediction' or 'sample'"
         )
 
-    def responses(sample, model_output):
-        euler.set_timesteps(num_inference_steps, **schedule)  # resets the scheduler's count of its steps to 0
-        return torch.cat([euler.step(model_output, t, sample).prev_sample for t in euler.timesteps])
 
-    a, b = responses(_ONE, _ZERO), responses(_ZERO, _ONE)
-    sigma = euler.sigmas.double()
-    return Sampler(
-        timesteps=euler.timesteps, a=a, b=b, s=torch.zeros_like(a),
-        p=torch.ones_like(a), q=-sigma[:-1], alpha=1 - sigma, sigma=sigma,
-    )  # fmt: skip
-
-
-def ddim_sampler(scheduler, num_inference_steps: int, eta: float = 0.0, field: str = "num_inference_steps") -> Sampler:
-    """Reads the DDIM chain from the configuration of a diffusers scheduler.
-
-    Args:
-        scheduler: any diffusers scheduler of a discrete-time diffusion model. Its noise schedule, timestep spacing
-            and prediction type are used.
-        num_inference_steps: N, from 1 to the number of training timesteps.
-        eta: 0 is the deterministic chain, 1 adds as much noise as ancestral (DDPM) sampling.
-        field: the name of `num_inference_steps` in error messages.
-
-    Raises:
-        ConfigError: DDIM does not know the beta schedule or the prediction type. Or the chain starts from pure noise,
-            where the prediction type gives no x̂0. Or the model has too few timesteps for so many steps.
-    """
-    # Clipping or thresholding x̂0 makes the step non-linear. Latent diffusion models do neither.
+def _set_timesteps(solver, steps: int, name: str, field: str, schedule: dict) -> None:
+    """Calls `set_timesteps`, with those arguments of `schedule` that this scheduler has."""
+    trained = solver.config.num_train_timesteps
+    if steps > trained:
+        raise ConfigError(f"{field} = {steps} must not exceed the model's {trained} timesteps")
+    takes = inspect.signature(solver.set_timesteps).parameters
+    own = {key: value for key, value in schedule.items() if key in takes}
+    if not solver.config.get("use_dynamic_shifting"):
+        own.pop("mu", None)
     try:
-        ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
-    except NotImplementedError as error:
-        raise ConfigError(f"pretrained.model: its scheduler's beta_schedule is unknown to DDIM ({error})") from error
-    if ddim.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        solver.set_timesteps(steps, **own)
+    except (ValueError, NotImplementedError, ImportError, AssertionError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{field} = {steps} with the sampler {name!r}: diffusers says: {reason}") from error
+    if solver.timesteps.max() >= trained and not solver.timesteps.is_floating_point():
         raise ConfigError(
-            f"pretrained.model: its scheduler predicts {ddim.config.prediction_type!r}; "
-            "DDIM needs 'epsilon', 'v_prediction' or 'sample'"
-        )
-    if num_inference_steps > ddim.config.num_train_timesteps:
-        raise ConfigError(
-            f"{field} = {num_inference_steps} must not exceed the model's {ddim.config.num_train_timesteps} timesteps"
-        )
-    ddim.set_timesteps(num_inference_steps)
-    if ddim.timesteps.max() >= ddim.config.num_train_timesteps:
-        raise ConfigError(
-            f"{field} = {num_inference_steps} is too many for the model's timestep_spacing = "
-            f"{ddim.config.timestep_spacing!r} with steps_offset = {ddim.config.steps_offset}; try half as many"
+            f"{field} = {steps} is too many for the model's timestep_spacing = "
+            f"{solver.config.timestep_spacing!r} with steps_offset = {solver.config.steps_offset}; try half as many"
         )
 
-    def response(t, sample, model_output, noise):
-        step = ddim.step(model_output, t, sample, eta=eta, variance_noise=noise)
-        return torch.stack([step.prev_sample, step.pred_original_sample])
 
-    def responses(*inputs):
-        return torch.cat([response(t, *inputs) for t in ddim.timesteps], dim=1)
-
-    (a, p), (b, q), (s, _) = (responses(*unit.split(1)) for unit in torch.eye(3, dtype=torch.float64))
-    squares = torch.cat([ddim.alphas_cumprod[ddim.timesteps], ddim.final_alpha_cumprod.reshape(1)]).double()
-    alpha, sigma = squares.sqrt(), (1 - squares).sqrt()
-    # If the chain starts from pure noise (zero terminal SNR) and eta = 1, x[1] keeps nothing of x[0]'s noise. There
-    # rounding makes diffusers take the square root of -1e-8, so x[1] = α[1]·x̂0 + σ[1]·z is written out instead.
-    rounded = a.isnan()
-    a, b = (torch.where(rounded, alpha[1:] * x, y) for x, y in ((p, a), (q, b)))
-    s = torch.where(rounded, sigma[1:], s)
-    if not all(numbers.isfinite().all() for numbers in (a, b, s, p, q)):
+def _levels(solver, flow: bool) -> tuple[torch.Tensor, ...]:
+    """Returns α and σ of x[0] … x[N] as the network sees them, scale·x, and p and q for such latents; float64."""
+    alpha, sigma = _flow_levels(solver) if flow else _diffusion_levels(solver)
+    kind, a, s = "flow_prediction" if flow else solver.config.prediction_type, alpha[:-1], sigma[:-1]
+    p, q = {
+        "epsilon": (1 / a, -s / a),
+        "v_prediction": (a, -s),
+        "sample": (0 * a, 0 * a + 1),
+        "flow_prediction": (0 * a + 1, -s),
+    }[kind]
+    if not (p.isfinite() & q.isfinite()).all():
         raise ConfigError(
             "pretrained.model: its scheduler starts from pure noise (rescale_betas_zero_snr), where a network that "
-            f"predicts {ddim.config.prediction_type!r} gives no clean image; such a chain needs "
-            "'v_prediction' or 'sample'"
+            f"predicts {kind!r} gives no clean image; such a chain needs 'v_prediction' or 'sample'"
         )
-    return Sampler(timesteps=ddim.timesteps.long(), a=a, b=b, s=s, p=p, q=q, alpha=alpha, sigma=sigma)
+    return alpha, sigma, p, q
+
+
+def _flow_levels(solver) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns α and σ of the latents that the network sees at each step, and of x[N]; float64 [N+1] each."""
+    sigma = solver.sigmas.double()
+    if len(sigma) != len(solver.timesteps) + 1:  # a method of second order has two calls a step
+        times = solver.timesteps.double() / solver.config.num_train_timesteps
+        sigma = torch.cat([times, sigma[-1:]])
+    return 1 - sigma, sigma
+
+
+def _diffusion_levels(solver) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns α and σ of the latents that the network sees at each step, and of x[N]; float64 [N+1] each.
+
+    They are the solver's own levels, if it has one for each step. Otherwise they are those of its timesteps. The level
+    at a time between two timesteps of training is interpolated in log(σ/α), as diffusers does.
+    """
+    own = getattr(solver, "sigmas", torch.empty(0)).double()  # σ/α
+    if len(own) == len(solver.timesteps) + 1:
+        return 1 / (1 + own**2).sqrt(), own / (1 + own**2).sqrt()
+    squares, times = solver.alphas_cumprod.double(), solver.timesteps
+    if times.is_floating_point():
+        log_ratio = ((1 - squares) / squares).log() / 2
+        below = times.double().floor().long().clamp(0, len(squares) - 1)
+        above, share = (below + 1).clamp(max=len(squares) - 1), times.double() - below
+        at_calls = torch.sigmoid(-2 * (log_ratio[below] * (1 - share) + log_ratio[above] * share))
+    else:
+        at_calls = squares[times.long()]
+    final = torch.as_tensor(getattr(solver, "final_alpha_cumprod", 1.0)).double()
+    squares = torch.cat([at_calls, final.reshape(1)])
+    return squares.sqrt(), (1 - squares).sqrt()

@@ -1,12 +1,13 @@
 """The adjoint sweep: the gradient of a sampling chain, with the activations of one network call at a time.
 
-The sweep gets λ = ∂R/∂x[N] from the decoder and the reward, and takes it down the chain. At an active step it calls the
+The sweep gets λ[N] = ∂R/∂x[N] from the decoder and the reward, and takes λ down the chain. At an active step it calls the
 network with gradient, at the stored latents:
 
-    ∂R/∂θ += w[i] · (b[i]·λ)ᵀ ∂f/∂θ
-    λ     ←  a[i]·λ + γ[i] · (b[i]·λ)ᵀ ∂f/∂x[i]
+    v      = Σ_{n≥i} b[n,i]·λ[n+1]                                  f[i] reaches x[n+1] with the weight b[n,i]
+    ∂R/∂θ += w[i] · vᵀ ∂f/∂θ
+    λ[i]   = a[i]·λ[i+1] + γ[i] · scale[i] · vᵀ ∂f/∂(input)
 
-At any other step, λ ← a[i]·λ. If text encoders are trained, ∂R/∂c is summed like ∂R/∂θ. With w = γ = 1 this is exact
+At any other step, λ[i] = a[i]·λ[i+1]. In a one-step method, v = b[i,i]·λ[i+1]. If text encoders are trained, ∂R/∂c is summed like ∂R/∂θ. With w = γ = 1 this is exact
 back-propagation through the active network calls.
 """
 
@@ -61,21 +62,26 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
     tracked = [cond[name] for name in trajectory.tracked]
     into_cond = [torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32)) for c in tracked]
     limit = rollout.adjoint_clip * norms(adjoint)
+    into_outputs: dict[int, torch.Tensor] = {}  # the sums v of steps below, as far as λ is known
     for i in sorted(trajectory.stored, reverse=True):
         rollout.adjoint_norms.add(i + 1, adjoint, plan.active[: i + 1].any(dim=0))
-        a, b, _ = rollout.coefficients(i, plan, adjoint)
+        a, weights, _ = rollout.coefficients(i, plan, adjoint)
+        for m, b in weights.items():
+            if calls[0, m]:
+                into_outputs[m] = into_outputs[m] + b * adjoint if m in into_outputs else b * adjoint
         active = plan.active[i].nonzero().squeeze(1).to(adjoint.device)
         carried = a * adjoint
         if calls[0, i]:
             # If only other processes need this call, one sample takes part in it with a vector of zeros.
             rows = active if len(active) else active.new_zeros(1)
             weight, coupling = (per_sample(t[i], rows, adjoint) for t in (plan.weight, plan.coupling))
-            vector = weight * (b * adjoint)[rows] * bool(len(active))
+            into_output = into_outputs.pop(i) if i in into_outputs else torch.zeros_like(adjoint)
+            vector = weight * into_output[rows] * bool(len(active))
             products = _call(rollout, trajectory, i, rows, cond, vector, whole, needs_input=bool(calls[1, i]))
             _add(into_cond, products.tensors[: len(tracked)], rows)
             _add(gradients, products.tensors[len(tracked) :])
             if len(active) and calls[1, i]:
-                carried[rows] += coupling / weight * products.latents
+                carried[rows] += float(rollout.sampler.scale[i]) * coupling / weight * products.latents
         adjoint = limit_norms(carried, limit) if rollout.adjoint_clip else carried
     return into_cond, gradients or [None] * len(parameters)
 
@@ -88,10 +94,11 @@ def _call(rollout, trajectory: Trajectory, i: int, rows, cond, vector, parameter
     if i in trajectory.kept:
         graph = trajectory.kept.pop(i)
         return rollout.f.products_of(graph, vector, [*(graph.cond[name] for name in trajectory.tracked), *parameters])
-    latents = trajectory.stored[i][rows].requires_grad_(needs_input)
+    latents, t = rollout.inputs(i, trajectory.stored[i][rows])
+    latents = latents.requires_grad_(needs_input)
     tracked_cond = track(select(cond, rows), trajectory.tracked)
     tensors = [*(tracked_cond[name] for name in trajectory.tracked), *parameters]
-    return rollout.f.products_at(latents, rollout.timestep(i, latents), tracked_cond, vector, tensors)
+    return rollout.f.products_at(latents, t, tracked_cond, vector, tensors)
 
 
 def _add(totals: list[torch.Tensor], products: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:

@@ -10,7 +10,7 @@ from alignprop.memory.forecast import forecast
 from alignprop.memory.lean import make_lean
 from alignprop.method import estimators
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import ddim_sampler
+from alignprop.method.samplers import build_sampler
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve
 from alignprop.trainer import AlignPropTrainer
@@ -30,7 +30,7 @@ def model(pipeline_folder, device):
 
 
 def test_the_sweep_is_plain_autograd(model):
-    sampler, cond = ddim_sampler(model.scheduler, STEPS), model.encode_prompts(["a cat", "two dogs"])
+    sampler, cond = build_sampler(model.scheduler, STEPS), model.encode_prompts(["a cat", "two dogs"])
     parameters = [p for p in model.denoiser.parameters() if p.requires_grad]
     latents = model.init_latents(generators(range(BATCH), "x")).double()
     for i, t in enumerate(sampler.timesteps):

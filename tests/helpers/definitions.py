@@ -28,7 +28,7 @@ class Chain:
         self.f, self.sampler, self.plan, self.noises, self.options = f, sampler, plan, noises, options
         self.active = plan.active[:, 0].nonzero().squeeze(1).tolist()
         self.end = sampler.num_steps
-        self.a, self.b, self.p, self.q = (c.tolist() for c in (sampler.a, sampler.b, sampler.p, sampler.q))
+        self.a, self.b, self.p, self.q = (c.tolist() for c in (sampler.a, sampler.b.diagonal(), sampler.p, sampler.q))
         self.x, self.f_values = [start], []
         with torch.no_grad():
             for i in range(self.end):

@@ -11,7 +11,7 @@ from alignprop.lora.factors import trainable_parameters
 from alignprop.method import estimators
 from alignprop.method.estimators import ESTIMATORS, build_estimator
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import ddim_sampler, flow_sampler
+from alignprop.method.samplers import build_sampler
 from alignprop.models.base import select
 from tests.helpers.definitions import DEFINITIONS, Chain
 from tests.unit.test_rollout import guided, make_model, relative_difference
@@ -33,8 +33,8 @@ def chain_of(kind, pipelines, dtype):
     init = model.init_latents
     model.init_latents = lambda gens: init(gens).to(dtype)
     if kind == "flow":
-        return model, flow_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), STEPS)
-    return model, ddim_sampler(model.scheduler, STEPS)
+        return model, build_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), STEPS)
+    return model, build_sampler(model.scheduler, STEPS)
 
 
 def reward(latents, sample):
@@ -126,7 +126,7 @@ def test_steps_past_the_exit_are_not_called(pipelines):
 @pytest.mark.parametrize("name", ["refl", "drtune"])
 def test_later_noise_does_not_reach_a_sample_that_has_left(pipelines, name):
     model, _ = chain_of("epsilon", pipelines, torch.float64)
-    sampler = ddim_sampler(model.scheduler, STEPS, eta=1.0)
+    sampler = build_sampler(model.scheduler, STEPS, eta=1.0)
     plan = draw(name, sampler)
     first = plan.exit_step.argmin()
     generators_of = generators(range(BATCH), "x")

@@ -77,6 +77,7 @@ def test_its_gradient_is_that_of_the_closed_form_and_reaches_the_adapter_alone()
 
 def test_the_chain_is_measured_in_the_middle_of_its_quarters():
     rollout, (latents, cond, _, _) = toy(), inputs()
+    rollout.sampler = SimpleNamespace(**{**vars(rollout.sampler), "scale": torch.ones(12, dtype=torch.float64)})
     for name in ("alpha", "sigma", "timesteps"):  # of 12 steps, of which only these count
         table = torch.full((12 + (name != "timesteps"),), torch.nan, dtype=torch.float64)
         table[[1, 4, 7, 10]] = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)

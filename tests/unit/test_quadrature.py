@@ -2,12 +2,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from alignprop.method.quadrature import contributions, interpolation_weights, supports
-from alignprop.method.samplers import ddim_sampler, flow_sampler
+from alignprop.method.quadrature import contributions, direct_steps, interpolation_weights, supports
+from alignprop.method.samplers import build_sampler
 from alignprop.settings.errors import ConfigError
 
-FLOW = flow_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), 12)
-DDIM = ddim_sampler(DDIMScheduler(), 12)
+FLOW = build_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), 12)
+DDIM = build_sampler(DDIMScheduler(), 12)
 
 
 @pytest.mark.parametrize("sampler", [FLOW, DDIM])
@@ -16,14 +16,14 @@ def test_contributions_are_what_the_chain_adds_up(sampler):
     outputs = torch.randn(12, dtype=torch.float64)
     x = 0.0
     for i in range(start, end):
-        x = sampler.a[i] * x + sampler.b[i] * outputs[i]
+        x = sampler.a[i] * x + sampler.b[i, i] * outputs[i]
     torch.testing.assert_close((contributions(sampler, start, end) * outputs[start:end]).sum(), x)
 
 
 def test_a_step_that_keeps_nothing_leaves_earlier_ones_without_a_way():
-    sampler = ddim_sampler(DDIMScheduler(prediction_type="sample", set_alpha_to_one=True), 4)
+    sampler = build_sampler(DDIMScheduler(prediction_type="sample", set_alpha_to_one=True), 4)
     with pytest.raises(ConfigError, match="zero for some steps"):
-        contributions(sampler, 0, 4)
+        direct_steps(sampler)
 
 
 @pytest.mark.parametrize(("start", "end", "order", "expected"), [
@@ -54,8 +54,8 @@ def test_weights_share_out_what_all_steps_contribute(sampler, order):
 
 def test_an_epsilon_leap_is_one_larger_step_of_ddim():
     """Holding ε constant over several steps is DDIM's step between their ends."""
-    coarse, fine = (ddim_sampler(DDIMScheduler(timestep_spacing="trailing"), n) for n in (5, 20))
+    coarse, fine = (build_sampler(DDIMScheduler(timestep_spacing="trailing"), n) for n in (5, 20))
     assert torch.equal(fine.timesteps[::4], coarse.timesteps)
     (weight,) = interpolation_weights(fine, 4, 8, [4])
-    torch.testing.assert_close(weight, coarse.b[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(weight, coarse.b[1, 1], rtol=1e-5, atol=0)
     torch.testing.assert_close(fine.a[4:8].prod(), coarse.a[1], rtol=1e-5, atol=0)

@@ -8,7 +8,7 @@ import torch
 from alignprop.engine.seeding import generators
 from alignprop.method.reward_guidance import RewardGuidance, Timed, strengths
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import Sampler, ddim_sampler
+from alignprop.method.samplers import Sampler, build_sampler
 from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
 from alignprop.settings.errors import ConfigError
@@ -39,7 +39,7 @@ def plain_model(pipeline_folder):
 
 def guidance(model, reward=colourful, eta=0.0, memory=None, sampler=None, **options):
     options = dict(strength=0.2, through="x0", schedule="constant", window=(0.0, 1.0)) | options
-    sampler = sampler or ddim_sampler(model.scheduler, STEPS, eta)
+    sampler = sampler or build_sampler(model.scheduler, STEPS, eta)
     return RewardGuidance(Rollout(model, sampler, SCALE, memory=memory), as_reward(reward), **options)
 
 
@@ -93,14 +93,14 @@ def test_the_gradient_is_that_of_autograd(model, through, memory):
 
 def test_the_two_ways_differ(plain_model):
     latents = plain_model.init_latents(generators(range(3), "x"))
-    sampler = ddim_sampler(plain_model.scheduler, STEPS, 0.0)
+    sampler = build_sampler(plain_model.scheduler, STEPS, 0.0)
     found = [autograd_direction(plain_model, sampler, 1, latents, through)[1] for through in ("denoiser", "x0")]
     assert relative_difference(*found) > 0.05
 
 
 def test_from_pure_noise_the_prediction_alone_has_a_direction(plain_model):
     """Zero terminal SNR: p = 0 at the first step, and with it ∂x̂0/∂x where f is held constant."""
-    sampler = ddim_sampler(plain_model.scheduler, STEPS, 0.0)
+    sampler = build_sampler(plain_model.scheduler, STEPS, 0.0)
     sampler = replace(sampler, p=torch.zeros(STEPS), q=torch.full((STEPS,), -1.0))
     streams, *rest = inputs(plain_model)
     latents = plain_model.init_latents(streams)

@@ -9,12 +9,12 @@ from alignprop.lora.factors import add_lora, trainable_parameters
 from alignprop.method import estimators
 from alignprop.method.plans import GradientPlan
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import Sampler, ddim_sampler
+from alignprop.method.samplers import Sampler, build_sampler
 from alignprop.models.sd import StableDiffusion
 from alignprop.settings.memory_policies import MemoryPolicy
 
 STEPS, BATCH = 6, 3
-CHAIN = ddim_sampler(DDIMScheduler(), STEPS)
+CHAIN = build_sampler(DDIMScheduler(), STEPS)
 PLANS = {
     "full": estimators.full(CHAIN, BATCH),
     "truncated K=1": estimators.truncated(CHAIN, BATCH, first=STEPS - 1),
@@ -68,7 +68,7 @@ def autograd_gradients(model, plan, guidance_scale, eta, dtype):
 def sweep_gradients(model, plan, guidance_scale, eta, dtype, **options):
     model_init = model.init_latents
     model.init_latents = lambda gens: model_init(gens).to(dtype)
-    rollout = Rollout(model, ddim_sampler(model.scheduler, STEPS, eta), guidance_scale, **options)
+    rollout = Rollout(model, build_sampler(model.scheduler, STEPS, eta), guidance_scale, **options)
     cond = model.encode_prompts(["a cat", "two dogs", "a red circle"])
     latents = rollout(generators(range(BATCH), "x"), cond, plan)
     model.init_latents = model_init
@@ -152,7 +152,7 @@ def test_weight_and_coupling_follow_their_definition(pipelines):
     model = make_model(pipelines["epsilon"], torch.float64)
     draw = lambda name: 0.5 + torch.rand(STEPS, BATCH, generator=generator(name), dtype=torch.float64)  # noqa: E731
     plan = GradientPlan.exact(PLANS["per_step"].active, coupling=draw("coupling"), weight=draw("weight"))
-    sampler = ddim_sampler(model.scheduler, STEPS)
+    sampler = build_sampler(model.scheduler, STEPS)
     cond = model.encode_prompts(["a cat", "two dogs", "a red circle"])
     latents = model.init_latents(generators(range(BATCH), "x")).double()
     parameters = trainable_parameters(model.denoiser)
@@ -166,7 +166,7 @@ def test_weight_and_coupling_follow_their_definition(pipelines):
         through_theta = guided(model, latents.detach(), t, cond, 5.0)
         value = through_x.detach()
         output = value + active * (gamma * (through_x - value) + w * (through_theta - value))
-        latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * output
+        latents = float(sampler.a[i]) * latents + float(sampler.b[i, i]) * output
     expected = gradients_of(reward(latents), model)
     ours = sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1]
     assert relative_difference(ours, expected) <= 1e-10
@@ -332,7 +332,7 @@ def test_without_gradient_the_rollout_is_the_plain_pipeline(pipelines):
     from diffusers import StableDiffusionPipeline
 
     model = StableDiffusion.load(str(pipelines["epsilon"]))
-    rollout = Rollout(model, ddim_sampler(model.scheduler, STEPS), guidance_scale=5.0)
+    rollout = Rollout(model, build_sampler(model.scheduler, STEPS), guidance_scale=5.0)
     prompts = ["a cat", "two dogs"]
     with torch.no_grad():
         images = model.decode(rollout(generators(range(2), "x"), model.encode_prompts(prompts), None))
@@ -349,7 +349,7 @@ def test_half_precision_calls_leave_the_chain_in_float32(pipelines):
     options = {"autocast": autocast, "memory": MemoryPolicy(guidance_batching="split")}
     half, gradients = sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float32, **options)
     exact, expected = sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float32)
-    sampler, cond = ddim_sampler(model.scheduler, STEPS), model.encode_prompts(["a cat", "two dogs", "a red circle"])
+    sampler, cond = build_sampler(model.scheduler, STEPS), model.encode_prompts(["a cat", "two dogs", "a red circle"])
     latents = model.init_latents(generators(range(BATCH), "x"))
     with torch.no_grad(), autocast():
         for i, t in enumerate(sampler.timesteps):
@@ -357,7 +357,7 @@ def test_half_precision_calls_leave_the_chain_in_float32(pipelines):
             assert all(output.dtype == torch.bfloat16 for output in outputs)
             unconditional, conditional = (output.float() for output in outputs)
             model_output = unconditional + 5.0 * (conditional - unconditional)
-            latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * model_output
+            latents = float(sampler.a[i]) * latents + float(sampler.b[i, i]) * model_output
     assert torch.equal(half, latents)
     assert half.dtype == gradients.dtype == torch.float32
     assert 0 < relative_difference(half, exact) < 0.05
@@ -368,7 +368,7 @@ def test_half_precision_calls_leave_the_chain_in_float32(pipelines):
 
 
 def rolled_out(model, memory=None, estimator="full"):
-    rollout = Rollout(model, ddim_sampler(model.scheduler, STEPS), 3.0, memory=memory)
+    rollout = Rollout(model, build_sampler(model.scheduler, STEPS), 3.0, memory=memory)
     plan = PLANS["full"] if estimator == "full" else estimators.draft_lv(CHAIN, BATCH)
     cond = model.encode_prompts(["a cat", "two dogs", "a red circle"])
     return rollout(generators(range(BATCH), "x"), cond, plan)
