@@ -98,6 +98,11 @@ class DDPOTrainer(TrainingLoop):
     def check_run(self) -> None:
         if is_fsdp(self.run.accelerator):
             raise ConfigError("algorithm = 'ddpo' does not run under FSDP; use one of the other configurations")
+        if not self.run.rollout.sampler.is_one_step:
+            raise ConfigError(
+                f"algorithm = 'ddpo' needs a sampler whose steps are independent draws; train.sampler = "
+                f"{self.config.train.sampler!r} uses outputs of earlier steps again"
+            )
         if not self.noisy_steps:
             raise ConfigError(
                 f"ddpo.min_noise = {self.config.ddpo.min_noise} must be less than the noise of the sampler's noisiest "

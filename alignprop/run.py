@@ -21,7 +21,7 @@ from alignprop.lora.scaling import linear_schedule
 from alignprop.memory.planner import Choice, choose_policy
 from alignprop.memory.residency import Residency, phases_of
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import build_sampler
+from alignprop.method.samplers import chain_of
 from alignprop.models.base import Model
 from alignprop.models.loading import PRECISIONS, load_model
 from alignprop.prompts import PromptSet, draw_prompts, load_prompts
@@ -31,8 +31,8 @@ from alignprop.runs.manifest import base_model, check_base
 from alignprop.runs.records import Records, choose_folder
 from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
 from alignprop.settings.errors import ConfigError, one_of
-from alignprop.settings.options import model_options, rollout_options
-from alignprop.settings.resolve import as_run, resolve
+from alignprop.settings.options import chain_options, model_options, rollout_options
+from alignprop.settings.resolve import as_run, check_truncation, resolve
 from rewards import WeightedReward, require_differentiable
 
 
@@ -104,6 +104,8 @@ def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
             run.say(f"warning: {option} of the model's scheduler is not used: a step has to be linear")
     if c.guidance_scale != 1 and not run.model.takes_guidance:
         run.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
+    if tuple(c.guidance_interval) != (0, 1) and len(run.model.branches(run.model.blank_conditioning(1), 2.0)) == 1:
+        run.say("warning: guidance_interval has no effect: this model makes one network call a step anyway")
 
 
 @dataclass
@@ -172,10 +174,10 @@ class Run:
         self.residency.leave()  # modules that an earlier choice has on the device go back to the host
         self.choice = choice
         self.residency = Residency(self.accelerator.device, phases_of(self.model, self.judges), memory.residency)
-        sampling = self._rollout(c.num_inference_steps, "num_inference_steps")
-        self.rollout = sampling
+        sampling = self.rollout = self._rollout(training=False)
         if c.task == "train":
-            self.rollout = self._rollout(c.train.num_inference_steps, "train.num_inference_steps")
+            self.rollout = self._rollout(training=True)
+            check_truncation(c, self.rollout.sampler.num_steps)
         self.evaluator = Evaluator(
             sampling, self.judges, self.eval_prompts, self.accelerator, num_images=c.num_eval_images,
             num_prompts=c.num_eval_prompts, batch_size=choice.capacity, decode_chunk=memory.decode_chunk,
@@ -184,7 +186,7 @@ class Run:
 
     def sampling(self, guidance_scale: float) -> Rollout:
         """Returns the sampling chain of evaluations, with another strength of guidance."""
-        return self._rollout(self.config.num_inference_steps, "num_inference_steps", guidance_scale=guidance_scale)
+        return self._rollout(training=False, guidance_scale=guidance_scale)
 
     def try_judges(self, needs_gradient: bool) -> None:
         """Has two pictures of noise judged, so that a broken reward is found before the first evaluation."""
@@ -255,9 +257,9 @@ class Run:
         self.accelerator.end_training()
         self.records.close()
 
-    def _rollout(self, steps: int, field: str, **other) -> Rollout:
+    def _rollout(self, training: bool, **other) -> Rollout:
         c, schedule = self.config, None
-        sampler = build_sampler(self.model.scheduler, steps, c.eta, field, **self.model.schedule(steps))
+        sampler = chain_of(self.model, **chain_options(c, training))
         if c.task in ("evaluate", "guide") and c.lora_schedule == "linear":
             schedule = linear_schedule(sampler.timesteps, c.lora_scale)
         return Rollout(

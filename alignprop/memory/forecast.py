@@ -9,14 +9,16 @@ by the stored latents and by the graphs that are kept.
 
 from dataclasses import dataclass, replace
 
+import torch
 from ml_collections import ConfigDict
 
 from alignprop.engine.seeding import generator
-from alignprop.memory.simulation import Build, ShortStep, any_chain, simulate
+from alignprop.memory.simulation import Build, ShortStep, simulate
 from alignprop.method.estimators import build_estimator
 from alignprop.method.plans import GradientPlan
+from alignprop.method.samplers import Sampler, chain_of
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.options import estimator_options
+from alignprop.settings.options import chain_options, estimator_options
 
 GIB = 2**30
 # A margin for memory that the account does not see: workspaces of kernels, and fragmentation in the allocator.
@@ -73,7 +75,8 @@ def forecast(
     """
     train, done = config.train, {} if done is None else done
     estimator = build_estimator(config.estimator, **estimator_options(config))
-    plan = estimator(any_chain(train.num_inference_steps), train.total_batch_size, generator(config.seed, 0, "plan"))
+    chain = _chain(build, config, done)
+    plan = estimator(chain, train.total_batch_size, generator(config.seed, 0, "plan"))
     if plan.copies:  # the active step is called again with the copies, so no graph is kept
         memory = replace(memory, keep_steps=0)
     most_active = int(plan.active.any(dim=1).sum())
@@ -90,32 +93,58 @@ def forecast(
 
     kept = short_steps(3, 1, 2, 3) if memory.keep_steps else short_steps(0, 1, 2)
     recomputed = short_steps(0, 1, 2) if 0 < memory.keep_steps < most_active else kept
-    flops = _flops(kept, recomputed, plan, memory.keep_steps) / samples
+    guided = chain.within(config.guidance_interval)
+    share = torch.tensor([guided is None or guided(t) for t in chain.timesteps]).double()
+    share = share + (1 - share) / kept[0].branches  # of a call with all branches, the operations of each step's call
+    flops = _flops(kept, recomputed, plan, memory.keep_steps, share) / samples
     if config.train_text_encoder:
         flops += kept[0].flops["encode"] / capacity
     peaks = _peaks(kept, memory, capacity, samples, most_active)
+    for phase in ("denoise", "sweep"):  # the outputs that later steps use again
+        peaks[phase] += chain.most_waiting * kept[0].latents * capacity
     if recomputed is not kept:
         peaks["sweep"] = max(peaks["sweep"], recomputed[-1].peaks["sweep"])
     return Forecast(policy, capacity, peaks, flops)
 
 
-def _flops(kept: list[ShortStep], recomputed: list[ShortStep], plan: GradientPlan, keep: int) -> float:
-    """Returns the FLOPs of the simulated samples without the text encoders, averaged over the samples of the plan."""
+def _chain(build: Build, config: ConfigDict, done: dict) -> Sampler:
+    """Returns the chain of training. Its network calls can be more than the sampler steps that the user asked for."""
+    options = chain_options(config, training=True)
+    key = tuple(options.values())
+    if key not in done:
+        done[key] = chain_of(build()[0], **options)
+    return done[key]
+
+
+def _flops(
+    kept: list[ShortStep], recomputed: list[ShortStep], plan: GradientPlan, keep: int, share: torch.Tensor
+) -> float:
+    """Returns the FLOPs of the simulated samples without the text encoders, averaged over the samples of the plan.
+
+    Args:
+        kept: short steps with kept graphs, if the policy keeps any.
+        recomputed: short steps without.
+        plan: the plan of training.
+        keep: the number of kept graphs.
+        share: the operations of each step's network call, as a share of the most expensive one's, [N].
+    """
     lowest, call = (short.flops["sweep"] for short in recomputed[:2])
     kept_lowest, kept_call = (short.flops["sweep"] for short in kept[:2])
     call, kept_call = call - lowest, kept_call - kept_lowest
     below = plan.active.int().cumsum(dim=0) - plan.active.int()  # lower active steps, which still need λ
     into_latents = plan.active & (plan.coupling != 0) & (below > 0)
+    active_share = (share[:, None] * plan.active).sum() / plan.active.sum().clamp(min=1)
     sweeps = []
     for k, n in zip(plan.active.sum(dim=0).tolist(), into_latents.sum(dim=0).tolist(), strict=True):
         from_rollout = min(k, keep)
         kept_n = min(n, from_rollout)
         sweeps.append((from_rollout - kept_n) * kept_lowest + kept_n * kept_call)
         sweeps.append((k - from_rollout - (n - kept_n)) * lowest + (n - kept_n) * call)
-    rollout_calls = (plan.exit_step.clamp(max=len(plan.active) - 1) + 1).double().mean().item() + plan.copies
+    last = plan.exit_step.clamp(max=len(plan.active) - 1)
+    rollout_calls = share.cumsum(dim=0)[last].mean().item() + plan.copies
     one_call = kept[0].flops["denoise"] / (1 + plan.copies)
     others = kept[0].flops["decode"] + kept[0].flops.get("compare", 0)
-    return rollout_calls * one_call + others + sum(sweeps) / plan.active.shape[1]
+    return rollout_calls * one_call + others + active_share.item() * sum(sweeps) / plan.active.shape[1]
 
 
 def _peaks(

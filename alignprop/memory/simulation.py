@@ -38,6 +38,7 @@ class ShortStep(NamedTuple):
         latents: bytes of the latents of a sample.
         picture: bytes of the picture of a sample.
         waiting: bytes of all tensors that a sample holds while another chunk of samples is processed.
+        branches: the number of branches of classifier-free guidance in a network call.
     """
 
     peaks: dict[str, int]
@@ -45,6 +46,7 @@ class ShortStep(NamedTuple):
     latents: int
     picture: int
     waiting: int
+    branches: int
 
 
 def simulate(
@@ -81,7 +83,8 @@ def simulate(
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             _update(weights)  # creates the optimizer's moments, which exist from the second step on
         reader = _WithoutTokens(model, prompts, in_float32=not config.use_lora)
-        rollout = Rollout(model, any_chain(steps), memory=memory, **rollout_options(config))
+        options = {**rollout_options(config), "guidance_interval": (0.0, 1.0)}  # the most that a call can cost
+        rollout = Rollout(model, any_chain(steps), memory=memory, **options)
         gradient = RewardGradient(
             reader, rollout, judges.reward, phases, torch.Tensor.backward, **gradient_options(config)
         )
@@ -97,8 +100,12 @@ def simulate(
                 pictures = picture.expand(samples, -1, -1, -1)
                 judges.judge([pictures], [""] * samples, [{}] * samples, phases, only="measure")
     latent_bytes, picture_bytes = (t[0].numel() * t.element_size() for t in (latents, picture))
-    cond_bytes = sum(t[0].numel() * t.element_size() for t in model.blank_conditioning(1).values())
-    return ShortStep(account.peaks, account.flops, latent_bytes, picture_bytes, cond_bytes + 3 * latent_bytes)
+    blank = model.blank_conditioning(1)
+    cond_bytes = sum(t[0].numel() * t.element_size() for t in blank.values())
+    branches = len(model.branches(blank, config.guidance_scale))
+    return ShortStep(
+        account.peaks, account.flops, latent_bytes, picture_bytes, cond_bytes + 3 * latent_bytes, branches
+    )  # fmt: skip
 
 
 class _WithoutTokens:

@@ -27,11 +27,11 @@ def base_distance(
 ) -> torch.Tensor:
     """Returns the mean squared difference of the denoiser's output from the base model's output, [B].
 
-    Both networks see scale[i]·(α[i]·latents + σ[i]·noise), and only the conditional branch counts. Two steps of a stochastic
-    one-step chain that differ in f only are Gaussians with the same variance. The KL divergence between them is
-    b[i]²/(2·s[i]²)·‖f - f_base‖² (DPOK, Fan et al. 2023, arXiv 2305.16381). The base distance is this divergence up to
-    a factor that depends on the step. Ho et al. 2020 (arXiv 2006.11239) leave this weighting of the steps out of their
-    loss too. The base distance also has a meaning for a deterministic chain.
+    Both networks see scale[i]·(α[i]·latents + σ[i]·noise), and only the conditional branch counts. Two steps of a
+    stochastic one-step method that differ in f only are Gaussians with the same variance. The KL divergence between
+    them is b[i,i]²/(2·s[i,i]²)·‖f - f_base‖² (DPOK, Fan et al. 2023, arXiv 2305.16381). The base distance is this
+    divergence up to a factor that depends on the step. Ho et al. 2020 (arXiv 2006.11239) leave this weighting of the
+    steps out of their loss too. The base distance also has a meaning for a deterministic chain.
 
     If gradients are enabled, the result is differentiable with respect to the adapter and `cond`. The latents count as
     constants.

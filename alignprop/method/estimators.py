@@ -177,8 +177,9 @@ def leapalign(sampler, num_samples, generator, *, coupling=0.3) -> GradientPlan:
         x[j] = A·x[k] + (Σ_{k≤i<j} c[i])·f[k],   x[N] = A·x[j] + (Σ_{i≥j} c[i])·f(α·x[j] + (1-α)·sg(x[j]))
 
     These equations define the gradient only; the values of x are the rollout's. The pair k < j is uniform over the
-    steps with a direct contribution to x[N] (quadrature.py), and `coupling` is the discount α. For flow matching the sums are σ[j] - σ[k] and σ[N] - σ[j]. The paper also weights
-    samples by the similarity of leap and rollout, which is left out here. N must be at least 2.
+    steps with a direct contribution to x[N] (quadrature.py), and `coupling` is the discount α. For flow
+    matching the sums are σ[j] - σ[k] and σ[N] - σ[j]. The paper also weights samples by the similarity of leap and
+    rollout, which is left out here. There must be at least 2 such steps.
     """
     _at_least_two(sampler, "leapalign")
     return lagrange(sampler, num_samples, generator, order=1, num_active=1, coupling=coupling)

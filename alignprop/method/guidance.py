@@ -64,19 +64,22 @@ class GuidedDenoiser:
             approximation that treats the unconditional output as a constant.
         lora_scale_at: returns the scale of the denoiser's LoRA at a timestep. The scale is set before each network
             call. None leaves the LoRA's scale as it is.
+        guided_at: says whether there is guidance at a timestep. Without it, f is the conditional output. None means
+            that there is guidance at all timesteps.
     """
 
     def __init__(
         self, model: Model, guidance_scale: float, autocast=nullcontext, batching: str = "joint", grad: str = "both",
         lora_scale_at: Callable[[torch.Tensor], float] | None = None,
+        guided_at: Callable[[torch.Tensor], bool] | None = None,
     ):  # fmt: skip
         self.model, self.autocast, self.batching, self.grad = model, autocast, batching, grad
         self.guidance_scale, self.scale = guidance_scale, model.mixing_scale(guidance_scale)
-        self.lora_scale_at = lora_scale_at
+        self.lora_scale_at, self.guided_at = lora_scale_at, guided_at
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Returns f in the shape and precision of `latents`; half precision loses the small steps of a long chain."""
-        calls = self._calls(latents, timestep, *self._branches(cond))
+        calls = self._calls(latents, timestep, *self._branches(cond, timestep))
         return self._combine([output for call in calls for output in call.outputs])
 
     def with_graph(self, latents, timestep, cond: Conditioning, needs_input: bool) -> tuple[torch.Tensor, Graph]:
@@ -87,9 +90,9 @@ class GuidedDenoiser:
         """
         latents = latents.detach().requires_grad_(needs_input)
         with torch.enable_grad():
-            calls = list(self._calls(latents, timestep, *self._differentiable(cond)))
+            calls = list(self._calls(latents, timestep, *self._differentiable(cond, timestep)))
         outputs = [output.detach() for call in calls for output in call.outputs]
-        branches, _ = self._branches(cond)
+        branches, _ = self._branches(cond, timestep)
         constant = branches[: len(branches) - len(outputs)]
         outputs = [*(self._call(latents, timestep, [branch])[0] for branch in constant), *outputs]
         return self._combine(outputs), Graph(latents, cond, calls)
@@ -105,7 +108,9 @@ class GuidedDenoiser:
             tensors: the trainable parameters and tensors of `cond` that need a product. If the list is empty, the
                 backward pass adds to `.grad` instead. Parameters that FSDP2 has spread need this.
         """
-        return _products(self._calls(latents, timestep, *self._differentiable(cond)), latents, vector, tensors)
+        return _products(
+            self._calls(latents, timestep, *self._differentiable(cond, timestep)), latents, vector, tensors
+        )
 
     def products_of(self, graph: Graph, vector, tensors) -> Products:
         """Returns the products of `vector` with the derivatives of f from the graph of an earlier call; uses it up."""
@@ -116,12 +121,14 @@ class GuidedDenoiser:
         if self.lora_scale_at:
             scale_lora(self.model.denoiser, self.lora_scale_at(timestep))
 
-    def _branches(self, cond: Conditioning) -> tuple[list[Conditioning], list[float]]:
+    def _branches(self, cond: Conditioning, timestep) -> tuple[list[Conditioning], list[float]]:
         branches = self.model.branches(cond, self.guidance_scale)
-        return branches, [1 - self.scale, self.scale] if len(branches) == 2 else [1.0]
+        if len(branches) == 1 or (self.guided_at and not self.guided_at(timestep)):
+            return branches[-1:], [1.0]
+        return branches, [1 - self.scale, self.scale]
 
-    def _differentiable(self, cond: Conditioning) -> tuple[list[Conditioning], list[float]]:
-        branches, factors = self._branches(cond)
+    def _differentiable(self, cond: Conditioning, timestep) -> tuple[list[Conditioning], list[float]]:
+        branches, factors = self._branches(cond, timestep)
         return (branches, factors) if self.grad == "both" else (branches[-1:], factors[-1:])
 
     def _calls(self, latents, timestep, branches, factors) -> Iterator[Call]:

@@ -2,8 +2,8 @@
 
     x[j] = A·x[k] + Σ_{k≤i<j} c[i]·f[i],     c[i] = Σ_{i≤n<j} b[n,i]·a[n+1]·…·a[j-1]
 
-This equation is the chain itself; a multistep method adds outputs before f[k], which are constants here. A leap uses f at a few steps only, the supports. At the other steps it replaces f by
-the polynomial in σ through the supports.
+This equation is the chain itself. A multistep method adds outputs before f[k], which count as constants here. A leap
+uses f at a few steps only, the supports. At the other steps it replaces f by the polynomial in σ through the supports.
 """
 
 import torch

@@ -44,11 +44,14 @@ class Rollout(torch.nn.Module):
         guidance_grad: the branches of guidance that carry gradient, "both" or "cond" (method/guidance.py).
         memory: the memory policy. `sweep_chunk`, `guidance_batching` and `keep_steps` have an effect here.
         lora_scale_at: returns the scale of the denoiser's LoRA at a timestep (method/guidance.py).
+        guidance_interval: the part of the chain with guidance, (from, to) in shares of its steps. Step i is in it if
+            from <= (i + 0.5)/N < to.
     """
 
     def __init__(
         self, model: Model, sampler: Sampler, guidance_scale: float, autocast=nullcontext, adjoint_clip: float = 0.0,
         guidance_grad: str = "both", memory: MemoryPolicy | None = None, lora_scale_at=None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ):  # fmt: skip
         super().__init__()
         self.denoiser = model.denoiser
@@ -57,8 +60,9 @@ class Rollout(torch.nn.Module):
         self.adjoint_clip = adjoint_clip
         self.memory = memory or MemoryPolicy()
         self.f = GuidedDenoiser(
-            model, guidance_scale, autocast, self.memory.guidance_batching, guidance_grad, lora_scale_at
-        )
+            model, guidance_scale, autocast, self.memory.guidance_batching, guidance_grad, lora_scale_at,
+            sampler.within(guidance_interval),
+        )  # fmt: skip
         self.adjoint_norms = AdjointNorms(sampler.num_steps)
 
     def forward(self, generators: list[torch.Generator], cond: Conditioning, plan: GradientPlan | None) -> torch.Tensor:

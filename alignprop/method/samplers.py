@@ -14,13 +14,16 @@ in a flow's chain, which policy gradients need and Euler's method lacks, has a f
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from alignprop.method.schedulers import is_flow, make_scheduler
 from alignprop.method.tables import read_table
+from alignprop.models.base import Model
 from alignprop.settings.errors import ConfigError
+from alignprop.settings.samplers import parse_options, takes_eta
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,23 @@ class Sampler:
         """Whether the next latents depend on the newest output and the newest noise only."""
         return not (self.b.tril(-1).any() or self.s.tril(-1).any())
 
+    @property
+    def most_waiting(self) -> int:
+        """The largest number of earlier outputs and noises that wait at once for the steps that use them again."""
+        return max(len(self.still_needed(i)) for i in range(self.num_steps))
+
     def weights(self, i: int) -> tuple[float, dict[int, float], dict[int, float]]:
         """Returns a[i], and the entries of b[i] and s[i] that are not zero, by their index."""
         used = ({m: float(row[m]) for m in row.nonzero().flatten().tolist()} for row in (self.b[i], self.s[i]))
         return float(self.a[i]), *used
+
+    def within(self, interval: tuple[float, float]) -> Callable[[torch.Tensor], bool] | None:
+        """Returns what says whether a timestep is in a part of the chain, (from, to) in shares; None for all of it."""
+        if tuple(interval) == (0, 1):
+            return None
+        middle = (torch.arange(self.num_steps) + 0.5) / self.num_steps
+        inside = set(self.timesteps[(interval[0] <= middle) & (middle < interval[1])].tolist())
+        return lambda timestep: timestep.item() in inside
 
     def still_needed(self, i: int) -> set[int]:
         """Returns the indices of the outputs and noises that steps after step i use."""
@@ -90,7 +106,7 @@ class Sampler:
 
 
 def build_sampler(
-    scheduler, num_inference_steps: int, eta: float = 0.0, name: str = "ddim", options: dict | None = None,
+    scheduler, num_inference_steps: int, eta: float = 0.0, name: str = "ddim", options: str = "",
     field: str = "num_inference_steps", sampler_field: str = "sampler", **schedule,
 ) -> Sampler:  # fmt: skip
     """Builds the chain of a sampler, for a flow-matching model or a discrete-time diffusion model.
@@ -101,7 +117,7 @@ def build_sampler(
         eta: how much noise a step of DDIM, of TCD or of a flow's Euler chain adds. 0 is the deterministic chain, and 1
             adds as much noise as ancestral (DDPM) sampling.
         name: see `make_scheduler`.
-        options: see `make_scheduler`.
+        options: options of the sampler, "NAME=VALUE, …", which replace those of the model's files.
         field: the name of `num_inference_steps` in messages.
         sampler_field: the name of the field of `name` in messages.
         schedule: further arguments of the `set_timesteps` of a flow's scheduler: `mu`, if the shift of the noise levels
@@ -119,20 +135,26 @@ def build_sampler(
             "pretrained.model: its scheduler shifts the noise levels with the size of the picture "
             "(use_dynamic_shifting), and no shift (mu) is known for it"
         )
-    solver = make_scheduler(scheduler, name, options or {}, schedule.get("mu"), sampler_field)
+    solver = make_scheduler(scheduler, name, parse_options(options), schedule.get("mu"), sampler_field)
     _set_timesteps(solver, num_inference_steps, name, field, schedule)
-    takes = inspect.signature(solver.step).parameters
+    has_eta = takes_eta(type(solver))
     own_noise = flow and type(solver).__name__ == "FlowMatchEulerDiscreteScheduler"
-    if eta and "eta" not in takes and not own_noise:
+    if eta and not has_eta and not own_noise:
         raise ConfigError(f"eta = {eta} has no effect with {sampler_field} = {name!r}; it must be 0")
     alpha, sigma, p, q = _levels(solver, flow)
-    table = read_table(solver, **({"eta": eta} if "eta" in takes else {}))
+    table = read_table(solver, **({"eta": eta} if has_eta else {}))
     to_x = torch.cat([1 / table.scale, torch.ones(1, dtype=torch.float64)])
     sampler = Sampler(
         table.timesteps, table.a, table.b, table.s, table.scale * p, q, to_x * alpha, to_x * sigma, table.scale,
         float(getattr(solver, "init_noise_sigma", 1.0)), table.draws,
     )  # fmt: skip
     return add_noise(sampler, eta) if own_noise else sampler
+
+
+def chain_of(model: Model, num_inference_steps: int, **options) -> Sampler:
+    """Builds the sampling chain of a model; `build_sampler` explains the options and the errors."""
+    schedule = model.schedule(num_inference_steps)
+    return build_sampler(model.scheduler, num_inference_steps, **options, **schedule)
 
 
 def add_noise(sampler: Sampler, eta: float) -> Sampler:

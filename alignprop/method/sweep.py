@@ -1,14 +1,14 @@
 """The adjoint sweep: the gradient of a sampling chain, with the activations of one network call at a time.
 
-The sweep gets λ[N] = ∂R/∂x[N] from the decoder and the reward, and takes λ down the chain. At an active step it calls the
-network with gradient, at the stored latents:
+The sweep gets λ[N] = ∂R/∂x[N] from the decoder and the reward, and takes λ down the chain. At an active step it calls
+the network with gradient, at the stored latents:
 
-    v      = Σ_{n≥i} b[n,i]·λ[n+1]                                  f[i] reaches x[n+1] with the weight b[n,i]
+    v      = Σ_{n≥i} b[n,i]·λ[n+1]                            because x[n+1] contains b[n,i]·f[i]
     ∂R/∂θ += w[i] · vᵀ ∂f/∂θ
-    λ[i]   = a[i]·λ[i+1] + γ[i] · scale[i] · vᵀ ∂f/∂(input)
+    λ[i]   = a[i]·λ[i+1] + γ[i]·scale[i] · vᵀ ∂f/∂(scale[i]·x[i])
 
-At any other step, λ[i] = a[i]·λ[i+1]. In a one-step method, v = b[i,i]·λ[i+1]. If text encoders are trained, ∂R/∂c is summed like ∂R/∂θ. With w = γ = 1 this is exact
-back-propagation through the active network calls.
+At any other step, λ[i] = a[i]·λ[i+1]. In a one-step method, v = b[i,i]·λ[i+1]. If text encoders are trained, ∂R/∂c is
+summed like ∂R/∂θ. With w = γ = 1 this is exact back-propagation through the active network calls.
 """
 
 from dataclasses import dataclass, field

@@ -6,6 +6,7 @@ rows hold the weight of each source in the latents before every network call.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -79,7 +80,7 @@ def _increments(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         a, [N], and the increments, [N, sources].
     """
     factors, increments = [], []
-    for before, after in zip(states[:-1], states[1:], strict=True):
+    for before, after in pairwise(states):
         largest = torch.maximum(before.abs().max(), after.abs().max())
         oldest = int((before.abs() > ROUNDING * before.abs().max()).nonzero()[0])
         factor = after[oldest] / before[oldest]

@@ -29,10 +29,29 @@ def model_options(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def chain_options(config: ConfigDict, training: bool) -> dict[str, Any]:
+    """Returns the arguments of `chain_of` (method/samplers.py), for training or for an evaluation."""
+    group, prefix = (config.train, "train.") if training else (config, "")
+    alike = training and group.num_inference_steps == config.num_inference_steps
+    return {
+        "num_inference_steps": group.num_inference_steps,
+        "eta": config.eta,
+        "name": group.sampler,
+        "options": group.sampler_options,
+        "field": "num_inference_steps" if alike else f"{prefix}num_inference_steps",
+        "sampler_field": f"{prefix}sampler",
+    }
+
+
 def rollout_options(config: ConfigDict) -> dict[str, Any]:
     """Returns the arguments of a `Rollout` (method/rollout.py) that the configuration decides."""
     c = config
-    return {"guidance_scale": c.guidance_scale, "guidance_grad": c.guidance_grad, "adjoint_clip": c.adjoint_clip}
+    return {
+        "guidance_scale": c.guidance_scale,
+        "guidance_interval": tuple(c.guidance_interval),
+        "guidance_grad": c.guidance_grad,
+        "adjoint_clip": c.adjoint_clip,
+    }
 
 
 def gradient_options(config: ConfigDict) -> dict[str, Any]:

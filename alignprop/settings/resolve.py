@@ -12,13 +12,15 @@ from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
 from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
+from alignprop.settings.samplers import check_sampler
 
 
 def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     """Checks `config`, and returns a frozen copy with every derived value filled in.
 
     These values are derived here, after the overrides: `lora_alpha`, `train.num_inference_steps`,
-    `trunc_backprop_timestep`, `truncated_backprop_minmax` and the fields of `memory` if they are None,
+    `train.sampler`, `train.sampler_options`, `trunc_backprop_timestep` and `truncated_backprop_minmax` (for DDIM, whose
+    number of network calls is known) and the fields of `memory` if they are None,
     `train.gradient_accumulation_steps` (the micro-batches of one process per optimizer step), and
     `train.steps_per_epoch` (the optimizer steps of an epoch; with DDPO an epoch is one step). A value "auto" stays,
     and what follows from it is left out, because the run decides it (memory/planner.py).
@@ -33,7 +35,11 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     _check_fields(c)
     _check_combinations(c)
     _derive(c)
-    _check_truncation(c)
+    for group, prefix in ((c, ""), (c.train, "train.")):
+        check_sampler(group.sampler, group.sampler_options, c.eta, f"{prefix}sampler")
+    if c.train.sampler == "ddim":
+        _derive_truncation(c, c.train.num_inference_steps)
+        check_truncation(c, c.train.num_inference_steps)
     if c.memory_policy != "auto":
         _fill_memory(c, POLICIES[c.memory_policy])
     _check_memory(c)
@@ -58,6 +64,10 @@ def _derive(c: ConfigDict) -> None:
     train = c.train
     if train.num_inference_steps is None:
         train.num_inference_steps = c.num_inference_steps
+    if train.sampler_options is None:
+        train.sampler_options = c.sampler_options if train.sampler in (None, c.sampler) else ""
+    if train.sampler is None:
+        train.sampler = c.sampler
     c.log_dir = os.path.expanduser(c.log_dir)
     for name in ("model", "config", "vae"):
         if c.pretrained[name]:
@@ -67,10 +77,13 @@ def _derive(c: ConfigDict) -> None:
     # The command line may give "to_q,to_v" as one word.
     if c.lora_target_modules is not None:
         c.lora_target_modules = tuple(name for names in c.lora_target_modules for name in names.split(","))
+
+
+def _derive_truncation(c: ConfigDict, steps: int) -> None:
     if c.trunc_backprop_timestep is None:
-        c.trunc_backprop_timestep = train.num_inference_steps - 1
+        c.trunc_backprop_timestep = steps - 1
     if c.truncated_backprop_minmax is None:
-        c.truncated_backprop_minmax = (0, train.num_inference_steps)
+        c.truncated_backprop_minmax = (0, steps)
 
 
 def _derive_batches(c: ConfigDict, num_processes: int) -> None:
@@ -131,7 +144,9 @@ def _check_combinations(c: ConfigDict) -> None:
         raise ConfigError("train_text_encoder = True needs algorithm = 'align_prop': DDPO trains the denoiser alone")
     if c.guide.window[0] >= c.guide.window[1]:
         raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
-    if c.task == "train" and c.algorithm == "ddpo" and not c.eta:
+    if c.guidance_interval[0] >= c.guidance_interval[1]:
+        raise ConfigError(f"guidance_interval = {tuple(c.guidance_interval)} must be (from, to) with from < to")
+    if c.task == "train" and c.algorithm == "ddpo" and not c.eta and (c.train.sampler or c.sampler) == "ddim":
         raise ConfigError(
             "eta = 0 must be greater than 0 if algorithm = 'ddpo', which needs random steps; its presets have 1.0"
         )
@@ -172,14 +187,23 @@ def _check_multiple(field: str, value: int, unit: int, unit_name: str) -> None:
         raise ConfigError(f"{field} = {value} is not a multiple of {unit_name}; nearest: {nearest}")
 
 
-def _check_truncation(c: ConfigDict) -> None:
-    steps, first, minmax = c.train.num_inference_steps, c.trunc_backprop_timestep, tuple(c.truncated_backprop_minmax)
-    name = "num_inference_steps" if steps == c.num_inference_steps else "train.num_inference_steps"
-    if not 0 <= first < steps:
+def check_truncation(c: ConfigDict, steps: int) -> None:
+    """Checks the fields that count the steps of the chain; `steps` is the number of its network calls.
+
+    Raises:
+        ConfigError: a field names a step that the chain does not have.
+    """
+    first, minmax = c.trunc_backprop_timestep, c.truncated_backprop_minmax
+    name = (
+        "num_inference_steps" if c.train.num_inference_steps == c.num_inference_steps else "train.num_inference_steps"
+    )
+    if steps != c.train.num_inference_steps:
+        name = f"the number of network calls of train.sampler = {c.train.sampler!r}"
+    if first is not None and not 0 <= first < steps:
         raise ConfigError(f"trunc_backprop_timestep = {first} must be from 0 to {name} - 1 = {steps - 1}")
-    if len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= steps:
+    if minmax is not None and (len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= steps):
         raise ConfigError(
-            f"truncated_backprop_minmax = {minmax} must be (low, high) with 0 <= low < high <= {name} = {steps}"
+            f"truncated_backprop_minmax = {tuple(minmax)} must be (low, high) with 0 <= low < high <= {name} = {steps}"
         )
 
 

@@ -1,91 +1,30 @@
 """Every scheduler of diffusers that can be trained through: its pictures, and the gradient through its steps."""
 
-import inspect
-from contextlib import nullcontext
-
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from torch.overrides import TorchFunctionMode
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from alignprop.engine.seeding import generator, generators
-from alignprop.lora.factors import trainable_parameters
 from alignprop.method import estimators
-from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import build_sampler
-from alignprop.method.schedulers import make_scheduler, parse_options
+from alignprop.method.schedulers import make_scheduler
 from alignprop.settings.errors import ConfigError
-from tests.unit.test_rollout import gradients_of, guided, make_model, relative_difference, reward
+from alignprop.settings.samplers import check_sampler
+from tests.helpers.schedulers import (
+    BATCH,
+    DIFFUSION,
+    ESTIMATORS,
+    GUIDANCE,
+    KINDS,
+    STEPS,
+    by_autograd,
+    by_sweep,
+    difference,
+    differences,
+    from_pipeline,
+    make_model,
+)
 
-STEPS, BATCH, GUIDANCE = 5, 2, 2.0
-PROMPTS = ["a cat", "two dogs"]
-
-# name, options, network calls of 5 steps
-DIFFUSION = [
-    ("ddim", "", 5), ("DDPM", "", 5),
-    ("EulerDiscrete", "", 5), ("EulerDiscrete", "use_karras_sigmas=True, timestep_spacing=trailing", 5),
-    ("EulerDiscrete", "use_exponential_sigmas=True", 5), ("EulerDiscrete", "use_beta_sigmas=True", 5),
-    ("EulerAncestralDiscrete", "", 5), ("HeunDiscrete", "", 9), ("LMSDiscrete", "", 5),
-    ("PNDM", "skip_prk_steps=True", 6), ("PNDM", "skip_prk_steps=False", 14),
-    ("DPMSolverMultistep", "", 5), ("DPMSolverMultistep", "use_karras_sigmas=True, solver_order=3", 5),
-    ("DPMSolverMultistep", "algorithm_type=sde-dpmsolver++", 5), ("DPMSolverMultistep", "algorithm_type=dpmsolver, final_sigmas_type=sigma_min", 5),
-    ("DPMSolverSinglestep", "", 5), ("DPMSolverSinglestep", "solver_order=3", 5),
-    ("DPMSolverSinglestep", "algorithm_type=sde-dpmsolver++", 5),
-    ("KDPM2Discrete", "", 9), ("KDPM2AncestralDiscrete", "", 9),
-    ("UniPCMultistep", "", 5), ("UniPCMultistep", "solver_order=3", 5), ("DEISMultistep", "", 5),
-    ("LCM", "", 5), ("TCD", "", 5), ("SASolver", "", 5),
-]  # fmt: skip
-IDS = [f"{name} {options}".strip() for name, options, _ in DIFFUSION]
-# FLUX.1's and SD3's own shifts of the noise levels are in tests/runs/test_families.py.
-FLOW = [
-    ("ddim", "", 5), ("FlowMatchHeunDiscrete", "", 9), ("FlowMatchLCM", "", 5), ("DPMSolverMultistep", "", 5),
-    ("UniPCMultistep", "", 5), ("DEISMultistep", "", 5), ("DPMSolverSinglestep", "", 5), ("SASolver", "", 5),
-]  # fmt: skip
-
-
-class InFloat64(TorchFunctionMode):
-    """Keeps a scheduler's step in float64, on float32 noise, as a rollout draws it."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.randn:
-            return function(*args, **{**kwargs, "dtype": torch.float32}).double()
-        if function is torch.Tensor.to and args[0].dtype == torch.float64:
-            return args[0]
-        return function(*args, **kwargs)
-
-
-def plan_for(name, sampler):
-    """The plan of an estimator, with draws that reach all parts of the chain."""
-    estimator = estimators.build_estimator(name, first=sampler.num_steps - 2)
-    return estimator(sampler, BATCH, generator("plan", name))
-
-
-def by_autograd(model, scheduler, plan, eta, dtype):
-    """`scheduler.step` in a loop, with the plan's gradients put into the network's outputs."""
-    takes = inspect.signature(scheduler.step).parameters
-    streams = generators(range(BATCH), "x")
-    options = {"generator": streams} if "generator" in takes else {}
-    options |= {"eta": eta} if "eta" in takes else {}
-    cond = model.encode_prompts(PROMPTS)
-    latents = model.init_latents(streams).to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for i, t in enumerate(scheduler.timesteps):
-        seen = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
-        active, w, gamma = (v[i].view(-1, 1, 1, 1).to(dtype) for v in (plan.active, plan.weight, plan.coupling))
-        share = gamma / w  # of the gradient, what goes on to the latents
-        output = guided(model, share * seen + (1 - share) * seen.detach(), t, cond, GUIDANCE)
-        output = output.detach() + active * w * (output - output.detach())
-        with InFloat64() if dtype == torch.float64 else nullcontext():
-            latents = scheduler.step(output, t, latents, **options).prev_sample
-    return latents, gradients_of(reward(latents), model)
-
-
-def by_sweep(model, sampler, plan, dtype):
-    init = model.init_latents
-    model.init_latents = lambda streams: init(streams).to(dtype)
-    latents = Rollout(model, sampler, GUIDANCE)(generators(range(BATCH), "x"), model.encode_prompts(PROMPTS), plan)
-    model.init_latents = init
-    return latents, gradients_of(reward(latents), model)
+FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +32,104 @@ def models(pipelines):
     return {dtype: make_model(pipelines["epsilon"], dtype) for dtype in (torch.float32, torch.float64)}
 
 
-@pytest.mark.parametrize(("name", "options", "calls"), DIFFUSION, ids=IDS)
-@pytest.mark.parametrize("estimator", ["full", "truncated", "randomized", "leapalign"])
-def test_the_gradient_is_that_of_plain_autograd(models, name, options, calls, estimator):
-    eta = 0.7 if name in ("ddim", "TCD") and estimator != "full" else 0.0
+@pytest.fixture(scope="module")
+def scheduler(models):
+    return models[torch.float32].scheduler
+
+
+# All pairs are in the table that `python -m tests.helpers.schedulers` prints; here each sampler has one estimator.
+@pytest.mark.parametrize(("kind", "name", "options", "calls", "estimator"), [
+    (*row, ESTIMATORS[place % len(ESTIMATORS)]) for place, row in enumerate(KINDS)
+])  # fmt: skip
+def test_the_gradient_is_that_of_plain_autograd(models, kind, name, options, calls, estimator):
     for dtype, near in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        model = models[dtype]
-        arguments = model.scheduler, name, parse_options(options)
-        sampler = build_sampler(model.scheduler, STEPS, eta, name, arguments[2])
-        assert sampler.num_steps == calls
-        plan = plan_for(estimator, sampler)
-        scheduler = make_scheduler(*arguments)
-        scheduler.set_timesteps(STEPS)
-        expected_latents, expected = by_autograd(model, scheduler, plan, eta, dtype)
-        latents, ours = by_sweep(model, sampler, plan, dtype)
-        assert expected.norm() > 0
-        assert relative_difference(latents, expected_latents) <= near
-        assert relative_difference(ours, expected) <= near
+        found, latents, gradient = differences(models[dtype], kind, name, options, estimator, dtype)
+        assert found == calls
+        assert latents <= near
+        assert gradient <= near
+
+
+@pytest.mark.parametrize(("name", "options", "calls"), DIFFUSION)
+def test_latents_are_those_of_the_pipeline(pipelines, models, name, options, calls):
+    assert from_pipeline(pipelines["epsilon"], models[torch.float32], name, options) <= 1e-5
+
+
+def test_a_flow_keeps_its_levels_with_every_solver():
+    for kind, name, options, _ in KINDS:
+        if kind == "flow":
+            sampler = build_sampler(FLOW, STEPS, 0.0, name, options)
+            assert torch.equal(sampler.alpha + sampler.sigma, torch.ones(sampler.num_steps + 1).double())
+            assert (sampler.sigma[:-1] - sampler.timesteps / 1000).abs().max() < 1e-3  # some round their timesteps
+            assert sampler.start == 1 and torch.equal(sampler.scale, torch.ones(sampler.num_steps).double())
+
+
+@pytest.mark.parametrize("name", ["FlowMatchHeunDiscrete", "DPMSolverMultistep", "UniPCMultistep"])
+def test_a_shift_by_the_size_of_the_picture_reaches_every_solver(name):
+    """mu is the logarithm of the shift."""
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    found = build_sampler(dynamic, STEPS, 0.0, name, mu=0.9)
+    expected = build_sampler(FlowMatchEulerDiscreteScheduler(shift=2.718281828459045**0.9), STEPS, 0.0, name)
+    torch.testing.assert_close(found.sigma, expected.sigma, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.b, expected.b, rtol=1e-4, atol=1e-5)
+    unshifted = build_sampler(FlowMatchEulerDiscreteScheduler(), STEPS, 0.0, name)
+    assert (found.sigma - unshifted.sigma).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("EulerDisc", "", "sampler = 'EulerDisc' must be 'ddim', 'pipeline' or .*mean 'EulerDiscreteScheduler'"),
+    ("magic", "", "sampler = 'magic' must be .*examples: 'EulerDiscrete'"),
+    ("DPMSolverMultistep", "thresholding=True", "sampler_options: thresholding cannot be used.* linear"),
+    ("ddim", "clip_sample=True", "sampler_options: clip_sample cannot be used"),
+    ("EulerDiscrete", "karras=True", "sampler_options: EulerDiscreteScheduler has no option karras; it has"),
+    ("EulerDiscrete", "beta_start=0.1", "sampler_options: beta_start is a property of the model"),
+    ("EulerDiscrete", "use_karras_sigmas=1", "use_karras_sigmas = 1 must be of the type of its default, False"),
+    ("EulerDiscrete", "use_karras_sigmas", "sampler_options = 'use_karras_sigmas' must be NAME=VALUE"),
+    ("DPMSolverMultistep", "solver_order=two", "solver_order = 'two' must be of the type of its default, 2"),
+    ("DPMSolverMultistep", "solver_type=magic", "DPMSolverMultistepScheduler says: .*magic"),
+    ("FlowMatchEulerDiscrete", "", "FlowMatchEulerDiscreteScheduler is not for a model of discrete-time diffusion"),
+    ("LCM", "original_inference_steps=3", "num_inference_steps = 5 with the sampler 'LCM': diffusers says"),
+])  # fmt: skip
+def test_what_cannot_be_sampled_is_refused_in_a_line(scheduler, name, options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        build_sampler(scheduler, STEPS, 0.0, name, options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flow_refuses_a_scheduler_of_diffusion():
+    with pytest.raises(ConfigError, match="EulerDiscreteScheduler is not for a model of flow matching"):
+        build_sampler(FLOW, STEPS, 0.0, "EulerDiscrete")
+
+
+def test_eta_is_refused_where_it_does_nothing(scheduler):
+    message = r"^eta = 0.5 has no effect with train.sampler = 'EulerDiscrete'; it must be 0"
+    with pytest.raises(ConfigError, match=message):
+        check_sampler("EulerDiscrete", "", 0.5, "train.sampler")
+    own = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
+    with pytest.raises(ConfigError, match=r"^eta = 0.5 has no effect with sampler = 'pipeline'; it must be 0"):
+        build_sampler(own, STEPS, 0.5, "pipeline")
+    assert build_sampler(scheduler, STEPS, 0.5, "TCD").is_stochastic
+
+
+def test_the_pipelines_own_scheduler_has_its_own_options():
+    own = DPMSolverMultistepScheduler(use_karras_sigmas=True, beta_schedule="scaled_linear")
+    ours, named = (build_sampler(own, STEPS, 0.0, name) for name in ("pipeline", "DPMSolverMultistepScheduler"))
+    other = build_sampler(own, STEPS, 0.0, "pipeline", "use_karras_sigmas=False")
+    assert torch.equal(ours.b, named.b) and not torch.equal(ours.b, other.b) and not ours.is_one_step
+
+
+@pytest.mark.parametrize("interval", [(0.2, 0.6), (0.0, 0.4), (0.9, 1.0)])
+def test_without_guidance_the_conditional_branch_is_called_alone(models, interval):
+    model, seen = models[torch.float64], []
+    predict, name = model.predict, "DPMSolverMultistep"
+    sampler = build_sampler(model.scheduler, STEPS, 0.0, name)
+    plan, dtype = estimators.full(sampler, BATCH), torch.float64
+    model.predict = lambda x, t, branch: seen.append((torch.is_grad_enabled(), len(x))) or predict(x, t, branch)
+    ours = by_sweep(model, sampler, plan, dtype, guidance_interval=interval)
+    del model.predict
+    guided = [interval[0] <= (i + 0.5) / STEPS < interval[1] for i in range(STEPS)]
+    assert [size for with_grad, size in seen if not with_grad] == [BATCH * (1 + step) for step in guided]
+    assert [size for with_grad, size in seen if with_grad] == [BATCH * (1 + step) for step in reversed(guided)]
+    plain = make_scheduler(model.scheduler, name, {})
+    plain.set_timesteps(STEPS)
+    expected = by_autograd(model, plain, plan, 0.0, dtype, [GUIDANCE if step else 1 for step in guided])
+    assert max(map(difference, ours, expected)) <= 1e-10

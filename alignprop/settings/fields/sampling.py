@@ -1,12 +1,23 @@
 """The fields of sampling, and of the estimator, which decides which part of the chain carries gradient."""
 
 from alignprop.settings.fields.field import ALIGN_PROP, GRADIENTS, GUIDANCE, TRAINING, Field, estimator
-from alignprop.settings.fields.rules import COUNT, INTEGERS, choice, integer, number, optional, text
+from alignprop.settings.fields.rules import COUNT, INTEGERS, choice, integer, number, optional, shares, text
 
 SAMPLING = (
     Field(
         "num_inference_steps", 50, integer(1),
         "The number of sampler steps for each picture. Training uses train.num_inference_steps instead if that is set.",
+    ),
+    Field(
+        "sampler", "ddim", text(),
+        "The sampler: 'ddim', which for a flow-matching model is Euler's method; 'pipeline', the scheduler that the "
+        "model came with; or the name of a scheduler of diffusers, for example 'DPMSolverMultistep'. "
+        "docs/samplers.md lists those that were tried.",
+    ),
+    Field(
+        "sampler_options", "", text(empty=True),
+        "Options of the sampler, in the words of diffusers, separated by commas, for example "
+        "'use_karras_sigmas=True, solver_order=3'. They replace those of the model's files.",
     ),
     Field(
         "guidance_scale", 7.5, number(at_least=1),
@@ -19,9 +30,14 @@ SAMPLING = (
         "is the only value for models other than FLUX.1. Other values double the cost of a network call.",
     ),
     Field(
+        "guidance_interval", (0.0, 1.0), shares(2),
+        "The part of the chain with guidance, as (from, to) in shares of its steps. The other steps call the "
+        "conditional branch alone, at half the cost (Kynkäänniemi et al. 2024, arXiv 2404.07724).", (GUIDANCE,),
+    ),
+    Field(
         "eta", 0.0, number(at_least=0, at_most=1),
-        "How much noise each sampler step adds. 0 is a deterministic chain, and 1 is ancestral sampling. DDPO needs a "
-        "value above 0.",
+        "How much noise each step of 'ddim' or 'TCD' adds. 0 is a deterministic chain, and 1 is ancestral sampling. "
+        "Other samplers need 0. DDPO needs a sampler with noise, such as 'ddim' with a value above 0.",
     ),
 )  # fmt: skip
 
@@ -34,8 +50,8 @@ ESTIMATOR = (
     ),
     Field(
         "trunc_backprop_timestep", None, optional(integer(0)),
-        "The first sampler step with gradient, counted from 0. All later steps have gradient too. None takes the last "
-        "step of the chain.", estimator("truncated"),
+        "The first sampler step with gradient, counted from 0. A step is a network call. All later steps have gradient "
+        "too. None takes the last step of the chain.", estimator("truncated"),
     ),
     Field(
         "truncated_backprop_minmax", None, optional(INTEGERS),

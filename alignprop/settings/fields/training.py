@@ -1,7 +1,7 @@
 """The fields of training: batches, steps and the optimizer."""
 
 from alignprop.settings.fields.field import ALIGN_PROP, EVALUATION, TRAINING, Field, needs
-from alignprop.settings.fields.rules import COUNT, COUNT_OR_AUTO, choice, integer, number, optional
+from alignprop.settings.fields.rules import COUNT, COUNT_OR_AUTO, choice, integer, number, optional, text
 
 ADAMW = needs("train.optimizer = 'adamw'", lambda c: c.train.optimizer == "adamw")
 
@@ -28,6 +28,14 @@ FIELDS = (
     Field(
         "train.num_inference_steps", None, optional(integer(1)),
         "The number of sampler steps in training. 10 to 25 steps are cheaper. None takes num_inference_steps.",
+        (TRAINING,),
+    ),
+    Field(
+        "train.sampler", None, optional(text()), "The sampler in training. None takes `sampler`.", (TRAINING,),
+    ),
+    Field(
+        "train.sampler_options", None, optional(text(empty=True)),
+        "The options of the sampler in training. None takes sampler_options if the sampler is the same, else none.",
         (TRAINING,),
     ),
     Field(
