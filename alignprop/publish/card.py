@@ -132,6 +132,15 @@ def _pictures(run: RunFolder) -> dict:
     }
 
 
+def _sampling(c: dict) -> str:
+    name, options = c.get("train.sampler", "ddim"), c.get("train.sampler_options")
+    sampler = "" if name == "ddim" else f" of {name}" + (f" ({options})" if options else "")
+    interval = tuple(c.get("guidance_interval", (0, 1)))
+    where = "" if interval == (0, 1) else f" from {interval[0]:g} to {interval[1]:g} of the chain"
+    guidance = f"guidance {c['guidance_scale']:g}{where}"
+    return f"{c['train.num_inference_steps']} steps{sampler}, {guidance}, eta {c['eta']:g}"
+
+
 def _settings(run: RunFolder) -> dict[str, str]:
     c, is_ddpo = run.config, run.config["algorithm"] == "ddpo"
     reached = max((row["step"] for row in run.rows if row["kind"] == "train"), default=run.step)
@@ -155,7 +164,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
         ),
         "optimizer": f"{c['train.optimizer']}, learning rate {c['train.learning_rate']:g}",
         "trained": trained,
-        "sampling": f"{c['train.num_inference_steps']} steps, guidance {c['guidance_scale']:g}, eta {c['eta']:g}",
+        "sampling": _sampling(c),
         "precision": c["mixed_precision"].replace("no", "fp32"),
         "seed": str(c["seed"]),
         "versions": ", ".join(f"{name.removeprefix('versions.')} {value}" for name, value in versions.items()),

@@ -35,7 +35,7 @@ def test_the_sweep_is_plain_autograd(model):
     latents = model.init_latents(generators(range(BATCH), "x")).double()
     for i, t in enumerate(sampler.timesteps):
         output = guided(model, latents, t.to(latents.device), cond, GUIDANCE)
-        latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * output
+        latents = float(sampler.a[i]) * latents + float(sampler.b[i, i]) * output
     expected = torch.autograd.grad(latents.sin().sum(), parameters)
     rollout = Rollout(model, sampler, GUIDANCE)
     model.init_latents = lambda streams, own=model.init_latents: own(streams).double()

@@ -60,7 +60,6 @@ FLOW = [
     ("DPMSolverMultistep", "algorithm_type=sde-dpmsolver++", 5),
     ("DPMSolverSinglestep", "", 5),
     ("UniPCMultistep", "", 5),
-    ("DEISMultistep", "", 5),
     ("SASolver", "", 5),
 ]
 KINDS = [("diffusion", *row) for row in DIFFUSION] + [("flow", *row) for row in FLOW]
@@ -86,7 +85,7 @@ def make_model(folder, dtype):
     for name, parameter in trainable_parameters(model.denoiser).items():
         parameter.data = parameter.data.to(dtype)
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.5, generator=generator(name))
+            parameter.data.normal_(0, 0.3, generator=generator(name))
     return model
 
 

@@ -127,8 +127,10 @@ def test_the_update_is_the_gradient_of_the_clipped_objective(ddpo_config, monkey
     for samples in block:
         cond = run.model.encode_prompts(draw_prompts(trainer.prompts, 0, 0, samples.indices)[0])
         for i in drawn.tolist():
-            mean = sampler.a[i] * samples.latents[i] + sampler.b[i] * f(samples.latents[i], sampler.timesteps[i], cond)
-            policy = Normal(mean.float(), float(sampler.s[i]))
+            mean = sampler.a[i] * samples.latents[i] + sampler.b[i, i] * f(
+                samples.latents[i], sampler.timesteps[i], cond
+            )
+            policy = Normal(mean.float(), float(sampler.s[i, i]))
             told = policy.log_prob(samples.latents[i + 1]).flatten(1).mean(dim=1)
             ratios.append((told - samples.log_probabilities[i]).exp())
             of.append(advantages[samples.indices].float())
@@ -178,7 +180,7 @@ def test_steps_without_noise_are_left_out(ddpo_config, monkeypatch):
 
 
 def test_so_are_steps_with_little_noise(ddpo_config):
-    noise = DDPOTrainer(ddpo_config()).run.rollout.sampler.s
+    noise = DDPOTrainer(ddpo_config()).run.rollout.sampler.s.diagonal()
     assert noise.argmin() == 2
     trainer = DDPOTrainer(ddpo_config(run_name="m", ddpo__min_noise=float(noise[2]) + 1e-6))
     assert trainer.noisy_steps == [0, 1]

@@ -59,7 +59,7 @@ def by_autograd(trainer, first=0):
     latents = model.init_latents(generators(range(BATCH), 0, 0, "noise"))
     for i, t in enumerate(sampler.timesteps):
         with torch.set_grad_enabled(i >= first):
-            latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * f(latents, t, cond)
+            latents = float(sampler.a[i]) * latents + float(sampler.b[i, i]) * f(latents, t, cond)
     rewards = trainer.run.reward(model.decode(latents), prompts, metadata)
     grads = torch.autograd.grad(-rewards.mean(), trainer.weights.parameters)
     return torch.cat([g.flatten() for g in grads]), rewards.detach()

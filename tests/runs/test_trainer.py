@@ -147,7 +147,7 @@ def test_the_step_is_the_gradient_of_the_mean_loss(toy_config):
     for i, t in enumerate(sampler.timesteps):
         output = GuidedDenoiser(run.model, 3.0)(latents, t, cond)
         output = torch.where(plan.active[i].view(-1, 1, 1, 1), output, output.detach())
-        latents = float(sampler.a[i]) * latents + float(sampler.b[i]) * output
+        latents = float(sampler.a[i]) * latents + float(sampler.b[i, i]) * output
     rewards = run.reward(run.model.decode(latents), prompts, metadata)
     grads = torch.autograd.grad(-1.5 * rewards.mean(), trainer.weights.parameters)
     expected = torch.cat([g.flatten() for g in grads]).norm().item()
