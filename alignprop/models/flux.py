@@ -24,7 +24,7 @@ class Flux(LatentDiffusion):
     unused = ("image_encoder", "feature_extractor")
     adaptable = ("text_encoder",)
 
-    def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
+    def __init__(self, pipeline, resolution: int | str | None = None, true_cfg_scale: float = 1.0):
         self.true_cfg_scale, self.guides = true_cfg_scale, true_cfg_scale != 1
         super().__init__(pipeline, resolution)
 
@@ -37,10 +37,10 @@ class Flux(LatentDiffusion):
     def reader(self) -> tuple:
         return self.pipeline.tokenizer_2, T5_TOKENS
 
-    def latent_size(self, resolution: int | None) -> tuple[int, int]:
+    def latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         # The transformer takes any number of tokens. The VAE's configuration may name the size used in training.
-        size = resolution or self.decoder.config.get("sample_size") or RESOLUTION
-        return (2 * (size // (2 * self.vae_factor)),) * 2
+        height, width = size or (self.decoder.config.get("sample_size") or RESOLUTION,) * 2
+        return 2 * (height // (2 * self.vae_factor)), 2 * (width // (2 * self.vae_factor))
 
     def schedule(self, num_inference_steps: int) -> dict:
         _, height, width = self.latent_shape

@@ -23,7 +23,7 @@ class Flux2Klein(LatentDiffusion):
 
     pipeline_name = "Flux2KleinPipeline"
 
-    def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
+    def __init__(self, pipeline, resolution: int | str | None = None, true_cfg_scale: float = 1.0):
         self.guides = not pipeline.config.get("is_distilled", False)
         super().__init__(pipeline, resolution, true_cfg_scale)
 
@@ -39,8 +39,9 @@ class Flux2Klein(LatentDiffusion):
     def latent_channels(self) -> int:
         return self.denoiser.config.in_channels
 
-    def latent_size(self, resolution: int | None) -> tuple[int, int]:
-        return ((resolution or RESOLUTION) // (2 * self.vae_factor),) * 2
+    def latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        height, width = size or (RESOLUTION, RESOLUTION)
+        return height // (2 * self.vae_factor), width // (2 * self.vae_factor)
 
     def schedule(self, num_inference_steps: int) -> dict:
         mu = empirical_shift(self.latent_shape[1] * self.latent_shape[2], num_inference_steps)

@@ -8,6 +8,7 @@ from alignprop.models.base import ENCODERS, split_name
 from alignprop.models.loading import load_pipeline
 from alignprop.models.text import TextConditioned
 from alignprop.settings.errors import ConfigError
+from alignprop.settings.fields.rules import picture_size
 
 
 class LatentDiffusion(TextConditioned):
@@ -16,7 +17,8 @@ class LatentDiffusion(TextConditioned):
     Args:
         pipeline: a loaded pipeline, or any object with the same parts (models/skeleton.py). Its modules are frozen
             here, and the encoder of the VAE is dropped.
-        resolution: side of the pictures in pixels. None is the size that the model was trained for.
+        resolution: the size of the pictures in pixels, a side or "WIDTHxHEIGHT". None is the size that the model was
+            trained for.
         true_cfg_scale: strength of guidance by an empty prompt, for models that use `guidance_scale` for something
             else.
 
@@ -39,7 +41,7 @@ class LatentDiffusion(TextConditioned):
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     adaptable: tuple[str, ...] = ()
 
-    def __init__(self, pipeline, resolution: int | None = None, true_cfg_scale: float = 1.0):
+    def __init__(self, pipeline, resolution: int | str | None = None, true_cfg_scale: float = 1.0):
         if true_cfg_scale != 1:
             raise ConfigError(
                 f"true_cfg_scale = {true_cfg_scale} must be 1 for a {self.pipeline_name}: its guidance_scale is "
@@ -58,12 +60,13 @@ class LatentDiffusion(TextConditioned):
         for module in (self.denoiser, self.decoder, *self.text_encoders):
             module.requires_grad_(False).eval()
         self.device = self.denoiser.device
-        if resolution and resolution % (2 * self.vae_factor):
-            raise ConfigError(f"resolution = {resolution} must be a multiple of {2 * self.vae_factor} for this model")
-        self.latent_shape = (self.latent_channels(), *self.latent_size(resolution))
+        size, unit = picture_size(resolution), 2 * self.vae_factor
+        if size and any(side % unit for side in size):
+            raise ConfigError(f"resolution = {resolution} must be a multiple of {unit} in width and height")
+        self.latent_shape = (self.latent_channels(), *self.latent_size(size))
 
     @classmethod
-    def load(cls, name: str, *, resolution: int | None = None, true_cfg_scale: float = 1.0, **options):
+    def load(cls, name: str, *, resolution: int | str | None = None, true_cfg_scale: float = 1.0, **options):
         """Loads the model; `load_pipeline` in loading.py explains the other options and the errors."""
         return cls(load_pipeline(cls, name, **options), resolution, true_cfg_scale)
 
@@ -95,18 +98,18 @@ class LatentDiffusion(TextConditioned):
         """Returns the number of channels of x[0]."""
         return self.decoder.config.latent_channels
 
-    def latent_size(self, resolution: int | None) -> tuple[int, int]:
-        """Returns height and width of x[0] for pictures with a side of `resolution` pixels; None is the model's size.
+    def latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Returns height and width of x[0] for pictures of (height, width) pixels; None is the model's own size.
 
         Raises:
-            ConfigError: `resolution` is None, and the model's configuration names no size.
+            ConfigError: `size` is None, and the model's configuration names none.
         """
-        if resolution is None:
-            size = self.denoiser.config.get("sample_size")
-            if not size:
+        if size is None:
+            own = self.denoiser.config.get("sample_size")
+            if not own:
                 raise ConfigError("resolution = None: the model's files name no size (sample_size), so give one")
-            return (size, size) if isinstance(size, int) else tuple(size)
-        return (resolution // self.vae_factor,) * 2
+            return (own, own) if isinstance(own, int) else tuple(own)
+        return size[0] // self.vae_factor, size[1] // self.vae_factor
 
     @property
     def takes_guidance(self) -> bool:

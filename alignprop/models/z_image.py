@@ -36,8 +36,9 @@ class ZImage(LatentDiffusion):
     def reader(self) -> tuple:
         return self.chat_reader(TOKENS, enable_thinking=True)
 
-    def latent_size(self, resolution: int | None) -> tuple[int, int]:
-        return (2 * ((resolution or RESOLUTION) // (2 * self.vae_factor)),) * 2
+    def latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        height, width = size or (RESOLUTION, RESOLUTION)
+        return 2 * (height // (2 * self.vae_factor)), 2 * (width // (2 * self.vae_factor))
 
     def schedule(self, num_inference_steps: int) -> dict:
         _, height, width = self.latent_shape

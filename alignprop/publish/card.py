@@ -15,7 +15,7 @@ from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.configs import find_config
 from alignprop.publish.run_folder import RunFolder
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields.rules import is_repo_name
+from alignprop.settings.fields.rules import is_repo_name, picture_size
 from alignprop.settings.fields.sampling import PLAN_FIELDS
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -104,7 +104,7 @@ def _call_options(c: dict) -> dict[str, object]:
     if c.get("true_cfg_scale", 1) != 1:
         options |= {"true_cfg_scale": c["true_cfg_scale"], "negative_prompt": "''"}
     if c.get("resolution"):
-        options |= {"height": c["resolution"], "width": c["resolution"]}
+        options |= dict(zip(("height", "width"), picture_size(c["resolution"]), strict=True))
     return options
 
 

@@ -57,7 +57,7 @@ COLUMNS = ("pictures", "gradient", "LoRA there", "it changes", "resume", "soup",
 
 
 def load(family: str, folder: Path, **options):
-    return load_model(str(folder), resolution=SIDE.get(family), **options)
+    return load_model(str(folder), **{"resolution": SIDE.get(family), **options})
 
 
 def plain_pipeline(family: str, folder: Path, **options):
@@ -69,7 +69,7 @@ def plain_pipeline(family: str, folder: Path, **options):
 def pipeline_pictures(family: str, pipeline, guidance_scale: float, **options) -> torch.Tensor:
     """Returns the pictures of the family's own pipeline, [2, 3, H, W] in [0, 1]."""
     if family in WITHOUT_SIZE:
-        options |= {"height": 16, "width": 16}
+        options = {"height": 16, "width": 16} | options
     guidance_scale += FAMILIES[family].guidance_offset
     return pipeline(
         prompt=list(PROMPTS), num_inference_steps=STEPS, guidance_scale=guidance_scale,

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 
+from alignprop.evaluation.pictures import read_grid
 from alignprop.lora.files import read_lora
 from alignprop.models import FAMILIES
 from alignprop.models.configs import find_config, folder_config
@@ -189,6 +190,27 @@ def test_smaller_pictures(folders, family):
     assert our_pictures(model, 1.0).shape == (2, 3, 8, 8)
     with pytest.raises(ConfigError, match=r"^resolution = 9 must be a multiple of 4"):
         load_model(str(folders(family)), resolution=9)
+
+
+@pytest.mark.parametrize(("size", "height", "width"), [("24x16", 16, 24), ("8X24", 24, 8)])
+@pytest.mark.parametrize("family", NAMES)
+def test_pictures_that_are_not_square_are_the_pipelines(folders, family, size, height, width):
+    model, pipeline = load(family, folders(family), resolution=size), plain_pipeline(family, folders(family))
+    images = our_pictures(model, GUIDED)
+    assert images.shape[-2:] == (height, width)
+    expected = pipeline_pictures(family, pipeline, GUIDED, height=height, width=width)
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-6)
+    with pytest.raises(ConfigError, match=r"^resolution = 24x18 must be a multiple of 4 in width and height"):
+        load(family, folders(family), resolution="24x18")
+
+
+def test_a_run_with_pictures_that_are_not_square(toy_config):
+    """Stable Diffusion: training, evaluation and the pictures of the run folder."""
+    checkpoint = train(toy_config(resolution="32x16", num_epochs=1))
+    images, _ = torch.load(checkpoint.parents[1] / "samples" / "before.pt", weights_only=True)
+    assert images.shape[-2:] == (16, 32) and read_lora(checkpoint).tensors
+    (_, picture), *_ = read_grid(checkpoint.parents[1] / "samples" / "step_000000.png")
+    assert picture.width == 2 * picture.height
 
 
 @pytest.mark.parametrize("preset", models.PRESETS)

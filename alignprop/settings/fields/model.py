@@ -3,7 +3,7 @@
 import os
 
 from alignprop.settings.fields.field import LORA, TRAINING, Field, needs
-from alignprop.settings.fields.rules import COUNT, NAMES, boolean, integer, number, optional, text
+from alignprop.settings.fields.rules import COUNT, NAMES, SIZE, boolean, number, optional, text
 
 _FILES = (".safetensors", ".ckpt")
 SINGLE_FILE = needs("a single file as pretrained.model", lambda c: c.pretrained.model.endswith(_FILES))
@@ -43,9 +43,9 @@ FIELDS = (
         (PIPELINE,),
     ),
     Field(
-        "resolution", None, optional(integer(16)),
-        "The side length of the pictures in pixels. Stable Diffusion needs a multiple of 16. None takes the size that "
-        "the model was trained for.",
+        "resolution", None, optional(SIZE),
+        "The size of the pictures in pixels: the side of a square, or WIDTHxHEIGHT, for example '768x512'. Stable "
+        "Diffusion needs multiples of 16. None takes the size that the model was trained for.",
     ),
     Field(
         "use_lora", True, boolean(),

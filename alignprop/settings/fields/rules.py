@@ -126,7 +126,25 @@ def option(of: Option) -> Rule:
     return optional(rule) if of.optional else rule
 
 
+def picture_size(value: int | str | None) -> tuple[int, int] | None:
+    """Returns (height, width) of pictures in pixels, from a side or from "WIDTHxHEIGHT"; None for None.
+
+    Raises:
+        ValueError: the value is neither.
+    """
+    if value is None:
+        return None
+    width, _, height = str(value).lower().partition("x")
+    return int(height or width), int(width)
+
+
+def _is_size(value: Any) -> bool:
+    is_text = isinstance(value, str) and re.fullmatch(r"\d+([xX]\d+)?", value.strip(), re.ASCII) is not None
+    return (is_text or _is_integer(value)) and min(picture_size(value) or ()) >= 16
+
+
 COUNT = integer(1)
+SIZE = Rule("a side of at least 16 pixels, or WIDTHxHEIGHT, for example '768x512'", _is_size, object)
 NAMES = sequence("names of layers", _is_name)
 INTEGERS = sequence("whole numbers", _is_integer, length=2)
 NUMBERS = sequence("finite numbers", _is_finite)
