@@ -24,9 +24,9 @@ class Flux(LatentDiffusion):
     unused = ("image_encoder", "feature_extractor")
     adaptable = ("text_encoder",)
 
-    def __init__(self, pipeline, resolution: int | str | None = None, true_cfg_scale: float = 1.0):
+    def __init__(self, pipeline, true_cfg_scale: float = 1.0, **options):
         self.true_cfg_scale, self.guides = true_cfg_scale, true_cfg_scale != 1
-        super().__init__(pipeline, resolution)
+        super().__init__(pipeline, **options)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(

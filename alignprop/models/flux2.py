@@ -23,9 +23,9 @@ class Flux2Klein(LatentDiffusion):
 
     pipeline_name = "Flux2KleinPipeline"
 
-    def __init__(self, pipeline, resolution: int | str | None = None, true_cfg_scale: float = 1.0):
+    def __init__(self, pipeline, **options):
         self.guides = not pipeline.config.get("is_distilled", False)
-        super().__init__(pipeline, resolution, true_cfg_scale)
+        super().__init__(pipeline, **options)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(

@@ -21,6 +21,7 @@ class LatentDiffusion(TextConditioned):
             trained for.
         true_cfg_scale: strength of guidance by an empty prompt, for models that use `guidance_scale` for something
             else.
+        negative_prompt: the prompt of the unconditional branch.
 
     Raises:
         ConfigError: the family has no pictures of that size, or no such guidance.
@@ -41,13 +42,16 @@ class LatentDiffusion(TextConditioned):
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     adaptable: tuple[str, ...] = ()
 
-    def __init__(self, pipeline, resolution: int | str | None = None, true_cfg_scale: float = 1.0):
+    def __init__(
+        self, pipeline, resolution: int | str | None = None, true_cfg_scale: float = 1.0, negative_prompt: str = ""
+    ):
         if true_cfg_scale != 1:
             raise ConfigError(
                 f"true_cfg_scale = {true_cfg_scale} must be 1 for a {self.pipeline_name}: its guidance_scale is "
                 "already this guidance, or it has no guidance"
             )
         super().__init__()
+        self.negative_prompt = negative_prompt
         self.pipeline, self.scheduler = pipeline, pipeline.scheduler
         self.denoiser_name = "unet" if getattr(pipeline, "unet", None) else "transformer"
         self.denoiser = getattr(pipeline, self.denoiser_name)
@@ -66,9 +70,14 @@ class LatentDiffusion(TextConditioned):
         self.latent_shape = (self.latent_channels(), *self.latent_size(size))
 
     @classmethod
-    def load(cls, name: str, *, resolution: int | str | None = None, true_cfg_scale: float = 1.0, **options):
+    def load(
+        cls, name: str, *, resolution: int | str | None = None, true_cfg_scale: float = 1.0, negative_prompt: str = "",
+        **options,
+    ):  # fmt: skip
         """Loads the model; `load_pipeline` in loading.py explains the other options and the errors."""
-        return cls(load_pipeline(cls, name, **options), resolution, true_cfg_scale)
+        pipeline = load_pipeline(cls, name, **options)
+        own = {"resolution": resolution, "true_cfg_scale": true_cfg_scale, "negative_prompt": negative_prompt}
+        return cls(pipeline, **own)
 
     @classmethod
     def modules_of(cls, without) -> list[str]:

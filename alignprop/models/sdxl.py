@@ -36,7 +36,7 @@ class StableDiffusionXL(UNetDiffusion):
         }
 
     def unconditional(self, empty: Conditioning) -> Conditioning:
-        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt", True)
+        zeros = not self.negative_prompt and self.pipeline.config.get("force_zeros_for_empty_prompt", True)
         texts = {name: tensor for name, tensor in empty.items() if name != "time_ids"}
         return {name: torch.zeros_like(tensor) if zeros else tensor for name, tensor in texts.items()}
 

@@ -19,9 +19,10 @@ class TextConditioned:
         pipeline: a pipeline with its tokenizers and text encoders.
         text_encoders, lora_encoders, device: the attributes of the protocol.
         guides: whether there is an unconditional branch.
+        negative_prompt: the prompt of the unconditional branch; empty unless the user gives one.
     """
 
-    guides = True
+    guides, negative_prompt = True, ""
 
     def __init__(self):
         self._remembered: dict[str, Conditioning] = {}
@@ -32,7 +33,7 @@ class TextConditioned:
         raise NotImplementedError
 
     def unconditional(self, empty: Conditioning) -> Conditioning:
-        """Returns the tensors that only the unconditional branch has, from the conditioning of one empty prompt."""
+        """Returns the tensors that only the unconditional branch has, from the conditioning of its prompt."""
         return empty
 
     def reader(self) -> tuple:
@@ -53,7 +54,7 @@ class TextConditioned:
 
         Each distinct prompt is encoded once, unless a text encoder has an adapter.
         """
-        wanted = [*prompts, ""] if self.guides else prompts
+        wanted = [*prompts, self.negative_prompt] if self.guides else prompts
         known = {} if self._adapted else self._remembered
         if new := [p for p in dict.fromkeys(wanted) if p not in known]:
             self._warn_of_truncation(new)
@@ -63,7 +64,7 @@ class TextConditioned:
                 known[prompt] = {name: tensor[0].cpu() for name, tensor in self.encode([prompt]).items()}
         cond = self._gather([known[p] for p in prompts])
         if self.guides:
-            empty = {name: tensor[None] for name, tensor in known[""].items()}
+            empty = {name: tensor[None] for name, tensor in known[self.negative_prompt].items()}
             instead = {name: tensor[0] for name, tensor in self.unconditional(empty).items()}
             cond |= {NEGATIVE + name: tensor for name, tensor in self._gather([instead] * len(prompts)).items()}
         return cond
@@ -71,14 +72,14 @@ class TextConditioned:
     def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
         """Adds ∂R/∂θ to the `.grad` of the trained parameters of the text encoders.
 
-        Each prompt is encoded again, one by one, so that only its graph and the graph of an empty prompt are held.
+        Each prompt is encoded again, one by one, so that only its graph and the graph of the negative prompt are held.
         """
         needs_empty = self.guides and any(g.any() for name, g in gradients.items() if name.startswith(NEGATIVE))
         for row, prompt in enumerate(prompts):
             with torch.enable_grad():
                 cond = self.encode([prompt])
                 if needs_empty:
-                    instead = self.unconditional(self.encode([""]))
+                    instead = self.unconditional(self.encode([self.negative_prompt]))
                     cond |= {NEGATIVE + name: tensor for name, tensor in instead.items()}
             names = [name for name, tensor in cond.items() if tensor.requires_grad and name in gradients]
             into = [gradients[name][row : row + 1].to(cond[name]) for name in names]
@@ -92,7 +93,7 @@ class TextConditioned:
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def knows(self, prompts: list[str]) -> bool:
-        wanted = (*prompts, *([""] if self.guides else []))
+        wanted = (*prompts, *([self.negative_prompt] if self.guides else []))
         return not self._adapted and all(prompt in self._remembered for prompt in wanted)
 
     def branches(self, cond: Conditioning, guidance_scale: float) -> list[Conditioning]:

@@ -103,6 +103,8 @@ def _call_options(c: dict) -> dict[str, object]:
     }
     if c.get("true_cfg_scale", 1) != 1:
         options |= {"true_cfg_scale": c["true_cfg_scale"], "negative_prompt": "''"}
+    if c.get("negative_prompt"):
+        options["negative_prompt"] = json.dumps(c["negative_prompt"], ensure_ascii=False)
     if c.get("resolution"):
         options |= dict(zip(("height", "width"), picture_size(c["resolution"]), strict=True))
     return options

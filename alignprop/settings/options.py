@@ -25,6 +25,7 @@ def model_options(config: ConfigDict) -> dict[str, Any]:
         "full": not c.use_lora,
         "resolution": c.resolution,
         "true_cfg_scale": c.true_cfg_scale,
+        "negative_prompt": c.negative_prompt,
         "train_text_encoder": c.task == "train" and c.train_text_encoder,
     }
 

@@ -192,6 +192,21 @@ def test_smaller_pictures(folders, family):
         load_model(str(folders(family)), resolution=9)
 
 
+@pytest.mark.parametrize("family", NAMES)
+def test_a_negative_prompt_is_the_pipelines(folders, family):
+    true = {"true_cfg_scale": GUIDED} if family == "flux" else {}
+    scale, words = 3.5 if family == "flux" else GUIDED, "a blue square"
+    model = load(family, folders(family), negative_prompt=words, **true)
+    pipeline = plain_pipeline(family, folders(family))
+    given = {"negative_prompt": [words] * len(PROMPTS)}
+    if family == "flux2":  # the one pipeline that takes only its embeddings
+        given = {"negative_prompt_embeds": model.encode([words] * len(PROMPTS))["prompt_embeds"]}
+    expected = pipeline_pictures(family, pipeline, scale, **given, **true)
+    images = our_pictures(model, scale)
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-6)
+    assert (images - our_pictures(load(family, folders(family), **true), scale)).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize(("size", "height", "width"), [("24x16", 16, 24), ("8X24", 24, 8)])
 @pytest.mark.parametrize("family", NAMES)
 def test_pictures_that_are_not_square_are_the_pipelines(folders, family, size, height, width):

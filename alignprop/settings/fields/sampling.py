@@ -1,7 +1,11 @@
 """The fields of sampling, and of the estimator, which decides which part of the chain carries gradient."""
 
-from alignprop.settings.fields.field import ALIGN_PROP, GRADIENTS, GUIDANCE, TRAINING, Field, estimator
+from alignprop.settings.fields.field import ALIGN_PROP, GRADIENTS, GUIDANCE, TRAINING, Field, estimator, needs
 from alignprop.settings.fields.rules import COUNT, INTEGERS, choice, integer, number, optional, shares, text
+
+GUIDED_AT_ALL = needs(
+    "guidance_scale > 1 or true_cfg_scale > 1", lambda c: c.guidance_scale != 1 or c.true_cfg_scale != 1
+)
 
 SAMPLING = (
     Field(
@@ -28,6 +32,11 @@ SAMPLING = (
         "true_cfg_scale", 1.0, number(at_least=1),
         "The strength of classifier-free guidance by an empty prompt, on top of guidance_scale. 1 switches it off, and "
         "is the only value for models other than FLUX.1. Other values double the cost of a network call.",
+    ),
+    Field(
+        "negative_prompt", "", text(empty=True),
+        "The prompt of the unconditional branch of guidance, in training and in every evaluation. Guidance moves the "
+        "pictures away from it.", (GUIDED_AT_ALL,),
     ),
     Field(
         "guidance_interval", (0.0, 1.0), shares(2),
