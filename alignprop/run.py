@@ -17,6 +17,7 @@ from alignprop.engine.speed import use_channels_last
 from alignprop.evaluation.evaluate import Evaluation, Evaluator
 from alignprop.evaluation.judges import Judges, build_judges, measured
 from alignprop.evaluation.stop_when import parse_stop_when, reason_to_stop, values
+from alignprop.lora.frozen import merge_frozen, parse_loras
 from alignprop.lora.scaling import linear_schedule
 from alignprop.memory.planner import Choice, choose_policy
 from alignprop.memory.residency import Residency, phases_of
@@ -58,6 +59,7 @@ def build_run(
         raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
     log_with = parse_log_with(c.log_with)
     eval_prompts = _load_eval_prompts(c, prompts)
+    frozen = parse_loras(c.pretrained.loras)
     best_by, stop_when = _check_guards(c, measured(c, eval_prompts, reward_function))
     checkpoint = _find_checkpoint(c)
     start = _find_start(c) if not checkpoint else None
@@ -72,6 +74,7 @@ def build_run(
     if needs_gradient:
         require_differentiable(judges.reward)
     model = model or load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
+    merge_frozen(model, frozen)
     model.device = accelerator.device
     base = base_model(c.pretrained.model, model.denoiser)
     for path, named_by in ((checkpoint, "resume_from"), (start, "init_lora")):

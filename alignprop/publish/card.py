@@ -156,6 +156,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
     versions = {name: value for name, value in c.items() if name.startswith("versions.")}
     settings = {
         "base model": _link(_base_model(c)),
+        "frozen LoRAs, to be loaded as well": c.get("pretrained.loras") or "",
         "estimator": "" if is_ddpo else ", ".join([f"`{estimator}`", *options]),
         "reward": _reward(run),
         "loss": "" if is_ddpo else " ".join(str(c[f]) for f in ("loss", "loss_target") if c.get(f) is not None),

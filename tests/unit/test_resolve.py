@@ -111,7 +111,7 @@ REFUSED = {
     "sampler": ["", " ", "magic"], "sampler_options": [None, 3, "karras"],
     "train.sampler": ["", "magic"], "train.sampler_options": [3, "karras"],
     "resolution": [8, 512.0, "768x", "768x8", "big", True],
-    "negative_prompt": [None, 3], "guidance_interval": [(0.5,), (-0.1, 1), (0.6, 0.4)],
+    "pretrained.loras": [None, 3], "negative_prompt": [None, 3], "guidance_interval": [(0.5,), (-0.1, 1), (0.6, 0.4)],
     "guidance_scale": [0.5, math.nan], "eta": [-0.5, 1.5],
     "estimator": [""], "trunc_backprop_timestep": [-1], "truncated_backprop_minmax": [(1,), (0, 1.5), (0, 1, 2)],
     "algorithm": ["ppo"], "plan.num_active": [0], "plan.exit_window": [0.0, 1.5], "plan.copies": [0, 1.5],

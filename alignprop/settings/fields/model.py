@@ -43,6 +43,12 @@ FIELDS = (
         (PIPELINE,),
     ),
     Field(
+        "pretrained.loras", "", text(empty=True),
+        "LoRAs that stay on beneath the trained one, such as LCM-LoRA: files, folders or hub names, separated by "
+        "commas, each with a strength if it is not 1, for example 'style.safetensors@0.6'. They are merged into the "
+        "weights of the model, and training does not change them.",
+    ),
+    Field(
         "resolution", None, optional(SIZE),
         "The size of the pictures in pixels: the side of a square, or WIDTHxHEIGHT, for example '768x512'. Stable "
         "Diffusion needs multiples of 16. None takes the size that the model was trained for.",

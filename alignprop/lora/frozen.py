@@ -1,0 +1,54 @@
+"""LoRAs that stay on, frozen, beneath the trained one, such as LCM-LoRA: they are merged into the model's weights."""
+
+from pathlib import Path
+
+import torch
+
+from alignprop.lora.adapters import split
+from alignprop.lora.fetch import fetch_lora, is_hub_name
+from alignprop.lora.files import read_lora
+from alignprop.lora.networks import adaptable_networks
+from alignprop.models.base import Model
+from alignprop.settings.errors import ConfigError
+
+FIELD = "pretrained.loras"
+
+
+def parse_loras(text: str) -> list[tuple[str, float]]:
+    """ "user/lcm, style.safetensors@0.6" -> [("user/lcm", 1.0), ("style.safetensors", 0.6)].
+
+    Raises:
+        ConfigError: a strength is not a number.
+    """
+    loras = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, at, strength = part.rpartition("@")
+        try:
+            loras.append((name.strip(), float(strength)) if at else (part, 1.0))
+        except ValueError as error:
+            raise ConfigError(f"{FIELD} = {text!r} must be NAME or NAME@STRENGTH, separated by commas") from error
+    return loras
+
+
+@torch.no_grad()
+def merge_frozen(model: Model, loras: list[tuple[str, float]]) -> None:
+    """Adds strength · ΔW of each LoRA to the weights of the model, in float32, and rounds to their precision.
+
+    Args:
+        model: the model, without an adapter, before it has encoded a prompt.
+        loras: (file, folder or hub name, strength) of each LoRA.
+
+    Raises:
+        ConfigError: a LoRA cannot be found or read, or is for another model.
+    """
+    networks = adaptable_networks(model)
+    for name, strength in loras:
+        path = Path(name).expanduser()
+        if not path.exists():
+            if not is_hub_name(name):
+                raise ConfigError(f"{FIELD}: {name!r} is no file, no folder and no name on the hub")
+            path = fetch_lora(name, FIELD)
+        for part, lora in split(model, read_lora(path, model)).items():
+            for module in lora.modules:
+                weight = networks[part].get_submodule(module).weight
+                weight.copy_(weight.float() + strength * lora.delta(module).to(weight.device))
