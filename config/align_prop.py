@@ -62,6 +62,17 @@ def hps_k1() -> ConfigDict:
     return c
 
 
+def lcm() -> ConfigDict:
+    """`hps` on LCM-LoRA's chain of 4 network calls without guidance, with gradient through all of them."""
+    c = hps()
+    c.pretrained.loras = "latent-consistency/lcm-lora-sdv1-5"
+    c.sampler = "LCM"
+    c.num_inference_steps = 4
+    c.guidance_scale = 1.0
+    c.estimator = "full"
+    return c
+
+
 def hps_with(estimator: str) -> ConfigDict:
     """`hps` with another estimator. The preset has the name of the estimator, such as "draft_lv" or "refl"."""
     c = hps()
@@ -173,7 +184,7 @@ def tiny_explore() -> ConfigDict:
 PRESETS = {
     preset.__name__: preset
     for preset in (
-        aesthetic, aesthetic_k1, hps, hps_k1, evaluate, evaluate_soup, guide, explore,
+        aesthetic, aesthetic_k1, hps, hps_k1, lcm, evaluate, evaluate_soup, guide, explore,
         quickstart, quickstart_fast, tiny_evaluate, tiny_soup, tiny_guide, tiny_explore,
     )
 } | {
