@@ -19,7 +19,7 @@ and remember it, but the count includes it. A larger batch of several micro-batc
 times more.
 
 The cost of a step is linear in K and in the sampler steps, so a few short steps are run and the rest is computed
-(tests/scripts/test_cost.py compares the result with all 50 steps).
+(tests/scripts/test_cost.py compares the result with chains of up to 20 steps).
 """
 
 import argparse

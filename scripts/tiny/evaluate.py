@@ -36,7 +36,7 @@ def generate(pipeline, prompts, seed=0, steps=STEPS, guidance=GUIDANCE, batch_si
 
 
 def evaluate(work, out, limit=None):
-    """Judges pictures of every prompt (or of ``limit``). Writes ``evaluation.json`` and ``samples.png`` to ``out``."""
+    """Judges pictures of every prompt (or of ``limit`` in each set). Writes ``evaluation.json`` and ``samples.png``."""
     network = tiny_judge.load(out / "judge")
     images, contents, styles = scenes.load(work, "test")
     drawn = judge.accuracy(network, world.to_float(images), contents)
@@ -64,16 +64,16 @@ def evaluate(work, out, limit=None):
         chosen = torch.linspace(0, len(set(prompts)) - 1, 24).long().tolist()
         grid += [(pictures[i], prompts[i]) for i in chosen]
     for shape, measure in (("circle", geometry.radial_deviation), ("square", geometry.corner_error)):
-        figures[f"single_{shape}s"] = single_shapes(pipeline, network, shape, measure, 1 if limit else 2)
+        figures[f"single_{shape}s"] = single_shapes(pipeline, network, shape, measure, limit)
     (out / "evaluation.json").write_text(json.dumps(_rounded(figures), indent=2) + "\n")
     save_grid(grid, out / "samples.png")
     return figures
 
 
-def single_shapes(pipeline, network, shape, measure, repeats):
+def single_shapes(pipeline, network, shape, measure, limit=None):
     """Measures how well single shapes are drawn. Pictures with gloss or a shadow are skipped: these hide outlines."""
     wanted = world.all_contents(1)
-    wanted = wanted[wanted[:, 2] == world.SHAPES.index(shape)].repeat(repeats, 1)
+    wanted = wanted[wanted[:, 2] == world.SHAPES.index(shape)].repeat(2, 1)[:limit]
     pictures = generate(pipeline, [world.caption(row) for row in wanted], seed=9, batch_size=49)
     amounts = judge.measured_styles(network, pictures)
     plain = (amounts[:, world.STYLES.index("gloss")] < 0.3) & (amounts[:, world.STYLES.index("shadow")] < 0.3)

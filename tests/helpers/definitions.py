@@ -5,6 +5,8 @@ tests/runs/test_definitions.py and scripts/gradient_table.py. The random choices
 plan; what they mean is written here anew.
 """
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -29,11 +31,26 @@ class Chain:
         self.active = plan.active[:, 0].nonzero().squeeze(1).tolist()
         self.end = sampler.num_steps
         self.a, self.b, self.p, self.q = (c.tolist() for c in (sampler.a, sampler.b.diagonal(), sampler.p, sampler.q))
-        self.x, self.f_values = [start], []
+        self.start = start
+
+    @cached_property
+    def _without_gradient(self) -> tuple[list, list]:
+        x, f_values = [self.start], []
         with torch.no_grad():
             for i in range(self.end):
-                self.f_values.append(f(self.x[i], i))
-                self.x.append(self.a[i] * self.x[i] + self.b[i] * self.f_values[i])
+                f_values.append(self.f(x[i], i))
+                x.append(self.a[i] * x[i] + self.b[i] * f_values[i])
+        return x, f_values
+
+    @property
+    def x(self) -> list:
+        """The latents x[0] … x[N], without a graph."""
+        return self._without_gradient[0]
+
+    @property
+    def f_values(self) -> list:
+        """The network's outputs in all steps, without a graph."""
+        return self._without_gradient[1]
 
     def reach(self, start: int, end: int) -> tuple[float, list[float]]:
         """A and c with x[end] = A·x[start] + Σ c[i]·f[i]."""
@@ -62,7 +79,7 @@ def scaled(value, factor):
 
 def detached_outputs(chain: Chain):
     """full, truncated, randomized, per_step: the chain itself, with the outputs of other steps detached."""
-    x = chain.x[0]
+    x = chain.start
     for i in range(chain.end):
         output = chain.f(x, i)
         x = chain.a[i] * x + chain.b[i] * (output if i in chain.active else output.detach())
@@ -84,7 +101,7 @@ def refl(chain: Chain):
 
 
 def drtune(chain: Chain):
-    x, tau = chain.x[0], int(chain.plan.exit_step)
+    x, tau = chain.start, int(chain.plan.exit_step)
     for i in range(tau + 1):
         output = chain.f(x.detach(), i)
         output = output if i in chain.active else output.detach()

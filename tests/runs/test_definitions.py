@@ -16,8 +16,8 @@ from alignprop.models.base import select
 from tests.helpers.definitions import DEFINITIONS, Chain
 from tests.unit.test_rollout import guided, make_model, relative_difference
 
-STEPS, BATCH, GUIDANCE = 8, 5, 3.0
-PROMPTS = ["a cat", "two dogs", "a red circle", "a house", "three birds"]
+STEPS, BATCH, GUIDANCE = 8, 3, 3.0
+PROMPTS = ["a cat", "two dogs", "a red circle"]
 SET = {"first": 5, "minmax": (0, STEPS)}
 
 

@@ -7,6 +7,7 @@ from alignprop.engine.seeding import generator
 from alignprop.evaluation.judges import Judges, build_judges
 from alignprop.memory.accounting import Account, on_meta
 from alignprop.memory.planner import forecast, skeletons
+from alignprop.memory.simulation import simulate
 from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import load_prompts
 from alignprop.settings.errors import ConfigError
@@ -91,13 +92,14 @@ CALLS = {
 }
 
 
+ONE_CHUNK = MemoryPolicy(sweep_chunk=2, decode_chunk=2)  # is simulated; a real step has a second one
 _FLOPS: dict[str, float] = {}  # by model, found once for all fields
 
 
 def flops_without(config) -> float:
     c = resolve(config, 1)
     if c.pretrained.model not in _FLOPS:
-        _FLOPS[c.pretrained.model] = forecast(skeletons(c), c, "x", MemoryPolicy(sweep_chunk=2), CAPACITY).flops
+        _FLOPS[c.pretrained.model] = forecast(skeletons(c), c, "x", ONE_CHUNK, CAPACITY).flops
     return _FLOPS[c.pretrained.model]
 
 
@@ -106,7 +108,7 @@ def test_a_forecast_counts_what_a_field_adds(small, field):
     """Its operations are those of a real step, and are not those of a step without the field."""
     config = small(**CALLS[field])
     plain = small(pretrained__model=config.pretrained.model)
-    (ours, our_flops), (real, real_flops) = compare(config, MemoryPolicy(sweep_chunk=2))
+    (ours, our_flops), (real, real_flops) = compare(config, ONE_CHUNK)
     assert our_flops == pytest.approx(real_flops, rel=0.002)
     assert ours == pytest.approx(real, rel=0.05)
     if field != "reward_noise":  # which is no call, but has a tensor of its own
@@ -163,8 +165,9 @@ def test_skeletons_have_the_shapes_of_the_real_parts(toy_config, reward):
 def test_a_forecast_from_files_is_that_of_the_loaded_parts(toy_config, pipeline_folder):
     config = resolve(toy_config(pretrained__model=str(pipeline_folder)), 1)
     model, judges = StableDiffusion.load(str(pipeline_folder)), build_judges(config, None)
-    loaded = forecast(lambda: (on_meta(model), on_meta(judges)), config, "x", POLICIES["small"], 2)
-    assert forecast(skeletons(config), config, "x", POLICIES["small"], 2) == loaded
+    short_step = lambda build: simulate(build, config, POLICIES["small"], 2, prompts=1, steps=2, copies=0)  # noqa: E731
+    loaded = short_step(lambda: (on_meta(model), on_meta(judges)))
+    assert short_step(skeletons(config)) == loaded and loaded.flops["sweep"] > 0
 
 
 def test_a_single_file_is_planned_from_its_configuration(toy_config, pipeline_folder):
@@ -198,5 +201,6 @@ def test_a_full_fine_tuning_needs_more_than_a_lora(toy_config, pipeline_folder):
     peaks = []
     for use_lora in (True, False):
         config = resolve(toy_config(pretrained__model=str(pipeline_folder), use_lora=use_lora), 1)
-        peaks.append(forecast(skeletons(config), config, "x", POLICIES["fast"], 2).peak)
+        short_step = simulate(skeletons(config), config, POLICIES["fast"], 2, prompts=1, steps=1, copies=0)
+        peaks.append(max(short_step.peaks.values()))
     assert peaks[1] > peaks[0]

@@ -20,6 +20,8 @@ from config.align_prop import TINY
 from tests.helpers.training import half_precision
 
 PIPELINE = str(TINY / "pipeline")
+# For half precision: a CPU without instructions for it takes many times as long as in float32.
+SMALL = {"per_gpu_capacity": 2, "train__total_batch_size": 2, "train__total_samples_per_epoch": 2}
 
 
 @pytest.fixture
@@ -65,14 +67,13 @@ def assert_same_direction(ours, theirs, cosine, norm):
 def test_the_gradient_in_bfloat16(tiny_config, estimator):
     # With seed 0, one of the four chains amplifies rounding: the gradient's norm is 26 in float32 and 5 in bfloat16.
     # With seed 1 it is 0.75 in both. Such a chain says nothing about a precision.
-    options = dict(estimator=estimator, seed=1)
+    options = SMALL | dict(estimator=estimator, seed=1, num_inference_steps=5)
     exact = gradient(tiny_config(run_name="exact", **options))
     half = gradient(tiny_config(run_name="half", mixed_precision="bf16", **options), torch.bfloat16)
     assert_same_direction(half, exact, cosine=0.999, norm=0.03)
 
 
 def test_the_gradient_in_float16_with_loss_scaling(tiny_config, monkeypatch):
-    # Small, because a CPU takes 20 times as long as in float32.
     small = dict(estimator="full", num_inference_steps=2, per_gpu_capacity=1, train__total_batch_size=1)
     exact = gradient(tiny_config(run_name="exact", **small))
     half_precision(monkeypatch, torch.float16, scale=2.0**12)
@@ -84,7 +85,7 @@ def test_the_gradient_in_float16_with_loss_scaling(tiny_config, monkeypatch):
     {}, {"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "memory__block_checkpointing": True},
 ])  # fmt: skip
 def test_the_sweep_recomputes_the_rollout_to_the_bit(tiny_config, options):
-    trainer = AlignPropTrainer(tiny_config(num_inference_steps=4, estimator="full", **options))
+    trainer = AlignPropTrainer(tiny_config(num_inference_steps=2, estimator="full", **SMALL | options))
     for parameter in trainer.weights.parameters:
         parameter.data.normal_(0, 0.05, generator=generator("AB", parameter.numel()))
     outputs, predict = {False: {}, True: {}}, trainer.run.model.predict
@@ -96,7 +97,7 @@ def test_the_sweep_recomputes_the_rollout_to_the_bit(tiny_config, options):
 
     trainer.run.model.predict = capture
     trainer.step()
-    assert len(outputs[True]) == 4 and outputs[True].keys() == outputs[False].keys()
+    assert len(outputs[True]) == 2 and outputs[True].keys() == outputs[False].keys()
     assert all(torch.equal(output, outputs[False][t]) for t, output in outputs[True].items())
 
 
@@ -147,7 +148,7 @@ def pictures(model, config):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_lora_with_b_zero_gives_the_base_pictures_to_the_byte(tiny_config, tmp_path, precision):
-    config = tiny_config(num_inference_steps=4, mixed_precision=precision)
+    config = tiny_config(num_inference_steps=2, num_eval_images=2, mixed_precision=precision)
     model = StableDiffusion.load(PIPELINE, dtype={"no": torch.float32, "bf16": torch.bfloat16}[precision])
     base = pictures(model, config)
     add_lora(model.denoiser, 4, 8.0, model.lora_targets, seed=0)

@@ -1,5 +1,6 @@
 """The training script of the tiny model, with a tiny budget: every stage, its files, and going on after a kill."""
 
+import contextlib
 import json
 import types
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from scripts import pretrain_tiny
-from scripts.tiny import aesthetic, clip, judge, training, unet, vae
+from scripts.tiny import aesthetic, clip, decoder, evaluate, judge, training, unet, vae
 
 
 def pretrain(folder, *more):
@@ -20,6 +21,13 @@ def small_batches():
     with pytest.MonkeyPatch.context() as patch:
         for stage in (judge, clip, vae, unet):
             patch.setattr(stage, "BATCH_SIZE", 8)
+        for count in ("REMADE", "DRAWN", "CROWDS"):
+            patch.setattr(decoder, count, 2)
+        patch.setattr(evaluate, "STEPS", 3)
+        # Convolutions in bfloat16 take many times as long on a CPU without instructions for it. The stages `judge` and
+        # `clip` keep it.
+        for stage in (vae, unet, decoder):
+            patch.setattr(stage, "bfloat16", contextlib.nullcontext)
         yield
 
 

@@ -303,6 +303,51 @@ def test_keys_that_heads_share_are_not_repeated():
     assert account.flops[""] == (2 + 5) * 2 * 4 * 64 * 64 * 8
 
 
+def test_a_result_that_is_remembered_is_laid_out_as_the_operators_own():
+    """Calls that differ in no more than a type, a stride or a default come one after the other, and all of it twice."""
+
+    def results():
+        whole, real = (torch.ones(2, 4, 6, 6, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float32))
+        last = real.to(memory_format=torch.channels_last)
+        weight, number = torch.ones(4, 4, 3, 3, device="meta"), torch.tensor(2.0, dtype=torch.float64)
+        rows = torch.ones(12, 24, device="meta")
+        found = [
+            whole + 1, whole + 1.0, whole + True, real + 1, real * number, whole * number, whole / 2, real.half() + 1.0,
+            last + 1, last.contiguous(), real.contiguous(), real.clone(), last.clone(), last[1:] * 2, real[:, ::2] * 2,
+            F.conv2d(real, weight), F.conv2d(last, weight), F.conv2d(real, weight, padding=1), F.silu(last),
+            rows @ rows.T, rows.T @ rows, F.group_norm(last, 2), F.layer_norm(real, (6,)), real.sum(dim=1),
+            real.sum(dim=(1, 2), keepdim=True), torch.cat([real, last]), torch.cat([real, last], dim=1), real.half(),
+            real.to(torch.float64), *torch.max(real, dim=1), real == whole, *real.unsafe_chunk(2, dim=1),
+            torch.where(real > 1, real, 2 * real), rows.reshape(6, 48), rows.T.reshape(6, 48),
+        ]  # fmt: skip
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            found.append(whole / 2)
+        finally:
+            torch.set_default_dtype(before)
+        return [(t.dtype, t.shape, t.stride()) for t in found]
+
+    expected = results()
+    for _ in range(2):
+        with Account("meta") as account:
+            assert results() == expected
+        assert account.bytes == 0
+
+
+def test_what_shares_a_storage_shares_it_each_time():
+    for _ in range(2):
+        with Account("meta") as account:
+            whole = floats(8, "meta").view(32, 64)
+            views = [whole.contiguous(), whole.T, torch.ops.aten._unsafe_view(whole, [64, 32]), whole.to("meta")]
+            assert account.bytes == 8 * KiB
+            assert {v.untyped_storage()._cdata for v in views} == {whole.untyped_storage()._cdata}
+            new = whole + 1
+            assert account.bytes == 16 * KiB and new.grad_fn is None
+            new.add_(1)
+            assert account.bytes == 16 * KiB
+
+
 def test_attention_on_meta_is_torchs_own_again_afterwards():
     q = torch.zeros(1, 1, 64, 4, device="meta", requires_grad=True)
 
