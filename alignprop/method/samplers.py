@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from alignprop.method.schedulers import is_flow, make_scheduler
-from alignprop.method.tables import read_table
+from alignprop.method.tables import Table, read_table
 from alignprop.models.base import Model
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.samplers import parse_options, takes_eta
@@ -142,13 +142,23 @@ def build_sampler(
     if eta and not has_eta and not own_noise:
         raise ConfigError(f"eta = {eta} has no effect with {sampler_field} = {name!r}; it must be 0")
     alpha, sigma, p, q = _levels(solver, flow)
-    table = read_table(solver, **({"eta": eta} if has_eta else {}))
+    table = _table(solver, {"eta": eta} if has_eta else {}, f"{sampler_field} = {name!r}")
     to_x = torch.cat([1 / table.scale, torch.ones(1, dtype=torch.float64)])
     sampler = Sampler(
         table.timesteps, table.a, table.b, table.s, table.scale * p, q, to_x * alpha, to_x * sigma, table.scale,
         float(getattr(solver, "init_noise_sigma", 1.0)), table.draws,
     )  # fmt: skip
     return add_noise(sampler, eta) if own_noise else sampler
+
+
+def _table(solver, step_options: dict, chosen: str) -> Table:
+    try:
+        return read_table(solver, **step_options)
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, NotImplementedError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{chosen}: {type(solver).__name__} makes no sampling chain here: {reason}") from error
 
 
 def chain_of(model: Model, num_inference_steps: int, **options) -> Sampler:
@@ -210,6 +220,8 @@ def _set_timesteps(solver, steps: int, name: str, field: str, schedule: dict) ->
     except (ValueError, NotImplementedError, ImportError, AssertionError, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{field} = {steps} with the sampler {name!r}: diffusers says: {reason}") from error
+    if len(solver.timesteps) > 1 and solver.timesteps[0] <= solver.timesteps[-1]:
+        raise ConfigError(f"the sampler {name!r} does not go from noise to pictures, as a sampler has to")
     if solver.timesteps.max() >= trained and not solver.timesteps.is_floating_point():
         raise ConfigError(
             f"{field} = {steps} is too many for the model's timestep_spacing = "

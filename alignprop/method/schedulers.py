@@ -34,17 +34,24 @@ def make_scheduler(scheduler, name: str, options: dict, mu: float | None = None,
     first = FlowMatchEulerDiscreteScheduler if flow else DDIMScheduler
     cls = {"ddim": first, "pipeline": type(scheduler)}.get(name) or scheduler_class(name, field)
     check_options(cls, options, f"{field}_options")
-    takes = inspect.signature(cls.__init__).parameters
+    takes = inspect.signature(cls).parameters
     config |= {"clip_sample": False, "thresholding": False, "stochastic_sampling": False}
     if flow:
         config |= _flow_options(config, takes, mu)
-    wanted = "flow matching" if flow else "discrete-time diffusion"
+    stranger = ConfigError(
+        f"{field} = {name!r}: {cls.__name__} is not for a model of "
+        f"{'flow matching' if flow else 'discrete-time diffusion'}, which this model is"
+    )
     if flow != (cls.__name__.startswith("FlowMatch") or (flow and "use_flow_sigmas" in takes)):
-        raise ConfigError(f"{field} = {name!r}: {cls.__name__} is not for a model of {wanted}, which this model is")
+        raise stranger
     try:
-        return cls.from_config({k: v for k, v in config.items() if k in takes}, **options)
-    except (NotImplementedError, ValueError, ImportError) as error:
-        raise ConfigError(f"{field} = {name!r}: {cls.__name__} says: {str(error).strip().splitlines()[0]}") from error
+        solver = cls.from_config({k: v for k, v in config.items() if k in takes}, **options)
+    except (NotImplementedError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{field} = {name!r}: {cls.__name__} says: {reason}") from error
+    if not flow and not (hasattr(solver, "alphas_cumprod") and hasattr(solver, "step") and "prediction_type" in takes):
+        raise stranger
+    return solver
 
 
 def _flow_options(config: dict, takes, mu: float | None) -> dict:

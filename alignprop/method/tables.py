@@ -5,6 +5,7 @@ z[0] … z[N-1]. So each of these sources gets a row of a batch, with a 1 in it 
 rows hold the weight of each source in the latents before every network call.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -41,24 +42,42 @@ def read_table(scheduler, **step_options) -> Table:
     """Reads the table of a scheduler after its `set_timesteps`; `step_options` are further arguments of its `step`.
 
     Raises:
-        ConfigError: the steps are not finite numbers.
+        ConfigError: the steps are not finite numbers, or not linear in the sources.
     """
-    timesteps = scheduler.timesteps
-    n = len(timesteps)
-    sources = torch.eye(1 + 2 * n, dtype=torch.float64).unsqueeze(-1)  # x[0], then f[0] …, then z[0] …
-    noise = sources[1 + n :]
-    states, scale, draws = [sources[0]], [], []
-    for i, t in enumerate(timesteps):
-        scale.append(_input_scale(scheduler, t))
-        with _ExactMode(noise[i]) as mode:
-            states.append(scheduler.step(sources[1 + i], t, states[-1], **step_options).prev_sample)
-        draws.append(mode.has_drawn)
-    weights = torch.cat(states, dim=1).T
+    n, name = len(scheduler.timesteps), type(scheduler).__name__
+    sources = torch.eye(1 + 2 * n, dtype=torch.float64)  # x[0], then f[0] …, then z[0] …
+    weights, scale, draws = _run(scheduler, sources, step_options)
     if not weights.isfinite().all():
-        raise ConfigError(f"sampler: the steps of {type(scheduler).__name__} with these options are not finite numbers")
+        raise ConfigError(f"sampler: the steps of {name} with these options are not finite numbers")
+    values = torch.linspace(-1, 2, 1 + 2 * n, dtype=torch.float64).cos().unsqueeze(-1)  # any numbers
+    found, expected = _run(scheduler, values, step_options)[0].squeeze(1), weights @ values.squeeze(1)
+    if (found - expected).abs().max() > 1e-6 * expected.abs().max():
+        raise ConfigError(f"sampler: the steps of {name} with these options are not linear in the network's outputs")
     a, increments = _increments(weights)
-    scale = torch.tensor(scale, dtype=torch.float64)
-    return Table(timesteps, scale, a, increments[:, 1 : 1 + n], increments[:, 1 + n :], torch.tensor(draws))
+    return Table(scheduler.timesteps, scale, a, increments[:, 1 : 1 + n], increments[:, 1 + n :], draws)
+
+
+def _run(scheduler, sources: torch.Tensor, step_options: dict) -> tuple[torch.Tensor, ...]:
+    """Runs a copy of the scheduler.
+
+    Args:
+        scheduler: the scheduler after its `set_timesteps`.
+        sources: x[0], then the network's outputs, then the noises, as the rows of [sources, batch].
+        step_options: further arguments of `step`.
+
+    Returns:
+        x[0] … x[N], float64 [N+1, batch]; what the network's latents are multiplied by in each step, float64 [N]; and
+        whether noise was drawn in it, bool [N].
+    """
+    solver, n = deepcopy(scheduler), len(scheduler.timesteps)
+    first, outputs, noises = sources[:, :, None].split([1, n, n])
+    states, scale, draws = [first[0]], [], []
+    for i, t in enumerate(solver.timesteps):
+        scale.append(_input_scale(solver, t))  # some schedulers find their place in the schedule here
+        with _ExactMode(noises[i]) as mode:
+            states.append(solver.step(outputs[i], t, states[-1], **step_options).prev_sample)
+        draws.append(mode.has_drawn)
+    return torch.stack(states).squeeze(-1), torch.tensor(scale, dtype=torch.float64), torch.tensor(draws)
 
 
 def _input_scale(scheduler, t) -> float:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+from typing import Any
 
 from alignprop.settings.errors import ConfigError
 
@@ -35,7 +36,7 @@ def scheduler_class(name: str, field: str = "sampler") -> type:
     return getattr(diffusers, full)
 
 
-def parse_options(text: str, field: str = "sampler_options") -> dict:
+def parse_options(text: str, field: str = "sampler_options") -> dict[str, Any]:
     """ "use_karras_sigmas=True, solver_order=3" -> {"use_karras_sigmas": True, "solver_order": 3}.
 
     Raises:
@@ -53,9 +54,9 @@ def parse_options(text: str, field: str = "sampler_options") -> dict:
     return options
 
 
-def check_options(cls: type, options: dict, field: str = "sampler_options") -> None:
+def check_options(cls: type, options: dict[str, Any], field: str = "sampler_options") -> None:
     """Raises a ConfigError if an option is not one of the scheduler's, or has a value of another type."""
-    defaults = {name: p.default for name, p in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+    defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
     allowed = [name for name in defaults if name not in (*OF_THE_MODEL, *NOT_LINEAR)]
     for name, value in options.items():
         if name in NOT_LINEAR:
@@ -71,9 +72,9 @@ def check_options(cls: type, options: dict, field: str = "sampler_options") -> N
             raise ConfigError(f"{field}: {name} = {value!r} must be of the type of its default, {default!r}")
 
 
-def takes_eta(cls: type) -> bool:
+def takes_eta(cls: Any) -> bool:
     """Says whether a step of this scheduler has the option `eta`."""
-    return "eta" in inspect.signature(cls.step).parameters
+    return hasattr(cls, "step") and "eta" in inspect.signature(cls.step).parameters
 
 
 def check_sampler(name: str, options: str, eta: float, field: str) -> None:

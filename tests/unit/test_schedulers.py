@@ -7,6 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from alignprop.method import estimators
 from alignprop.method.samplers import build_sampler
 from alignprop.method.schedulers import make_scheduler
+from alignprop.method.tables import read_table
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.samplers import check_sampler
 from tests.helpers.schedulers import (
@@ -87,12 +88,28 @@ def test_a_shift_by_the_size_of_the_picture_reaches_every_solver(name):
     ("DPMSolverMultistep", "solver_order=two", "solver_order = 'two' must be of the type of its default, 2"),
     ("DPMSolverMultistep", "solver_type=magic", "DPMSolverMultistepScheduler says: .*magic"),
     ("FlowMatchEulerDiscrete", "", "FlowMatchEulerDiscreteScheduler is not for a model of discrete-time diffusion"),
+    ("EDMEuler", "", "EDMEulerScheduler is not for a model of discrete-time diffusion"),
+    ("ScoreSdeVe", "", "ScoreSdeVeScheduler is not for a model of discrete-time diffusion"),
+    ("VQDiffusion", "", "VQDiffusionScheduler says: .*num_vec_classes"),
+    ("DDIMInverse", "", "the sampler 'DDIMInverse' does not go from noise to pictures"),
+    ("CogVideoXDPM", "", "CogVideoXDPMScheduler makes no sampling chain here"),
     ("LCM", "original_inference_steps=3", "num_inference_steps = 5 with the sampler 'LCM': diffusers says"),
 ])  # fmt: skip
 def test_what_cannot_be_sampled_is_refused_in_a_line(scheduler, name, options, message):
     with pytest.raises(ConfigError, match=message) as error:
         build_sampler(scheduler, STEPS, 0.0, name, options)
     assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_that_is_not_linear_is_refused(scheduler):
+    class Squares(DPMSolverMultistepScheduler):
+        def step(self, model_output, timestep, sample, **options):
+            return super().step(model_output + 0.1 * model_output**2, timestep, sample, **options)
+
+    solver = Squares.from_config(scheduler.config)
+    solver.set_timesteps(STEPS)
+    with pytest.raises(ConfigError, match="the steps of Squares with these options are not linear"):
+        read_table(solver)
 
 
 def test_a_flow_refuses_a_scheduler_of_diffusion():
