@@ -65,7 +65,7 @@ def toy_config(pipeline_folder, tmp_path):
             "eval_prompt_fn": str(prompts),
             "log_dir": str(tmp_path / "logs"),
             "mixed_precision": "no",
-            "num_inference_steps": 3,
+            "num_inference_steps": 2,
             "num_epochs": 2,
             "eval_freq": 0,
             "num_eval_images": 4,
@@ -74,6 +74,8 @@ def toy_config(pipeline_folder, tmp_path):
             "train.total_batch_size": 4,
             "train.total_samples_per_epoch": 8,
         }
+        if c.task == "train":
+            defaults["eval_base_distance"] = False  # it doubles what an evaluation costs; tests that look at it set it
         with c.unlocked():
             c.update_from_flattened_dict(defaults | {k.replace("__", "."): v for k, v in overrides.items()})
         return c

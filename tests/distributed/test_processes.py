@@ -29,7 +29,8 @@ from tests.cli.test_main import flags, run_main
 # the second process at its 9th micro-batch, which only the run of two processes reaches, in its second epoch.
 SMALL = {
     "train__total_batch_size": 8, "train__total_samples_per_epoch": 24, "train__learning_rate": 1e-3, "num_epochs": 1,
-    "num_eval_images": 5, "max_vis_images": 5, "reward_fn": "tests.helpers.toy_rewards:KilledInTheSecondProcess",
+    "num_eval_images": 5, "max_vis_images": 5, "eval_base_distance": True,
+    "reward_fn": "tests.helpers.toy_rewards:KilledInTheSecondProcess",
 }  # fmt: skip
 
 

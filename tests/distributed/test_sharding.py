@@ -119,8 +119,9 @@ def layout(nested):
 def test_one_process_and_fsdp2_make_the_same_run(toy_config, tmp_path, pipeline_folder):
     """A LoRA, and all weights: these from the start, continued by one process, and continuing what one began."""
     options = {
-        "per_gpu_capacity": 1, "train__total_samples_per_epoch": 4, "eval_freq": 1, "num_eval_images": 2,
-        "eval_reward_fn": "", "train__ema_decay": 0.5, "timeout_minutes": 1.0,
+        "num_inference_steps": 3, "per_gpu_capacity": 1, "train__total_samples_per_epoch": 4, "eval_freq": 1,
+        "num_eval_images": 2, "eval_reward_fn": "", "eval_base_distance": True, "train__ema_decay": 0.5,
+        "timeout_minutes": 1.0,
         "channels_last": False,  # other kernels round otherwise, and what is spread cannot have it
         "train__adam_epsilon": 1e-3,  # or Adam divides a gradient that is nothing but rounding by itself
     }  # fmt: skip

@@ -29,3 +29,11 @@ def device(monkeypatch):
     if not ON_CPU:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def toy_config(toy_config):
+    """With a step more and all that an evaluation measures: a GPU has time for both."""
+    return lambda *preset, **fields: toy_config(
+        *preset, **{"num_inference_steps": 3, "eval_base_distance": True} | fields
+    )

@@ -30,8 +30,9 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 def ddpo_config(toy_config):
     """`toy_config` with a policy that differs from one sample to the next, and a reward without gradient."""
     defaults = dict(
-        algorithm="ddpo", eta=1.0, reward_fn="tests.helpers.toy_rewards:hidden_rating", ddpo__clip_range=0.1
-    )
+        algorithm="ddpo", eta=1.0, reward_fn="tests.helpers.toy_rewards:hidden_rating", ddpo__clip_range=0.1,
+        num_inference_steps=3,
+    )  # fmt: skip
     return lambda **overrides: toy_config(**{**defaults, **overrides})
 
 

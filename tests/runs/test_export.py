@@ -1,6 +1,7 @@
 """Exported LoRAs, loaded by plain diffusers pipelines and by our own reader, and merged models against base + LoRA."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -467,7 +468,7 @@ def test_what_diffusers_cannot_read_is_told_in_one_line(facts_of, tmp_path):
 # ---- the script
 
 
-def test_the_script(lora, pipelines, tmp_path):
+def test_the_script(lora, pipelines, tmp_path, monkeypatch):
     run = make_run(lora[0], tmp_path / "run", model=str(pipelines["epsilon"]), revision=None, config=None)
     command = [sys.executable, SCRIPT, run, tmp_path / "my.safetensors", "--format", "kohya", "--dtype", "bfloat16"]
     command.append("--verify")
@@ -475,9 +476,10 @@ def test_the_script(lora, pipelines, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert f"{tmp_path / 'my.safetensors'}: 32 of 32 layers read again, largest difference of ΔW" in done.stdout
     assert len(load_file(tmp_path / "my.safetensors")) == 3 * 32
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr == f"error: out = '{tmp_path}/my.safetensors' exists; --force replaces it\n"
+    monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == f"error: out = '{tmp_path}/my.safetensors' exists; --force replaces it"
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "merged"])

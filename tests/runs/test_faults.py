@@ -20,7 +20,8 @@ def test_every_leaf_has_a_name():
 
 
 def test_two_equal_runs_are_equal_and_any_change_shows(toy_config):
-    ours, theirs = (train(toy_config(run_name=name, num_epochs=1, eval_freq=1)).run.folder for name in "ab")
+    options = dict(num_epochs=1, eval_freq=1, eval_base_distance=True)
+    ours, theirs = (train(toy_config(run_name=name, **options)).run.folder for name in "ab")
     expected = contents(theirs)
     assert contents(ours) == expected
     assert any("optimizer" in name for name in expected) and any("metrics.jsonl" in name for name in expected)

@@ -62,7 +62,7 @@ def test_mistakes_are_one_line(toy_config):
         guide(toy_config("tiny_guide", reward_fn="tests.helpers.toy_rewards:hidden_rating"))
     with pytest.raises(RewardError, match="do not depend on the images"):
         guide(toy_config("tiny_guide", reward_fn="tests.helpers.toy_rewards:detached"))
-    with pytest.raises(ConfigError, match=r"guide.window = \(0.4, 0.45\) has none of the 3"):
+    with pytest.raises(ConfigError, match=r"guide.window = \(0.4, 0.45\) has none of the 2"):
         guide(toy_config("tiny_guide", guide__window=(0.4, 0.45)))
     done = run_main("--config=config/align_prop.py:tiny_guide", "--config.guide.through=vae")
     assert done.returncode == 1 and "guide.through = 'vae'" in done.stderr and "Traceback" not in done.stderr

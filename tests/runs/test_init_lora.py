@@ -49,9 +49,9 @@ def starting(toy_config, lora, **fields):
 
 
 def test_a_new_run_starts_where_the_finished_one_ended(toy_config, finished, capsys):
-    reward = "tests.helpers.toy_rewards:contrast"
-    trainer = train(toy_config(run_name="new", init_lora=str(finished), reward_fn=reward, num_epochs=1))
-    ended = toy_config(run_name="alone", resume_from=str(finished), reward_fn=reward, task="evaluate")
+    options = {"reward_fn": "tests.helpers.toy_rewards:contrast", "eval_base_distance": True}
+    trainer = train(toy_config(run_name="new", init_lora=str(finished), num_epochs=1, **options))
+    ended = toy_config(run_name="alone", resume_from=str(finished), task="evaluate", **options)
     alone = json.loads((evaluate(ended) / "summary.json").read_text())
     first = next(row for row in rows(trainer, "eval") if row["step"] == 0)
     assert first["reward"] == pytest.approx(alone["reward"]["mean"], abs=1e-6)

@@ -69,7 +69,7 @@ def test_a_checkpoint_is_never_ahead_of_the_rows(toy_config, monkeypatch):
 
 @pytest.mark.usefixtures("slow_pictures")
 def test_the_end_of_a_run_waits_for_its_pictures(toy_config, capsys):
-    trainer = train(toy_config(num_epochs=1))
+    trainer = train(toy_config(num_epochs=1, eval_base_distance=True))
     assert [r["step"] for r in rows(trainer, "eval")] == [0, 2]
     assert (trainer.run.folder / "before_after.png").exists()
     told = capsys.readouterr().out

@@ -74,7 +74,8 @@ def test_the_reward_of_a_row_is_that_of_now():
 @pytest.mark.usefixtures("no_plots")
 def test_a_run_ends_saves_and_says_why_and_does_so_again(toy_config, capsys):
     # A fresh adapter has moved nowhere, and a trained one somewhere.
-    options = dict(run_name="r", num_epochs=3, eval_freq=1, save_freq=3, stop_when="base_distance>0")
+    options = dict(run_name="r", num_epochs=3, eval_freq=1, save_freq=3, eval_base_distance=True)
+    options["stop_when"] = "base_distance>0"
     first = train(toy_config(**options))
     assert first.global_step == 2
     assert [(r["kind"], r["step"]) for r in rows(first)] == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
@@ -127,7 +128,7 @@ def test_the_best_is_by_the_measure_that_is_named(toy_config, monkeypatch):
 def test_mistakes_are_told_before_anything_is_loaded(toy_config, monkeypatch, overrides, message):
     monkeypatch.setattr("alignprop.run.load_model", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(ConfigError) as error:
-        AlignPropTrainer(toy_config(**{"num_eval_images": 8, **overrides}))
+        AlignPropTrainer(toy_config(**{"num_eval_images": 8, "eval_base_distance": True, **overrides}))
     assert str(error.value).startswith(message)
 
 

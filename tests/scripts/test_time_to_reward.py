@@ -321,7 +321,7 @@ def start_trl(toy_config, tmp_path, seed=3, **overrides):
 
     prompts = tmp_path / "their prompts.txt"
     prompts.write_text("\n".join(f"prompt {i}" for i in range(10)))
-    problem = problem_of(toy_config()) | {"prompt_file": str(prompts)}
+    problem = problem_of(toy_config(num_inference_steps=3)) | {"prompt_file": str(prompts)}
     return build({"seed": seed, "problem": problem, "overrides": overrides})
 
 

@@ -80,7 +80,8 @@ def test_a_clip_that_cannot_be_had_is_told_by_its_field(toy_config, tmp_path):
 
 
 def test_the_names_of_what_is_measured(toy_config):
-    config = resolve(toy_config(num_eval_images=8, eval_reward_fn="clip,tests.helpers.toy_rewards:redness"), 1)
+    options = dict(num_eval_images=8, eval_base_distance=True)
+    config = resolve(toy_config(eval_reward_fn="clip,tests.helpers.toy_rewards:redness", **options), 1)
     prompts = load_prompts(config.eval_prompt_fn)
     names = ["reward", "tests.helpers.toy_rewards:redness", "clip", "diversity", "base_distance"]
     assert measured(config, prompts) == names
