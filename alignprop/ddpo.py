@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_fsdp
 from alignprop.loop import TrainingLoop, now
-from alignprop.method.samplers import Sampler
+from alignprop.method.chain import Sampler
 from alignprop.models.base import Conditioning, encode, select
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import ConfigError

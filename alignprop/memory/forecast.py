@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from alignprop.engine.seeding import generator
 from alignprop.memory.simulation import Build, ShortStep, simulate
+from alignprop.method.chain import Sampler
 from alignprop.method.estimators import build_estimator
 from alignprop.method.plans import GradientPlan
-from alignprop.method.samplers import Sampler, chain_of
+from alignprop.method.samplers import chain_of
 from alignprop.settings.memory_policies import MemoryPolicy
 from alignprop.settings.options import chain_options, estimator_options
 

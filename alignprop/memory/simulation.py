@@ -16,10 +16,10 @@ from alignprop.evaluation.judges import Judges
 from alignprop.memory.accounting import Account
 from alignprop.memory.checkpointing import apply_policy
 from alignprop.memory.residency import Residency, phases_of
+from alignprop.method.chain import Sampler
 from alignprop.method.gradient import RewardGradient
 from alignprop.method.plans import GradientPlan
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import Sampler
 from alignprop.models.base import Conditioning, Model
 from alignprop.settings.memory_policies import MemoryPolicy
 from alignprop.settings.options import gradient_options, rollout_options

@@ -16,9 +16,9 @@ from functools import partial
 
 import torch
 
+from alignprop.method.chain import Sampler
 from alignprop.method.plans import GradientPlan, late_biased, stratified_integers, stratified_pairs
 from alignprop.method.quadrature import contributions, direct_steps, interpolation_weights, supports
-from alignprop.method.samplers import Sampler
 from alignprop.settings.errors import ConfigError, one_of
 
 Estimator = Callable[[Sampler, int, torch.Generator], GradientPlan]

@@ -8,7 +8,7 @@ uses f at a few steps only, the supports. At the other steps it replaces f by th
 
 import torch
 
-from alignprop.method.samplers import Sampler
+from alignprop.method.chain import Sampler
 from alignprop.settings.errors import ConfigError
 
 

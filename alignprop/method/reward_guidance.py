@@ -23,8 +23,8 @@ from contextlib import nullcontext
 
 import torch
 
-from alignprop.method.rollout import Past, Rollout
-from alignprop.method.samplers import Sampler
+from alignprop.method.chain import Past, Sampler
+from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, select
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import chunks

@@ -19,9 +19,9 @@ import torch
 
 from alignprop.engine.sharding import is_sharded, on_any_process, release
 from alignprop.method.adjoint import AdjointNorms
+from alignprop.method.chain import Past, Sampler
 from alignprop.method.guidance import Graph, GuidedDenoiser
 from alignprop.method.plans import GradientPlan
-from alignprop.method.samplers import Sampler
 from alignprop.method.sweep import Trajectory, per_sample, sweep, track
 from alignprop.models.base import Conditioning, Model, select
 from alignprop.settings.memory_policies import MemoryPolicy, chunks
@@ -143,7 +143,7 @@ class Rollout(torch.nn.Module):
         """Returns the latents as the network sees them in step i, and its time input."""
         return float(self.sampler.scale[i]) * latents, self.sampler.timesteps[i].to(latents.device)
 
-    def next_latents(self, i: int, latents, model_output, past: "Past", plan=None) -> torch.Tensor:
+    def next_latents(self, i: int, latents, model_output, past: Past, plan=None) -> torch.Tensor:
         """Returns x[i+1] from x[i] and f[i]; adds f[i] and the noise of this step to `past`."""
         past.add(i, model_output)
         a, outputs, noises = self.coefficients(i, plan, latents)
@@ -213,33 +213,6 @@ class Rollout(torch.nn.Module):
         needs_input = [bool((plan.active[:i] & plan.active[i] & (plan.coupling[i] != 0)).any()) for i in steps]
         calls = torch.stack([plan.active.any(dim=1), torch.tensor(needs_input)])
         return on_any_process(calls, self.denoiser.device) if is_sharded(self.denoiser) else calls
-
-
-class Past:
-    """The outputs f[m] and noises z[k] of earlier steps that later steps of a chain still use, by their index.
-
-    Args:
-        sampler: the chain.
-        generators: one for each sample; each draws its sample's noise.
-    """
-
-    def __init__(self, sampler: Sampler, generators: list[torch.Generator]):
-        self.sampler, self.generators = sampler, generators
-        self.outputs: dict[int, torch.Tensor] = {}
-        self.noises: dict[int, torch.Tensor] = {}
-
-    def add(self, i: int, model_output: torch.Tensor) -> None:
-        """Keeps f[i], and draws z[i] if the sampler draws noise in step i."""
-        self.outputs[i] = model_output
-        if self.sampler.draws[i]:
-            noise = torch.stack([torch.randn(model_output.shape[1:], generator=g) for g in self.generators])
-            self.noises[i] = noise.to(model_output)
-
-    def forget(self, i: int) -> None:
-        """Drops what no step after step i uses."""
-        needed = self.sampler.still_needed(i)
-        self.outputs = {m: output for m, output in self.outputs.items() if m in needed}
-        self.noises = {k: noise for k, noise in self.noises.items() if k in needed}
 
 
 class _SampleWithSweep(torch.autograd.Function):

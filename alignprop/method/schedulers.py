@@ -1,8 +1,9 @@
-"""The diffusers scheduler of a sampling chain: the one that `sampler` and `sampler_options` name, for a given model."""
+"""The diffusers scheduler that `sampler` and `sampler_options` name, made for a given model, and its noise levels."""
 
 import inspect
 import math
 
+import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from alignprop.settings.errors import ConfigError
@@ -64,3 +65,52 @@ def _flow_options(config: dict, takes, mu: float | None) -> dict:
         "shift": shift, "flow_shift": shift, "use_dynamic_shifting": dynamic,
         "use_flow_sigmas": True, "prediction_type": "flow_prediction",
     }  # fmt: skip
+
+
+def noise_levels(solver, flow: bool) -> tuple[torch.Tensor, ...]:
+    """Returns α and σ of x[0] … x[N] as the network sees them, scale·x, and p and q for such latents; float64."""
+    alpha, sigma = _flow_levels(solver) if flow else _diffusion_levels(solver)
+    kind, a, s = "flow_prediction" if flow else solver.config.prediction_type, alpha[:-1], sigma[:-1]
+    p, q = {
+        "epsilon": (1 / a, -s / a),
+        "v_prediction": (a, -s),
+        "sample": (0 * a, 0 * a + 1),
+        "flow_prediction": (0 * a + 1, -s),
+    }[kind]
+    if not (p.isfinite() & q.isfinite()).all():
+        raise ConfigError(
+            "pretrained.model: its scheduler starts from pure noise (rescale_betas_zero_snr), where a network that "
+            f"predicts {kind!r} gives no clean image; such a chain needs 'v_prediction' or 'sample'"
+        )
+    return alpha, sigma, p, q
+
+
+def _flow_levels(solver) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns α and σ of the latents that the network sees at each step, and of x[N]; float64 [N+1] each."""
+    sigma = solver.sigmas.double()
+    if len(sigma) != len(solver.timesteps) + 1:  # a method of second order has two calls a step
+        times = solver.timesteps.double() / solver.config.num_train_timesteps
+        sigma = torch.cat([times, sigma[-1:]])
+    return 1 - sigma, sigma
+
+
+def _diffusion_levels(solver) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns α and σ of the latents that the network sees at each step, and of x[N]; float64 [N+1] each.
+
+    They are the solver's own levels, if it has one for each step. Otherwise they are those of its timesteps. The level
+    at a time between two timesteps of training is interpolated in log(σ/α), as diffusers does.
+    """
+    own = getattr(solver, "sigmas", torch.empty(0)).double()  # σ/α
+    if len(own) == len(solver.timesteps) + 1:
+        return 1 / (1 + own**2).sqrt(), own / (1 + own**2).sqrt()
+    squares, times = solver.alphas_cumprod.double(), solver.timesteps
+    if times.is_floating_point():
+        log_ratio = ((1 - squares) / squares).log() / 2
+        below = times.double().floor().long().clamp(0, len(squares) - 1)
+        above, share = (below + 1).clamp(max=len(squares) - 1), times.double() - below
+        at_calls = torch.sigmoid(-2 * (log_ratio[below] * (1 - share) + log_ratio[above] * share))
+    else:
+        at_calls = squares[times.long()]
+    final = torch.as_tensor(getattr(solver, "final_alpha_cumprod", 1.0)).double()
+    squares = torch.cat([at_calls, final.reshape(1)])
+    return squares.sqrt(), (1 - squares).sqrt()

@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from alignprop.method.chain import Sampler
 from alignprop.method.plans import GradientPlan
-from alignprop.method.samplers import Sampler
 
 
 class Chain:

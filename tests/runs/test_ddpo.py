@@ -12,8 +12,8 @@ from torch.distributions import Normal
 from alignprop.ddpo import DDPOTrainer, PromptStatistics, clipped_loss, log_probability
 from alignprop.engine.seeding import generator
 from alignprop.lora.files import LORA_FILE
+from alignprop.method.chain import Sampler
 from alignprop.method.guidance import GuidedDenoiser
-from alignprop.method.samplers import Sampler
 from alignprop.prompts import draw_prompts
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError

@@ -11,8 +11,9 @@ from alignprop.engine.seeding import generator, generators
 from alignprop.lora.factors import add_lora, trainable_parameters
 from alignprop.lora.scaling import scale_lora
 from alignprop.method.base_distance import base_distance, chain_distance
+from alignprop.method.chain import Sampler
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import Sampler, build_sampler
+from alignprop.method.samplers import build_sampler
 from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
 

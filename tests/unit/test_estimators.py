@@ -3,8 +3,8 @@ import torch
 
 from alignprop.engine.seeding import generator
 from alignprop.method import estimators
+from alignprop.method.chain import Sampler
 from alignprop.method.plans import GradientPlan
-from alignprop.method.samplers import Sampler
 from alignprop.settings.errors import ConfigError
 
 N, B = 50, 64

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from alignprop.engine.seeding import generators
+from alignprop.method.chain import Sampler
 from alignprop.method.reward_guidance import RewardGuidance, Timed, strengths
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import Sampler, build_sampler
+from alignprop.method.samplers import build_sampler
 from alignprop.models.base import select
 from alignprop.models.sd import StableDiffusion
 from alignprop.settings.errors import ConfigError

@@ -7,9 +7,10 @@ from diffusers import DDIMScheduler
 from alignprop.engine.seeding import generator, generators
 from alignprop.lora.factors import add_lora, trainable_parameters
 from alignprop.method import estimators
+from alignprop.method.chain import Sampler
 from alignprop.method.plans import GradientPlan
 from alignprop.method.rollout import Rollout
-from alignprop.method.samplers import Sampler, build_sampler
+from alignprop.method.samplers import build_sampler
 from alignprop.models.sd import StableDiffusion
 from alignprop.settings.memory_policies import MemoryPolicy
 
