@@ -146,6 +146,8 @@ REFUSED = {
     "per_gpu_capacity": [0, "most", 2.0], "train.num_inference_steps": [0], "train.total_batch_size": [0],
     "train.total_samples_per_epoch": [-1],
     "train.optimizer": ["adam"], "train.learning_rate": [0.0, -1e-3, math.nan, math.inf],
+    "train.lr_schedule": ["step"], "train.lr_warmup_steps": [-1, 0.5], "train.lr_num_cycles": [0, 1.5],
+    "train.lr_power": [0.0, math.inf],
     "train.adam_beta1": [1.0, -0.1], "train.adam_beta2": [1.0], "train.adam_weight_decay": [-0.1],
     "train.adam_epsilon": [0.0], "train.max_grad_norm": [0.0, math.inf], "train.loss_coeff": [0.0],
     "train.ema_decay": [1.0, -0.5], "train.max_skipped_steps": [0],
