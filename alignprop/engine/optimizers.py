@@ -41,7 +41,8 @@ OPTIMIZERS = {
 }
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # the other optimizers are torch's
 # The bytes of state for each trained number, of the optimizers that cannot run on tensors without data. AdamW8bit has
-# two moments of one byte. Prodigy has four float32 tensors: two moments, the first weights, and a sum of gradients.
+# two moments of one byte, except in small tensors, which matter little. Prodigy has four float32 tensors: two moments,
+# the first weights, and a sum of gradients.
 STATE_BYTES = {"adamw8bit": 2, "prodigy": 16}
 # Prodigy keeps what it learns about its step size among its options.
 LEARNED_OPTIONS = ("d", "d_max", "d_numerator", "k")
