@@ -19,6 +19,7 @@ from alignprop.callbacks import (
     check_given,
     with_names,
 )
+from alignprop.engine.optimizers import STATE_BYTES
 from alignprop.engine.processes import on_main
 from alignprop.engine.sharding import is_fsdp
 from alignprop.engine.speed import compile_blocks
@@ -167,6 +168,7 @@ class TrainingLoop:
             "reward_std": rewards.std(correction=0).item(),
             "rewards": {name: scores.mean().item() for name, scores in terms.items()},
             **others,
+            "lr": self.weights.learning_rate,  # with DDPO that of the step's last update
             "skipped_steps": self.weights.skipped,
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
@@ -298,8 +300,10 @@ class TrainingLoop:
         """Runs `try_memory` and returns why a process ran out of memory, or "" if the computation fits."""
         run, error_text, moments = self.run, "", []
         try:
-            # The optimizer will keep two moments for each parameter.
-            moments += [torch.empty_like(p) for p in self.weights.parameters for _ in range(2)]
+            # The optimizer will keep a state for each parameter, mostly two moments in float32.
+            size = STATE_BYTES.get(run.config.train.optimizer, 8)
+            for p in self.weights.parameters:
+                moments.append(torch.empty(p.numel() * size, dtype=torch.uint8, device=p.device))
             with run.residency("measure"):  # an evaluation also needs these modules on the device
                 pass
             self.try_memory()

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from alignprop.callbacks import FROM_FUNCTION, PromptFunction, with_names
+from alignprop.engine.optimizers import check_package
 from alignprop.engine.processes import make_accelerator, on_main, start_processes
 from alignprop.engine.seeding import generators
 from alignprop.engine.sharding import check_engine, check_policy, is_fsdp
@@ -57,6 +58,8 @@ def build_run(
     c = resolve(with_names(config, reward_fn=reward_function), state.num_processes)
     if c.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
+    if c.task == "train":
+        check_package(c.train.optimizer)
     log_with = parse_log_with(c.log_with)
     eval_prompts = _load_eval_prompts(c, prompts)
     frozen = parse_loras(c.pretrained.loras)

@@ -11,26 +11,14 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from alignprop.engine.optimizers import learning_rates, load_optimizer, make_optimizer
 from alignprop.engine.sharding import DTensor, gather, shard, spread, whole_copy
 from alignprop.lora.adapters import add_adapter, get_adapter, start_from, trained_parameters, update_adapter
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import check_finite, read_lora, save_lora
 from alignprop.models.base import Model
 from alignprop.settings.errors import ConfigError
-
-# Each entry makes an optimizer from the trained parameters and `config.train`.
-OPTIMIZERS = {
-    "adamw": lambda p, t: torch.optim.AdamW(
-        p,
-        t.learning_rate,
-        (t.adam_beta1, t.adam_beta2),
-        t.adam_epsilon,
-        t.adam_weight_decay,
-        fused=p[0].is_cuda or None,
-    ),
-    "adafactor": lambda p, t: torch.optim.Adafactor(p, t.learning_rate, weight_decay=t.adam_weight_decay),
-    "sgd": lambda p, t: torch.optim.SGD(p, t.learning_rate, weight_decay=t.adam_weight_decay),
-}
+from alignprop.settings.options import updates_of_epoch
 
 
 class TrainedWeights:
@@ -47,6 +35,9 @@ class TrainedWeights:
         parameters: the trained tensors.
         optimizer: the optimizer of the trained tensors.
         ema: the moving average of the trained tensors, or None if none is kept.
+        updates: the number of updates done. Skipped updates count, so that the learning rate follows from the number
+            of steps alone, and reaches the end of its schedule with the run.
+        learning_rate: the learning rate of the last update.
         skipped: the number of updates that were skipped because a loss or the gradient was not finite.
         skipped_in_a_row: the number of updates that were skipped since the last one that was not.
     """
@@ -61,7 +52,7 @@ class TrainedWeights:
         else:
             denoiser.float().requires_grad_(True)
         self.parameters = list(trained_parameters(model).values())
-        self.optimizer = OPTIMIZERS[c.train.optimizer](self.parameters, c.train)
+        self.optimizer = make_optimizer(self.parameters, c.train)
         if accelerator.distributed_type == DistributedType.FSDP:
             self.optimizer = shard(accelerator, denoiser, self.optimizer)
             self.parameters = list(trained_parameters(model).values())
@@ -69,8 +60,10 @@ class TrainedWeights:
             self.optimizer = accelerator.prepare(self.optimizer)
         self.ema = EMAModel(self.parameters, decay=c.train.ema_decay) if c.train.ema_decay else None
         self.skipped = self.skipped_in_a_row = 0
-        updates = c.num_epochs * (c.train.total_samples_per_epoch // c.train.total_batch_size)
-        self.most_skipped = min(c.train.max_skipped_steps, max(updates, 1))  # a short run must not skip all its updates
+        updates = max(c.num_epochs * updates_of_epoch(c), 1)
+        self.most_skipped = min(c.train.max_skipped_steps, updates)  # a short run must not skip all its updates
+        self.learning_rate_after = learning_rates(c.train, updates)
+        self.updates, self.learning_rate = 0, self.learning_rate_after(0)
         # A LoRA is small, so its gradients are summed in float64 and rounded once. The result is then the same however
         # the samples are divided among processes.
         self.sum_dtype = torch.float64 if c.use_lora and denoiser.device.type != "mps" else torch.float32
@@ -110,6 +103,7 @@ class TrainedWeights:
         train, scaler = self.config.train, self.accelerator.scaler
         self.sum_over_processes()
         grad_norm = float(gather(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm)))
+        self._set_learning_rate()
         finite_loss = bool(losses.isfinite().all())
         finite = finite_loss and grad_norm < float("inf")
         # The loss scaler skips a non-finite gradient by itself, and must see it in order to lower its scale.
@@ -120,6 +114,7 @@ class TrainedWeights:
         self.zero_grad()
         if finite and self.ema:
             self.ema.step(self.parameters)
+        self.updates += 1
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.most_skipped:
@@ -129,6 +124,11 @@ class TrainedWeights:
                 "adjoint_clip=10"
             )
         return grad_norm
+
+    def _set_learning_rate(self) -> None:
+        self.learning_rate = self.learning_rate_after(self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
 
     @contextmanager
     def averaged(self):
@@ -178,7 +178,7 @@ class TrainedWeights:
         """Restores what `state()` returned.
 
         Args:
-            state: the state.
+            state: the state, with the `global_step` of the run.
             checkpoint: the checkpoint folder that the state was read from.
 
         Raises:
@@ -200,16 +200,7 @@ class TrainedWeights:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(spread(state["weights"][name], parameter))
-        # The optimizer options of this run replace those of the run that wrote the checkpoint.
-        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        for i, moments in state["optimizer"]["state"].items():
-            for name, moment in moments.items():
-                if moment is not None and moment.dim():  # scalars, such as the step count, are never sharded
-                    moments[name] = spread(moment, self.parameters[i])
-        # The options are set first, because loading places the optimizer's tensors according to them.
-        for group, options in zip(state["optimizer"]["param_groups"], wanted, strict=True):
-            group.update(options)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], self.parameters)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema:
@@ -220,6 +211,7 @@ class TrainedWeights:
                 self.ema.load_state_dict({**state["ema"], "decay": self.config.train.ema_decay})
                 self.ema.shadow_params = shadow
         self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.updates = state["global_step"] * updates_of_epoch(self.config) // self.config.train.steps_per_epoch
 
 
 def load_denoiser(denoiser, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Processes and devices: random generators, agreement of processes, sharded weights, speed, work in the background.
+"""Processes and devices: random generators, agreement of processes, sharded weights, optimizers, speed, and threads.
 
 This folder may import settings and models.
 """

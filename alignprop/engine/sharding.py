@@ -55,9 +55,9 @@ def check_engine(accelerator: Accelerator, use_lora: bool, optimizer: str, train
             raise ConfigError(f"accelerate's {field} = {value} is not supported; it must be {allowed}{why}")
     if train_text_encoder:
         raise ConfigError("train_text_encoder = True is not supported under FSDP; use one of the other configurations")
-    if optimizer == "adafactor" and not use_lora:
+    if optimizer not in ("adamw", "sgd") and not use_lora:
         raise ConfigError(
-            "train.optimizer = 'adafactor' cannot train weights that FSDP2 has spread (use_lora = False); "
+            f"train.optimizer = {optimizer!r} cannot train weights that FSDP2 has spread (use_lora = False); "
             "use 'adamw' or 'sgd'"
         )
 

@@ -165,7 +165,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
         "samples per step" if not is_ddpo else "samples per epoch": str(
             c["train.total_samples_per_epoch" if is_ddpo else "train.total_batch_size"]
         ),
-        "optimizer": f"{c['train.optimizer']}, learning rate {c['train.learning_rate']:g}",
+        "optimizer": f"{c['train.optimizer']}, {_learning_rate(c)}",
         "trained": trained,
         "sampling": _sampling(c),
         "precision": c["mixed_precision"].replace("no", "fp32"),
@@ -173,6 +173,12 @@ def _settings(run: RunFolder) -> dict[str, str]:
         "versions": ", ".join(f"{name.removeprefix('versions.')} {value}" for name, value in versions.items()),
     }
     return {name: value for name, value in settings.items() if value}
+
+
+def _learning_rate(c: dict) -> str:
+    schedule, warmup = c.get("train.lr_schedule", "constant"), c.get("train.lr_warmup_steps", 0)
+    text = f"learning rate {c['train.learning_rate']:g}" + ("" if schedule == "constant" else f" ({schedule})")
+    return text + (f", {warmup} updates of warm-up" if warmup else "")
 
 
 def _reward(run: RunFolder) -> str:

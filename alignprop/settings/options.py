@@ -69,6 +69,12 @@ def gradient_options(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def updates_of_epoch(config: ConfigDict) -> int:
+    """Returns the number of updates of the weights in an epoch. A step of DDPO is an epoch, and makes all of them."""
+    batches = config.train.total_samples_per_epoch // config.train.total_batch_size
+    return batches * config.ddpo.inner_epochs if config.algorithm == "ddpo" else batches
+
+
 def components_left_out(config: ConfigDict) -> list[str]:
     """Returns the names in `pretrained.without`."""
     return [name.strip() for name in config.pretrained.without.split(",") if name.strip()]

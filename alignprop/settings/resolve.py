@@ -12,7 +12,10 @@ from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
 from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
+from alignprop.settings.options import updates_of_epoch
 from alignprop.settings.samplers import check_sampler
+
+POLYNOMIAL_END = 1e-7  # diffusers' own
 
 
 def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
@@ -101,9 +104,14 @@ def _derive_batches(c: ConfigDict, num_processes: int) -> None:
         share = train.total_batch_size // num_processes
         c.per_gpu_capacity = next(n for n in range(min(c.per_gpu_capacity, share), 0, -1) if share % n == 0)
         train.gradient_accumulation_steps = share // c.per_gpu_capacity
+    updates = c.num_epochs * updates_of_epoch(c)
+    if train.lr_warmup_steps >= updates:
+        raise ConfigError(
+            f"train.lr_warmup_steps = {train.lr_warmup_steps} must be less than the number of optimizer updates of the "
+            f"run, {updates}"
+        )
     # A step of DDPO is a whole epoch, because it samples and then makes several updates with these samples.
-    updates = train.total_samples_per_epoch // train.total_batch_size
-    train.steps_per_epoch = updates if c.algorithm == "align_prop" else 1
+    train.steps_per_epoch = updates_of_epoch(c) if c.algorithm == "align_prop" else 1
 
 
 def _fill_memory(c: ConfigDict, policy: MemoryPolicy) -> None:
@@ -142,6 +150,11 @@ def _check_combinations(c: ConfigDict) -> None:
         raise ConfigError("train_text_encoder = True needs use_lora = True: a text encoder is trained by a LoRA only")
     if c.train_text_encoder and c.algorithm == "ddpo":
         raise ConfigError("train_text_encoder = True needs algorithm = 'align_prop': DDPO trains the denoiser alone")
+    if c.train.lr_schedule == "polynomial" and c.train.learning_rate <= POLYNOMIAL_END:
+        raise ConfigError(
+            f"train.learning_rate = {c.train.learning_rate} must be greater than {POLYNOMIAL_END}, where "
+            "train.lr_schedule = 'polynomial' ends"
+        )
     if c.guide.window[0] >= c.guide.window[1]:
         raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
     if c.guidance_interval[0] >= c.guidance_interval[1]:

@@ -235,7 +235,8 @@ def fake_accelerator(kind, plugin=None):
     ("FSDP", {"cpu_ram_efficient_loading": True}, "adamw", "fsdp_cpu_ram_efficient_loading = True is not supported"),
     ("FSDP", {"ignored_modules": "conv_in"}, "adamw", "fsdp_ignored_modules = conv_in is not supported"),
     ("FSDP", {"activation_checkpointing": True}, "adamw", "use memory.block_checkpointing"),
-    ("FSDP", {}, "adafactor", "train.optimizer = 'adafactor' cannot train weights that FSDP2 has spread"),
+    *(("FSDP", {}, name, f"train.optimizer = '{name}' cannot train weights that FSDP2 has spread")
+      for name in ("adafactor", "adamw8bit", "prodigy")),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused(monkeypatch, kind, plugin, optimizer, message):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # accelerate writes it

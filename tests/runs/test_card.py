@@ -97,6 +97,16 @@ def test_the_card_of_a_whole_run(tmp_path):
     assert "license" not in header and "license" not in text.lower()
 
 
+def test_a_card_has_the_schedule_of_the_learning_rate(tmp_path):
+    def told(name, **train):
+        return table(card_of(make_run(tmp_path / name, WHOLE, config=preset(**train)))[1], "|  |  |")["optimizer"]
+
+    plain = "adamw, learning rate 0.001"
+    assert told("a") == [plain] and told("b", train__lr_schedule="cosine") == [f"{plain} (cosine)"]
+    both = dict(train__lr_schedule="linear", train__lr_warmup_steps=7)
+    assert told("c", **both) == [f"{plain} (linear), 7 updates of warm-up"]
+
+
 def test_a_card_says_that_the_text_encoder_was_trained_too(tmp_path):
     _, text, _ = card_of(make_run(tmp_path / "r", config=preset(train_text_encoder=True)))
     assert table(text, "|  |  |")["trained"] == ["LoRA of rank 4, alpha 4, also of the text encoder"]

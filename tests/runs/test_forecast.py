@@ -1,5 +1,7 @@
 """Forecasts against what a real step needs, counted on real tensors."""
 
+import sys
+
 import pytest
 import torch
 
@@ -136,6 +138,20 @@ def test_a_forecast_has_the_judges_that_only_an_evaluation_asks(small):
     update = peaks["clip"]["update"]  # the weights that stay, and nothing besides but gradients
     assert update + 0.8 * tower < peaks["clip"]["measure"] < update + 3 * tower
     assert {**peaks["clip"], "measure": 0} == {**peaks[""], "measure": 0}
+
+
+def test_a_forecast_needs_no_package_of_an_optimizer(small, monkeypatch):
+    """Of each trained number AdamW has 8 bytes, AdamW8bit 2, and Prodigy 16."""
+    for package in ("bitsandbytes", "prodigyopt"):
+        monkeypatch.setitem(sys.modules, package, None)
+    peaks = {}
+    for name in ("adamw", "adamw8bit", "prodigy"):
+        c = resolve(small(train__optimizer=name, use_lora=False), 1)
+        peaks[name] = forecast(skeletons(c), c, "x", POLICIES["fast"], CAPACITY).peaks["sweep"]
+    model, _ = skeletons(c)()
+    trained = sum(p.numel() for p in model.denoiser.parameters())
+    assert peaks["adamw"] - peaks["adamw8bit"] == pytest.approx(6 * trained, rel=0.1)
+    assert peaks["prodigy"] - peaks["adamw"] == pytest.approx(8 * trained, rel=0.1)
 
 
 REWARD = Judges(build_reward("tests.helpers.toy_rewards:redness"))

@@ -2,12 +2,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alignprop.engine.optimizers import OPTIMIZERS
 from alignprop.lora.factors import trainable_parameters
 from alignprop.lora.files import LORA_FILE
 from alignprop.runs.checkpoint import checkpoints_of, read_state
 from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
-from alignprop.weights import OPTIMIZERS, load_denoiser
+from alignprop.weights import load_denoiser
 from tests.helpers.training import half_precision, train, weights
 
 pytestmark = pytest.mark.usefixtures("no_plots")

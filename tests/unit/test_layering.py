@@ -32,7 +32,8 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WITHOUT_REWARDS = ("settings", "models", "engine", "lora")
 LIGHT = ("rewards.errors", "rewards.registry")  # of rewards, what loads no torch; everybody may import it
 POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # the package imports on Windows, too
-OPTIONAL = {"gradio", "hpsv2", "matplotlib", "tensorboard", "wandb"}  # to be imported where they are used
+# To be imported where they are used.
+OPTIONAL = {"bitsandbytes", "gradio", "hpsv2", "matplotlib", "prodigyopt", "tensorboard", "wandb"}
 
 
 def source_files():

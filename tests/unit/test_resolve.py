@@ -12,7 +12,7 @@ from alignprop.settings.fields import FIELDS, GROUPS
 from alignprop.settings.fields.field import GUIDE, Field
 from alignprop.settings.fields.rules import COUNT, optional
 from alignprop.settings.memory_policies import NAMES, POLICIES
-from alignprop.settings.options import memory_policy
+from alignprop.settings.options import memory_policy, updates_of_epoch
 from alignprop.settings.resolve import as_run, changes, flatten, resolve, save_config
 from alignprop.settings.warnings import warnings_for
 from config import align_prop, ddpo, models
@@ -147,6 +147,8 @@ REFUSED = {
     "per_gpu_capacity": [0, "most", 2.0], "train.num_inference_steps": [0], "train.total_batch_size": [0],
     "train.total_samples_per_epoch": [-1],
     "train.optimizer": ["adam"], "train.learning_rate": [0.0, -1e-3, math.nan, math.inf],
+    "train.lr_schedule": ["step"], "train.lr_warmup_steps": [-1, 0.5], "train.lr_num_cycles": [0, 1.5],
+    "train.lr_power": [0.0, math.inf],
     "train.adam_beta1": [1.0, -0.1], "train.adam_beta2": [1.0], "train.adam_weight_decay": [-0.1],
     "train.adam_epsilon": [0.0], "train.max_grad_norm": [0.0, math.inf], "train.loss_coeff": [0.0],
     "train.ema_decay": [1.0, -0.5], "train.max_skipped_steps": [0],
@@ -306,10 +308,22 @@ def test_a_page_is_served_by_one_process():
     (dict(algorithm="ddpo"), r"eta = 0 must be greater than 0 if algorithm = 'ddpo'"),
     (dict(algorithm="ddpo", eta=1.0, train__total_batch_size=1, train__total_samples_per_epoch=1, per_gpu_capacity=1),
      r"train.total_samples_per_epoch = 1 must be at least 2 if algorithm = 'ddpo'"),
+    (dict(num_epochs=3, train__lr_warmup_steps=6), r"train.lr_warmup_steps = 6 must be less than .* of the run, 6$"),
+    (dict(num_epochs=3, train__lr_warmup_steps=24, algorithm="ddpo", eta=1.0, ddpo__inner_epochs=4),
+     r"train.lr_warmup_steps = 24 must be less than the number of optimizer updates of the run, 24$"),
+    (dict(train__lr_schedule="polynomial", train__learning_rate=1e-7),
+     r"train.learning_rate = 1e-07 must be greater than 1e-07, where train.lr_schedule = 'polynomial' ends"),
 ])  # fmt: skip
 def test_combinations_of_newer_fields_that_cannot_run(fields, message):
     with pytest.raises(ConfigError, match=message):
         resolve(preset(**fields), 1)
+
+
+def test_a_warm_up_may_last_until_the_last_update():
+    longest = [(5, dict()), (23, dict(algorithm="ddpo", eta=1.0, ddpo__inner_epochs=4))]
+    for steps, fields in longest:
+        c = resolve(preset(num_epochs=3, train__lr_warmup_steps=steps, **fields), 1)
+        assert c.num_epochs * updates_of_epoch(c) == steps + 1
 
 
 def test_what_only_training_uses_is_checked_for_training_only():

@@ -21,7 +21,8 @@ def test_fields_without_effect_are_told():
     overridden = ["train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.adam_weight_decay"]
     lines = warnings_for(preset(train__optimizer="sgd"), [*overridden, "allow_extrapolation"])
     assert [line.split()[0] for line in lines] == [*overridden[:3], "allow_extrapolation"]
-    assert warnings_for(preset(), overridden) == []
+    for optimizer in ("adamw", "adamw8bit", "prodigy"):
+        assert warnings_for(preset(train__optimizer=optimizer), overridden) == []
 
 
 def test_a_plan_field_of_another_estimator_is_told():
@@ -44,6 +45,9 @@ def test_which_estimators_have_a_plan_field_is_what_their_functions_take():
     (dict(), "ddpo.clip_range", "algorithm = 'ddpo'"),
     (dict(algorithm="ddpo", eta=1.0, ddpo__per_prompt_buffer=8), "ddpo.per_prompt_min_count", "at least as many"),
     (dict(algorithm="ddpo", eta=1.0), "estimator", "algorithm = 'ddpo' does not use it"),
+    (dict(train__lr_schedule="cosine"), "train.lr_num_cycles", "train.lr_schedule = 'cosine_with_restarts'"),
+    (dict(train__lr_schedule="linear"), "train.lr_power", "train.lr_schedule = 'polynomial'"),
+    (dict(task="evaluate"), "train.lr_warmup_steps", "does not train"),
     (dict(reward_fn="hps"), "reward_combine", "several rewards"),
     (dict(reward_fn="hps", eval_reward_fn="aesthetic"), "siglip.model", "that reward in reward_fn or eval_reward_fn"),
     (dict(), "hub.private", "hub.repo"),

@@ -3,7 +3,12 @@
 from alignprop.settings.fields.field import ALIGN_PROP, EVALUATION, TRAINING, Field, needs
 from alignprop.settings.fields.rules import COUNT, COUNT_OR_AUTO, choice, integer, number, optional, text
 
-ADAMW = needs("train.optimizer = 'adamw'", lambda c: c.train.optimizer == "adamw")
+ADAM = needs(
+    "train.optimizer = 'adamw', 'adamw8bit' or 'prodigy'",
+    lambda c: c.train.optimizer in ("adamw", "adamw8bit", "prodigy"),
+)
+RESTARTS = needs("train.lr_schedule = 'cosine_with_restarts'", lambda c: c.train.lr_schedule == "cosine_with_restarts")
+POLYNOMIAL = needs("train.lr_schedule = 'polynomial'", lambda c: c.train.lr_schedule == "polynomial")
 
 FIELDS = (
     Field(
@@ -39,18 +44,48 @@ FIELDS = (
         (TRAINING,),
     ),
     Field(
-        "train.optimizer", "adamw", choice("adamw", "adafactor", "sgd"),
-        "The optimizer, as torch implements it. 'adafactor' needs less memory than 'adamw' if all weights are trained.",
+        "train.optimizer", "adamw", choice("adamw", "adamw8bit", "prodigy", "adafactor", "sgd"),
+        "The optimizer. 'adamw8bit' and 'adafactor' need less memory than 'adamw' if all weights are trained. "
+        "'prodigy' finds its step size itself; set train.learning_rate=1 with it. 'adamw8bit' needs the package "
+        "bitsandbytes, 'prodigy' needs prodigyopt, and the others are torch's own.", (TRAINING,),
+    ),
+    Field(
+        "train.learning_rate", 1e-3, number(above=0),
+        "The learning rate, or the largest one if train.lr_schedule or train.lr_warmup_steps changes it. The usual "
+        "value for the optimizer 'prodigy' is 1.0, because it multiplies a step size that the optimizer finds.",
         (TRAINING,),
     ),
-    Field("train.learning_rate", 1e-3, number(above=0), "The learning rate, which stays constant.", (TRAINING,)),
+    Field(
+        "train.lr_schedule", "constant", choice("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+        "How the learning rate changes between the warm-up and the end of the run, by the formulas of diffusers. "
+        "'linear' and 'cosine' fall to 0, 'polynomial' to 1e-7. The rate of an optimizer update depends only on the "
+        "number of updates before it, skipped ones included, and on the number of updates in the whole run. A run that "
+        "is resumed with another num_epochs continues on the schedule of the new length. The rows of metrics.jsonl "
+        "have the rate as `lr`.", (TRAINING,),
+    ),
+    Field(
+        "train.lr_warmup_steps", 0, integer(0),
+        "The number of optimizer updates in which the learning rate rises from 0 in equal steps. The first of them has "
+        "the learning rate 0, as in diffusers. It must be less than the number of updates of the run. 0 is no warm-up.",
+        (TRAINING,),
+    ),
+    Field(
+        "train.lr_num_cycles", 2, COUNT,
+        "The number of times that the learning rate falls from its largest value to 0. 1 is the same as 'cosine'.",
+        (TRAINING, RESTARTS),
+    ),
+    Field(
+        "train.lr_power", 2.0, number(above=0),
+        "The power p of the learning rate, which is proportional to rᵖ if a share r of the run is left. 1 is nearly "
+        "the same as 'linear'.", (TRAINING, POLYNOMIAL),
+    ),
     Field(
         "train.adam_beta1", 0.9, number(at_least=0, below=1),
-        "The decay of the running mean of the gradient, per optimizer step.", (TRAINING, ADAMW),
+        "The decay of the running mean of the gradient, per optimizer step.", (TRAINING, ADAM),
     ),
     Field(
         "train.adam_beta2", 0.999, number(at_least=0, below=1),
-        "The decay of the running mean of the squared gradient, per optimizer step.", (TRAINING, ADAMW),
+        "The decay of the running mean of the squared gradient, per optimizer step.", (TRAINING, ADAM),
     ),
     Field(
         "train.adam_weight_decay", 0.1, number(at_least=0),
@@ -59,7 +94,7 @@ FIELDS = (
     Field(
         "train.adam_epsilon", 1e-8, number(above=0),
         "A small number that is added to the root of the mean squared gradient, to avoid a division by zero.",
-        (TRAINING, ADAMW),
+        (TRAINING, ADAM),
     ),
     Field(
         "train.max_grad_norm", 5.0, number(above=0), "The norm to which the gradient of an optimizer step is clipped.",
