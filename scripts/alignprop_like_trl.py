@@ -67,7 +67,7 @@ CHANGED = {  # TRL's flag: its default here. `translate` turns it into our field
 }
 MISSING = {  # TRL's flag: what to use instead
     "train_use_8bit_adam": "--config.train.optimizer=adafactor saves the optimizer's memory",
-    "negative_prompts": "guidance is always against the empty prompt; --config.guidance_scale is its strength",
+    "negative_prompts": "--config.negative_prompt='…' is one prompt for all pictures",
     "tracker_kwargs": "see the tracker's own environment variables, such as WANDB_ENTITY",
     "accelerator_kwargs": "see the flags of `accelerate launch`, and --mixed_precision",
     "project_kwargs": "see --logdir and --run_name, the folder of a run, and --num_checkpoint_limit",

@@ -34,7 +34,7 @@ def test_an_answer_names_fields_that_there_are():
 
 
 @pytest.mark.parametrize(("name", "answer"), [
-    ("negative_prompts", "guidance is against the empty prompt"),
+    ("negative_prompts", "here it is negative_prompt"),
     ("sample_num_steps", "here it is num_inference_steps"),
     ("train.batch_size", "here it is per_gpu_capacity"), ("sample.guidance_scale", "here it is guidance_scale"),
     ("lr_scheduler", "here it is train.lr_schedule"), ("lr_warmup_steps", "here it is train.lr_warmup_steps"),

@@ -4,7 +4,9 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+from alignprop.engine.seeding import generators
 from alignprop.method import estimators
+from alignprop.method.plans import GradientPlan
 from alignprop.method.samplers import build_sampler
 from alignprop.method.schedulers import make_scheduler
 from alignprop.method.tables import read_table
@@ -16,13 +18,18 @@ from tests.helpers.schedulers import (
     ESTIMATORS,
     GUIDANCE,
     KINDS,
+    PROMPTS,
     STEPS,
+    InFloat64,
     by_autograd,
     by_sweep,
     difference,
     differences,
     from_pipeline,
+    gradients_of,
+    guided,
     make_model,
+    reward,
 )
 
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -99,6 +106,30 @@ def test_what_cannot_be_sampled_is_refused_in_a_line(scheduler, name, options, m
     with pytest.raises(ConfigError, match=message) as error:
         build_sampler(scheduler, STEPS, 0.0, name, options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("exit_step", [2, 4])
+def test_leaving_a_multistep_chain_early(models, exit_step):
+    """The reward then sees x̂0 of the exit step, which earlier outputs reach through the latents alone."""
+    model, dtype, name = models[torch.float64], torch.float64, "DPMSolverMultistep"
+    sampler = build_sampler(model.scheduler, STEPS, 0.0, name)
+    active = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    active[0] = active[exit_step] = True
+    exits = torch.tensor([exit_step, STEPS])  # the second sample stays to the end
+    ours = by_sweep(model, sampler, GradientPlan.exact(active, exit_step=exits), dtype)
+    solver, cond = make_scheduler(model.scheduler, name, {}), model.encode_prompts(PROMPTS)
+    solver.set_timesteps(STEPS)
+    latents = model.init_latents(generators(range(BATCH), "x")).double()
+    for i, t in enumerate(solver.timesteps):
+        output = guided(model, latents, t, cond, GUIDANCE)
+        output = output if active[i, 0] else output.detach()
+        if i == exit_step:
+            left = float(sampler.p[i]) * latents[:1] + float(sampler.q[i]) * output[:1]
+        with InFloat64():
+            latents = solver.step(output, t, latents).prev_sample
+    expected = torch.cat([left, latents[1:]])
+    assert difference(ours[0], expected) <= 1e-10
+    assert difference(ours[1], gradients_of(reward(expected), model)) <= 1e-10
 
 
 def test_a_scheduler_that_is_not_linear_is_refused(scheduler):
