@@ -110,10 +110,10 @@ def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
             run.say(f"warning: {option} of the model's scheduler is not used: a step has to be linear")
     if c.guidance_scale != 1 and not run.model.takes_guidance:
         run.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
-    if c.negative_prompt and not getattr(run.model, "guides", True):
-        run.say("warning: negative_prompt has no effect: this model makes no unconditional branch")
-    if tuple(c.guidance_interval) != (0, 1) and len(run.model.branches(run.model.blank_conditioning(1), 2.0)) == 1:
-        run.say("warning: guidance_interval has no effect: this model makes one network call a step anyway")
+    for_guidance = {"negative_prompt": c.negative_prompt, "guidance_interval": tuple(c.guidance_interval) != (0, 1)}
+    for name in (name for name, is_set in for_guidance.items() if is_set):
+        if len(run.model.branches(run.model.blank_conditioning(1), 2.0)) == 1:
+            run.say(f"warning: {name} has no effect: this model has no unconditional branch of guidance")
 
 
 @dataclass

@@ -76,7 +76,7 @@ class Sampler:
     @property
     def most_waiting(self) -> int:
         """The largest number of earlier outputs and noises that wait at once for the steps that use them again."""
-        return max(len(self.still_needed(i)) for i in range(self.num_steps))
+        return max(sum(map(len, self.still_needed(i))) for i in range(self.num_steps))
 
     def weights(self, i: int) -> tuple[float, dict[int, float], dict[int, float]]:
         """Returns a[i], and the entries of b[i] and s[i] that are not zero, by their index."""
@@ -84,17 +84,23 @@ class Sampler:
         return float(self.a[i]), *used
 
     def within(self, interval: tuple[float, float]) -> Callable[[torch.Tensor], bool] | None:
-        """Returns what says whether a timestep is in a part of the chain, (from, to) in shares; None for all of it."""
+        """Returns what says whether a timestep is in a part of the chain; None for all of it.
+
+        Args:
+            interval: (from, to), as shares of the chain. Step i is in it if from <= (i + 0.5)/N < to. If two steps of a
+                method of second order have one timestep, both are in it as soon as one is.
+        """
         if tuple(interval) == (0, 1):
             return None
         middle = (torch.arange(self.num_steps) + 0.5) / self.num_steps
         inside = set(self.timesteps[(interval[0] <= middle) & (middle < interval[1])].tolist())
         return lambda timestep: timestep.item() in inside
 
-    def still_needed(self, i: int) -> set[int]:
-        """Returns the indices of the outputs and noises that steps after step i use."""
-        later = self.b[i + 1 :].any(dim=0) | self.s[i + 1 :].any(dim=0)
-        return set(later[: i + 1].nonzero().flatten().tolist())
+    def still_needed(self, i: int) -> tuple[set[int], set[int]]:
+        """Returns the indices of those outputs, and of those noises, up to step i that steps after step i use."""
+        later = (table[i + 1 :, : i + 1].any(dim=0) for table in (self.b, self.s))
+        outputs, noises = (set(used.nonzero().flatten().tolist()) for used in later)
+        return outputs, noises
 
 
 class Past:
@@ -119,6 +125,6 @@ class Past:
 
     def forget(self, i: int) -> None:
         """Drops what no step after step i uses."""
-        needed = self.sampler.still_needed(i)
-        self.outputs = {m: output for m, output in self.outputs.items() if m in needed}
-        self.noises = {k: noise for k, noise in self.noises.items() if k in needed}
+        outputs, noises = self.sampler.still_needed(i)
+        self.outputs = {m: output for m, output in self.outputs.items() if m in outputs}
+        self.noises = {k: noise for k, noise in self.noises.items() if k in noises}

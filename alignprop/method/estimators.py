@@ -18,7 +18,7 @@ import torch
 
 from alignprop.method.chain import Sampler
 from alignprop.method.plans import GradientPlan, late_biased, stratified_integers, stratified_pairs
-from alignprop.method.quadrature import contributions, direct_steps, interpolation_weights, supports
+from alignprop.method.quadrature import contributions, direct_steps, interpolation_weights, leap_steps, supports
 from alignprop.settings.errors import ConfigError, one_of
 
 Estimator = Callable[[Sampler, int, torch.Generator], GradientPlan]
@@ -155,7 +155,7 @@ def lagrange(
     """
     n = _at_least_two(sampler, "lagrange")
     active, weight = torch.zeros(2, n, num_samples, dtype=torch.float64)
-    steps = direct_steps(sampler, at_least=2 if order == 1 else None)
+    steps = leap_steps(sampler, order)
     starts, splits = (steps[drawn] for drawn in stratified_pairs(len(steps), num_samples, generator))
     for sample, (start, split) in enumerate(zip(starts.tolist(), splits.tolist(), strict=True)):
         for first, end in ((start, split), (split, n)):
@@ -238,7 +238,7 @@ def _at_least_two(sampler: Sampler, name: str) -> int:
 
 def _rescaled(sampler: Sampler, active: torch.Tensor, rescale: float) -> torch.Tensor:
     """The weight 1 + rescale·(Σ|c| / Σ_active|c| - 1), the same at all steps of a sample; float64 [N, B]."""
-    direct_steps(sampler)  # raises an error unless all steps are
+    direct_steps(sampler)  # an error if some steps contribute nothing, because these could be the only active ones
     size = contributions(sampler, 0, sampler.num_steps).abs()[:, None]
     factor = 1 + rescale * (size.sum() / (size * active).sum(dim=0) - 1)
     return factor.expand(active.shape)

@@ -33,11 +33,33 @@ def direct_steps(sampler: Sampler, at_least: int | None = None) -> torch.Tensor:
     """
     steps = contributions(sampler, 0, sampler.num_steps).nonzero().flatten()
     if len(steps) < (sampler.num_steps if at_least is None else at_least):
-        raise ConfigError(
-            "estimator: this estimator weights each step by its direct contribution to the end of the chain, which is "
-            "zero for some steps of this model's sampler; 'randomized' and 'truncated' work with every sampler"
-        )
+        raise _no_contribution()
     return steps
+
+
+def leap_steps(sampler: Sampler, order: int) -> torch.Tensor:
+    """Returns the steps at which a leap can begin or end, in order; int64.
+
+    They contribute to the end of the chain and to each other. A leap with several supports needs all steps.
+
+    Args:
+        sampler: the chain.
+        order: the number of supports in a leap.
+
+    Raises:
+        ConfigError: there are fewer than two such steps, or one of them does not contribute to a later one.
+    """
+    steps = direct_steps(sampler, at_least=2 if order == 1 else None)
+    if not all(contributions(sampler, 0, end)[steps[steps < end]].all() for end in steps[1:].tolist()):
+        raise _no_contribution()
+    return steps
+
+
+def _no_contribution() -> ConfigError:
+    return ConfigError(
+        "estimator: this estimator weights each step by its direct contribution to the end of the chain or of a leap, "
+        "which is zero for some steps of this model's sampler; 'randomized' and 'truncated' work with every sampler"
+    )
 
 
 def supports(start: int, end: int, order: int) -> list[int]:

@@ -68,7 +68,15 @@ def _flow_options(config: dict, takes, mu: float | None) -> dict:
 
 
 def noise_levels(solver, flow: bool) -> tuple[torch.Tensor, ...]:
-    """Returns α and σ of x[0] … x[N] as the network sees them, scale·x, and p and q for such latents; float64."""
+    """Returns α and σ of x[0] … x[N] as the network sees them, [N+1] each, and p and q for such latents, [N] each.
+
+    Args:
+        solver: the scheduler after its `set_timesteps`.
+        flow: whether the model is a flow-matching model.
+
+    Raises:
+        ConfigError: the chain starts from pure noise, where this prediction type gives no clean latents.
+    """
     alpha, sigma = _flow_levels(solver) if flow else _diffusion_levels(solver)
     kind, a, s = "flow_prediction" if flow else solver.config.prediction_type, alpha[:-1], sigma[:-1]
     p, q = {

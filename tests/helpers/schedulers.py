@@ -22,6 +22,7 @@ from alignprop.settings.samplers import parse_options
 
 STEPS, BATCH, GUIDANCE = 5, 2, 1.5
 PROMPTS = ["a cat", "two dogs"]
+SMALL = 0.3  # of the LoRA, where the rounding of float32 is compared and must not be amplified much
 
 # name, options, network calls for 5 steps
 DIFFUSION = [
@@ -78,20 +79,20 @@ class InFloat64(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def make_model(folder, dtype):
+def make_model(folder, dtype, size=0.5):
     """A model whose LoRA has random weights, because a fresh LoRA has B = 0 and gives A no gradient to compare."""
     model = StableDiffusion.load(str(folder), dtype=dtype)
     add_lora(model.denoiser, rank=2, alpha=2, target_modules=["to_q", "to_v", "to_out.0"], seed=0)
     for name, parameter in trainable_parameters(model.denoiser).items():
         parameter.data = parameter.data.to(dtype)
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.3, generator=generator(name))
+            parameter.data.normal_(0, size, generator=generator(name))
     return model
 
 
-def scheduler_of(kind, model):
-    """The scheduler of the model, or of a flow-matching model, for which its network counts in the comparisons."""
-    return FlowMatchEulerDiscreteScheduler(shift=3.0) if kind == "flow" else model.scheduler
+def scheduler_of(kind, own):
+    """The scheduler of the model itself, or of a flow-matching model, for which it counts in the comparisons."""
+    return FlowMatchEulerDiscreteScheduler(shift=3.0) if kind == "flow" else own
 
 
 def eta_of(name):
@@ -111,7 +112,9 @@ def reward(latents):
 
 def gradients_of(value, model):
     parameters = list(trainable_parameters(model.denoiser).values())
-    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(value, parameters)])
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    pairs = zip(parameters, gradients, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 
 
 def guided(model, latents, t, cond, guidance_scale):
@@ -163,7 +166,7 @@ def difference(ours, expected):
 
 def differences(model, kind, name, options, estimator, dtype):
     """Returns the number of calls, and the relative differences of the latents and of the LoRA's gradient."""
-    own = scheduler_of(kind, model)
+    own = scheduler_of(kind, model.scheduler)
     eta = eta_of(name) if kind == "diffusion" else 0.0  # a flow's noise is ours, not its scheduler's
     sampler = build_sampler(own, STEPS, eta, name, options)
     plan = plan_for(estimator, sampler)
@@ -190,13 +193,16 @@ def from_pipeline(folder, model, name, options):
 
 
 def main(folder):
-    models = {dtype: make_model(folder, dtype) for dtype in (torch.float64, torch.float32)}
+    models = {dtype: make_model(folder, dtype, SMALL) for dtype in (torch.float64, torch.float32)}
     print("| kind | sampler | options | calls | pipeline | " + " | ".join(f"{e} 64/32" for e in ESTIMATORS) + " |")
     print("|---" * (5 + len(ESTIMATORS)) + "|")
     for kind, name, options, calls in KINDS:
         pictures = f"{from_pipeline(folder, models[torch.float32], name, options):.0e}" if kind == "diffusion" else "–"
         cells = []
         for estimator in ESTIMATORS:
+            if name == "PNDM" and "False" in options and estimator == "leapalign":  # steps that do not add up
+                cells.append("refused")
+                continue
             found = [differences(model, kind, name, options, estimator, dtype)[2] for dtype, model in models.items()]
             cells.append("/".join(f"{value:.0e}" for value in found))
         print(f"| {kind} | {name} | {options} | {calls} | {pictures} | {' | '.join(cells)} |", flush=True)

@@ -1,10 +1,13 @@
 """Every scheduler of diffusers that can be trained through: its pictures, and the gradient through its steps."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from alignprop.engine.seeding import generators
+from alignprop.ddpo import DDPOTrainer
+from alignprop.engine.seeding import generator, generators
 from alignprop.method import estimators
 from alignprop.method.plans import GradientPlan
 from alignprop.method.samplers import build_sampler
@@ -12,6 +15,7 @@ from alignprop.method.schedulers import make_scheduler
 from alignprop.method.tables import read_table
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.samplers import check_sampler
+from alignprop.trainer import AlignPropTrainer
 from tests.helpers.schedulers import (
     BATCH,
     DIFFUSION,
@@ -19,6 +23,7 @@ from tests.helpers.schedulers import (
     GUIDANCE,
     KINDS,
     PROMPTS,
+    SMALL,
     STEPS,
     InFloat64,
     by_autograd,
@@ -30,14 +35,16 @@ from tests.helpers.schedulers import (
     guided,
     make_model,
     reward,
+    scheduler_of,
 )
+from tests.helpers.training import train
 
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 @pytest.fixture(scope="module")
 def models(pipelines):
-    return {dtype: make_model(pipelines["epsilon"], dtype) for dtype in (torch.float32, torch.float64)}
+    return {dtype: make_model(pipelines["epsilon"], dtype, SMALL) for dtype in (torch.float32, torch.float64)}
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +188,76 @@ def test_without_guidance_the_conditional_branch_is_called_alone(models, interva
     plain.set_timesteps(STEPS)
     expected = by_autograd(model, plain, plan, 0.0, dtype, [GUIDANCE if step else 1 for step in guided])
     assert max(map(difference, ours, expected)) <= 1e-10
+
+
+def test_leaps_are_refused_where_a_step_does_not_reach_a_later_one(scheduler):
+    """The first steps of PNDM are Runge-Kutta's, some of which start from the same latents."""
+    sampler = build_sampler(scheduler, STEPS, 0.0, "PNDM", "skip_prk_steps=False")
+    for estimator in (estimators.leapalign, estimators.lagrange):
+        with pytest.raises(ConfigError, match="zero for some steps of this model's sampler"):
+            estimator(sampler, BATCH, generator("p"))
+    for kind, name, options, _ in KINDS:
+        if "skip_prk_steps=False" not in options:
+            sampler = build_sampler(scheduler_of(kind, scheduler), STEPS, 0.0, name, options)
+            assert estimators.leapalign(sampler, 64, generator("p")).weight.isfinite().all()
+
+
+def test_levels_that_repeat_are_refused_by_lagrange(scheduler):
+    sampler = build_sampler(scheduler, STEPS, 0.0, "HeunDiscrete")
+    with pytest.raises(ConfigError, match="'lagrange' needs another noise level at each step"):
+        estimators.lagrange(sampler, 64, generator("p"))
+
+
+def test_what_waits_for_later_steps(scheduler):
+    """A one-step method keeps nothing; SA-Solver uses outputs and noises again, and both are counted."""
+    assert build_sampler(scheduler, STEPS, 0.7).most_waiting == 0
+    assert build_sampler(scheduler, STEPS, 0.0, "HeunDiscrete").most_waiting == 1
+    again = build_sampler(scheduler, STEPS, 0.0, "SASolver")
+    counts = [int((table[i + 1 :, : i + 1] != 0).any(0).sum()) for i in range(STEPS) for table in (again.b, again.s)]
+    assert again.most_waiting == max(map(sum, zip(counts[::2], counts[1::2], strict=True))) > max(counts)
+
+
+# ---- runs
+
+
+def test_training_and_evaluation_with_samplers_of_their_own(toy_config):
+    fields = {"sampler": "DPMSolverMultistep", "sampler_options": "use_karras_sigmas=True", "num_epochs": 1}
+    trainer = train(toy_config(train__sampler="HeunDiscrete", estimator="full", num_inference_steps=3, **fields))
+    run = trainer.run
+    assert run.rollout.sampler.num_steps == 5 and run.evaluator.rollout.sampler.num_steps == 3
+    assert not torch.equal(run.rollout.sampler.timesteps[:3], run.evaluator.rollout.sampler.timesteps)
+    row = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert row["kind"] == "train" and row["grad_norm"] > 0
+    assert run.config.train.sampler_options == "" and run.config.sampler_options == fields["sampler_options"]
+
+
+@pytest.mark.parametrize(("fields", "active"), [
+    ({"estimator": "truncated"}, {1}),
+    ({"estimator": "truncated", "trunc_backprop_timestep": 2}, {3}),
+    ({"estimator": "randomized"}, {1, 2, 3, 4, 5}),
+])  # fmt: skip
+def test_step_fields_count_network_calls(toy_config, fields, active):
+    """Heun's method makes five calls for three steps; by default the last one, or all of them, have gradient."""
+    trainer = AlignPropTrainer(toy_config(sampler="HeunDiscrete", num_inference_steps=3, **fields))
+    plan = trainer.estimator(trainer.run.rollout.sampler, 50, generator("p"))
+    assert set(plan.active.sum(dim=0).tolist()) == active and len(plan.active) == 5
+
+
+@pytest.mark.parametrize("fields", [{"trunc_backprop_timestep": 5}, {"truncated_backprop_minmax": (0, 6)}])
+def test_a_step_that_the_chain_does_not_have(toy_config, fields):
+    message = rf"^{next(iter(fields))} = .* the number of network calls of train.sampler = 'HeunDiscrete'"
+    with pytest.raises(ConfigError, match=message):
+        AlignPropTrainer(toy_config(sampler="HeunDiscrete", num_inference_steps=3, **fields))
+
+
+def test_a_policy_gradient_needs_independent_steps(toy_config):
+    fields = {"algorithm": "ddpo", "num_inference_steps": 3, "num_epochs": 1}
+    with pytest.raises(ConfigError, match="algorithm = 'ddpo' needs a sampler whose steps are independent draws"):
+        DDPOTrainer(
+            toy_config(sampler="DPMSolverMultistep", sampler_options="algorithm_type=sde-dpmsolver++", **fields)
+        )
+    with pytest.raises(ConfigError, match=r"^ddpo.min_noise = 0.0 must be less than the noise"):
+        DDPOTrainer(toy_config(sampler="EulerDiscrete", **fields))
+    trainer = DDPOTrainer(toy_config(sampler="EulerAncestralDiscrete", **fields))
+    trainer.train()
+    assert trainer.noisy_steps == [0, 1]  # the last step goes to clean latents

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from alignprop.engine.seeding import generator, generators
-from alignprop.lora.factors import add_lora, trainable_parameters
+from alignprop.lora.factors import trainable_parameters
 from alignprop.method import estimators
 from alignprop.method.chain import Sampler
 from alignprop.method.plans import GradientPlan
@@ -13,6 +13,7 @@ from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import build_sampler
 from alignprop.models.sd import StableDiffusion
 from alignprop.settings.memory_policies import MemoryPolicy
+from tests.helpers.schedulers import difference, gradients_of, guided, make_model, reward
 
 STEPS, BATCH = 6, 3
 CHAIN = build_sampler(DDIMScheduler(), STEPS)
@@ -23,31 +24,6 @@ PLANS = {
     "randomized": estimators.randomized(CHAIN, BATCH, generator("r"), minmax=(0, STEPS)),
     "per_step": estimators.per_step(CHAIN, BATCH, generator("p"), minmax=(0, STEPS)),
 }
-
-
-def make_model(folder, dtype):
-    model = StableDiffusion.load(str(folder), dtype=dtype)
-    add_lora(model.denoiser, rank=2, alpha=2, target_modules=["to_q", "to_v", "to_out.0"], seed=0)
-    for name, parameter in trainable_parameters(model.denoiser).items():
-        parameter.data = parameter.data.to(dtype)
-        if "lora_B" in name:  # a fresh adapter has B = 0, and would give A no gradient to compare
-            parameter.data.normal_(0, 0.5, generator=generator(name))
-    return model
-
-
-def reward(latents):
-    """Any smooth function of x[N] whose gradient differs between samples and pixels."""
-    weights = torch.randn(latents.shape, generator=generator("reward"), dtype=latents.dtype)
-    return (weights * latents.sin()).sum()
-
-
-def guided(model, latents, t, cond, guidance_scale):
-    """Classifier-free guidance as the pipeline writes it, in one call of twice the batch."""
-    if guidance_scale == 1:
-        return model.predict(latents, t, {"prompt_embeds": cond["prompt_embeds"]})
-    both = {"prompt_embeds": torch.cat([cond["negative_prompt_embeds"], cond["prompt_embeds"]])}
-    unconditional, conditional = model.predict(torch.cat([latents, latents]), t, both).chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def autograd_gradients(model, plan, guidance_scale, eta, dtype):
@@ -76,17 +52,6 @@ def sweep_gradients(model, plan, guidance_scale, eta, dtype, **options):
     return latents, gradients_of(reward(latents), model)
 
 
-def gradients_of(value, model):
-    parameters = list(trainable_parameters(model.denoiser).values())
-    grads = torch.autograd.grad(value, parameters, allow_unused=True)
-    pairs = zip(parameters, grads, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
-
-
-def relative_difference(ours, expected):
-    return ((ours - expected).norm() / expected.norm()).item()
-
-
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("prediction_type", "eta", "guidance_scale"), [
     ("epsilon", 0.0, 5.0), ("v_prediction", 0.0, 5.0), ("epsilon", 1.0, 5.0), ("v_prediction", 1.0, 1.0),
@@ -97,16 +62,16 @@ def test_sweep_is_exact_in_float64(pipelines, plan, prediction_type, eta, guidan
     arguments = (model, PLANS[plan], guidance_scale, eta, torch.float64)
     expected_latents, expected = autograd_gradients(*arguments)
     latents, ours = sweep_gradients(*arguments)
-    assert relative_difference(latents, expected_latents) <= 1e-12
+    assert difference(latents, expected_latents) <= 1e-12
     assert expected.norm() > 0
-    assert relative_difference(ours, expected) <= 1e-10
+    assert difference(ours, expected) <= 1e-10
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_sweep_in_float32(pipelines, plan):
     model = make_model(pipelines["epsilon"], torch.float32)
     arguments = (model, PLANS[plan], 5.0, 0.0, torch.float32)
-    assert relative_difference(sweep_gradients(*arguments)[1], autograd_gradients(*arguments)[1]) <= 1e-5
+    assert difference(sweep_gradients(*arguments)[1], autograd_gradients(*arguments)[1]) <= 1e-5
 
 
 def nothing_active(sampler, num_samples) -> GradientPlan:
@@ -145,7 +110,7 @@ def test_calls_that_only_other_processes_need_change_nothing(pipelines, monkeypa
     model.predict = lambda x, t, c: calls.append(torch.is_grad_enabled()) or predict(x, t, c)
     ours = [sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1] for plan in plans]
     assert sum(calls) == 2 * STEPS and expected[0].norm() > 0
-    assert max(map(relative_difference, ours, expected)) <= 1e-13
+    assert max(map(difference, ours, expected)) <= 1e-13
 
 
 def test_weight_and_coupling_follow_their_definition(pipelines):
@@ -170,7 +135,7 @@ def test_weight_and_coupling_follow_their_definition(pipelines):
         latents = float(sampler.a[i]) * latents + float(sampler.b[i, i]) * output
     expected = gradients_of(reward(latents), model)
     ours = sweep_gradients(model, plan, 5.0, 0.0, torch.float64)[1]
-    assert relative_difference(ours, expected) <= 1e-10
+    assert difference(ours, expected) <= 1e-10
 
 
 # Every pair of values of two of the settings.
@@ -183,8 +148,8 @@ def test_chunks_and_kept_graphs_change_nothing(pipelines, plan, keep_steps, swee
     expected_latents, expected = sweep_gradients(model, *arguments)
     memory = MemoryPolicy(sweep_chunk=sweep_chunk, keep_steps=keep_steps)
     latents, gradients = sweep_gradients(model, *arguments, memory=memory)
-    assert relative_difference(latents, expected_latents) <= 1e-13
-    assert relative_difference(gradients, expected) <= 1e-12
+    assert difference(latents, expected_latents) <= 1e-13
+    assert difference(gradients, expected) <= 1e-12
 
 
 def test_a_kept_graph_is_not_called_again(pipelines):
@@ -201,7 +166,7 @@ def test_gradient_checkpointing_changes_nothing(pipelines):
     model = make_model(pipelines["epsilon"], torch.float64)
     expected = sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float64)[1]
     model.denoiser.enable_gradient_checkpointing()
-    assert relative_difference(sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float64)[1], expected) <= 1e-13
+    assert difference(sweep_gradients(model, PLANS["full"], 5.0, 0.0, torch.float64)[1], expected) <= 1e-13
 
 
 class LinearModel:
@@ -361,7 +326,7 @@ def test_half_precision_calls_leave_the_chain_in_float32(pipelines):
             latents = float(sampler.a[i]) * latents + float(sampler.b[i, i]) * model_output
     assert torch.equal(half, latents)
     assert half.dtype == gradients.dtype == torch.float32
-    assert 0 < relative_difference(half, exact) < 0.05
+    assert 0 < difference(half, exact) < 0.05
     assert torch.cosine_similarity(gradients, expected, dim=0) > 0.95
 
 
