@@ -426,7 +426,7 @@ def test_where_the_result_is_pushed_to():
 
 @pytest.mark.parametrize(("flag", "message"), [
     ("--train_use_8bit_adam", "^--train_use_8bit_adam has no counterpart here: --config.train.optimizer=adafactor"),
-    ("--negative_prompts=blurry", r"--config\.guidance_scale"),
+    ("--negative_prompts=blurry", r"--config\.negative_prompt="),
     ("--tracker_kwargs={}", "WANDB_ENTITY"),
     ("--num_epoch=3", "^'--num_epoch=3' is not a flag; did you mean --num_epochs"),
     ("20", "^'20' is not a flag; fields of ours look like"),
