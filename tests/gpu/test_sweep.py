@@ -15,7 +15,7 @@ from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve
 from alignprop.trainer import AlignPropTrainer
 from tests.gpu.conftest import ON_CPU
-from tests.unit.test_rollout import guided, make_model
+from tests.helpers.schedulers import guided, make_model
 
 STEPS, BATCH, GUIDANCE = 4, 2, 3.0
 

@@ -14,7 +14,7 @@ from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import build_sampler
 from alignprop.models.base import select
 from tests.helpers.definitions import DEFINITIONS, Chain
-from tests.unit.test_rollout import guided, make_model, relative_difference
+from tests.helpers.schedulers import difference, guided, make_model
 
 STEPS, BATCH, GUIDANCE = 8, 3, 3.0
 PROMPTS = ["a cat", "two dogs", "a red circle"]
@@ -82,7 +82,7 @@ def test_the_sweep_is_the_definition(pipelines, name, kind):
     plan = draw(name, sampler)
     expected = by_definition(name, model, sampler, plan, **options_of(name))
     assert expected.norm() > 0
-    assert relative_difference(by_sweep(model, sampler, plan), expected) <= 1e-11
+    assert difference(by_sweep(model, sampler, plan), expected) <= 1e-11
 
 
 @pytest.mark.parametrize("name", ["full", "draft_lv", "bridge", "lagrange"])
@@ -90,7 +90,7 @@ def test_the_sweep_is_the_definition_in_float32(pipelines, name):
     model, sampler = chain_of("flow", pipelines, torch.float32)
     plan = draw(name, sampler)
     expected = by_definition(name, model, sampler, plan, **options_of(name))
-    assert relative_difference(by_sweep(model, sampler, plan), expected) <= 1e-5
+    assert difference(by_sweep(model, sampler, plan), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["sparse", "bridge", "lagrange", "leapalign", "drtune", "refl", "draft_lv"])
@@ -98,7 +98,7 @@ def test_the_gradient_is_none_of_full(pipelines, name):
     """The definitions differ: a plan that was silently exact would pass its own proof by accident."""
     model, sampler = chain_of("flow", pipelines, torch.float64)
     exact = by_sweep(model, sampler, estimators.full(sampler, BATCH))
-    assert relative_difference(by_sweep(model, sampler, draw(name, sampler)), exact) > 0.01
+    assert difference(by_sweep(model, sampler, draw(name, sampler)), exact) > 0.01
 
 
 @pytest.mark.parametrize("name", ["drtune", "sparse"])
@@ -133,7 +133,7 @@ def test_later_noise_does_not_reach_a_sample_that_has_left(pipelines, name):
     rollout = Rollout(model, sampler, GUIDANCE)
     together = rollout(generators_of, model.encode_prompts(PROMPTS), plan)[first]
     alone = rollout(generators([first], "x"), model.encode_prompts([PROMPTS[first]]), plan.select([int(first)]))[0]
-    assert relative_difference(together, alone) <= 1e-12
+    assert difference(together, alone) <= 1e-12
 
 
 @pytest.mark.parametrize(("name", "sweep_chunk", "keep_steps"), [
@@ -146,4 +146,4 @@ def test_memory_policies_change_nothing(pipelines, name, sweep_chunk, keep_steps
     plan = draw(name, sampler)
     memory = MemoryPolicy(sweep_chunk=sweep_chunk, keep_steps=keep_steps)
     expected = by_sweep(model, sampler, plan)
-    assert relative_difference(by_sweep(model, sampler, plan, memory=memory), expected) <= 1e-12
+    assert difference(by_sweep(model, sampler, plan, memory=memory), expected) <= 1e-12

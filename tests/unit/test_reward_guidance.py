@@ -15,8 +15,8 @@ from alignprop.models.sd import StableDiffusion
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
 from rewards import RewardError, as_reward
+from tests.helpers.schedulers import guided as classifier_free
 from tests.helpers.toy_rewards import redness
-from tests.unit.test_rollout import guided as classifier_free
 
 STEPS, SCALE = 4, 3.0
 PROMPTS = ["a cat", "a dog", "two red circles"]
