@@ -22,6 +22,7 @@ from alignprop.lora.frozen import merge_frozen, parse_loras
 from alignprop.lora.scaling import linear_schedule
 from alignprop.memory.planner import Choice, choose_policy
 from alignprop.memory.residency import Residency, phases_of
+from alignprop.method.prefix_cache import build_prefix_cache
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import chain_of
 from alignprop.models.base import Model
@@ -33,7 +34,7 @@ from alignprop.runs.manifest import base_model, check_base
 from alignprop.runs.records import Records, choose_folder
 from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
 from alignprop.settings.errors import ConfigError, one_of
-from alignprop.settings.options import chain_options, model_options, rollout_options
+from alignprop.settings.options import chain_options, model_options, prefix_cache_options, rollout_options
 from alignprop.settings.resolve import as_run, check_truncation, resolve
 from rewards import WeightedReward, require_differentiable
 
@@ -268,6 +269,8 @@ class Run:
     def _rollout(self, training: bool, **other) -> Rollout:
         c, schedule = self.config, None
         sampler = chain_of(self.model, **chain_options(c, training))
+        if training and c.algorithm == "align_prop":
+            other["prefix_cache"] = build_prefix_cache(self.model.denoiser, **prefix_cache_options(c))
         if c.task in ("evaluate", "guide") and c.lora_schedule == "linear":
             schedule = linear_schedule(sampler.timesteps, c.lora_scale)
         return Rollout(

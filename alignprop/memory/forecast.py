@@ -17,6 +17,7 @@ from alignprop.memory.simulation import Build, ShortStep, simulate
 from alignprop.method.chain import Sampler
 from alignprop.method.estimators import build_estimator
 from alignprop.method.plans import GradientPlan
+from alignprop.method.prefix_cache import is_full
 from alignprop.method.samplers import chain_of
 from alignprop.settings.memory_policies import MemoryPolicy
 from alignprop.settings.options import chain_options, estimator_options
@@ -97,7 +98,11 @@ def forecast(
     guided = chain.within(config.guidance_interval)
     share = torch.tensor([guided is None or guided(t) for t in chain.timesteps]).double()
     share = share + (1 - share) / kept[0].branches  # of a call with all branches, the operations of each step's call
-    flops = _flops(kept, recomputed, plan, memory.keep_steps, share) / samples
+    calls = share[:, None].expand_as(plan.active)
+    if train.prefix_cache > 1:
+        predicted = kept[0].flops["predicted"] / kept[0].flops["denoise"] * (1 + plan.copies)
+        calls = calls * _cached_share(plan, memory.sweep_chunk or capacity, train.prefix_cache, predicted)
+    flops = _flops(kept, recomputed, plan, memory.keep_steps, share, calls) / samples
     if config.train_text_encoder:
         flops += kept[0].flops["encode"] / capacity
     peaks = _peaks(kept, memory, capacity, samples, most_active)
@@ -117,9 +122,25 @@ def _chain(build: Build, config: ConfigDict, done: dict) -> Sampler:
     return done[key]
 
 
+def _cached_share(plan: GradientPlan, chunk: int, interval: int, predicted: float) -> torch.Tensor:
+    """Returns the operations of each sample's rollout calls with a prefix cache, as shares of a full call's, [N, B].
+
+    Args:
+        plan: the plan of training.
+        chunk: the number of samples that are called together, and so have the same first active step.
+        interval: the number of calls from one full call to the next one.
+        predicted: the share of a call that the cache predicts.
+    """
+    steps = torch.arange(len(plan.active))
+    full = torch.tensor([is_full(i, interval) for i in steps.tolist()])
+    firsts = [rows.any(dim=1).int().argmax().repeat(rows.shape[1]) for rows in plan.active.split(chunk, dim=1)]
+    return torch.where(full[:, None] | (steps[:, None] >= torch.cat(firsts)), 1.0, predicted).double()
+
+
 def _flops(
-    kept: list[ShortStep], recomputed: list[ShortStep], plan: GradientPlan, keep: int, share: torch.Tensor
-) -> float:
+    kept: list[ShortStep], recomputed: list[ShortStep], plan: GradientPlan, keep: int, share: torch.Tensor,
+    calls: torch.Tensor,
+) -> float:  # fmt: skip
     """Returns the FLOPs of the simulated samples without the text encoders, averaged over the samples of the plan.
 
     Args:
@@ -128,6 +149,7 @@ def _flops(
         plan: the plan of training.
         keep: the number of kept graphs.
         share: the operations of each step's network call, as a share of the most expensive one's, [N].
+        calls: the same of the calls of the rollout, [N, B].
     """
     lowest, call = (short.flops["sweep"] for short in recomputed[:2])
     kept_lowest, kept_call = (short.flops["sweep"] for short in kept[:2])
@@ -142,7 +164,7 @@ def _flops(
         sweeps.append((from_rollout - kept_n) * kept_lowest + kept_n * kept_call)
         sweeps.append((k - from_rollout - (n - kept_n)) * lowest + (n - kept_n) * call)
     last = plan.exit_step.clamp(max=len(plan.active) - 1)
-    rollout_calls = share.cumsum(dim=0)[last].mean().item() + plan.copies
+    rollout_calls = calls.cumsum(dim=0).gather(0, last[None]).mean().item() + plan.copies
     one_call = kept[0].flops["denoise"] / (1 + plan.copies)
     others = kept[0].flops["decode"] + kept[0].flops.get("compare", 0)
     return rollout_calls * one_call + others + active_share.item() * sum(sweeps) / plan.active.shape[1]

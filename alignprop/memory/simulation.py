@@ -19,10 +19,11 @@ from alignprop.memory.residency import Residency, phases_of
 from alignprop.method.chain import Sampler
 from alignprop.method.gradient import RewardGradient
 from alignprop.method.plans import GradientPlan
+from alignprop.method.prefix_cache import build_prefix_cache
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Model
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.options import gradient_options, rollout_options
+from alignprop.settings.options import FULL_CALLS, gradient_options, prefix_cache_options, rollout_options
 from alignprop.weights import TrainedWeights
 
 Build = Callable[[], tuple[Model, Judges]]
@@ -34,7 +35,7 @@ class ShortStep(NamedTuple):
 
     Attributes:
         peaks: the most bytes on the device, by phase.
-        flops: floating point operations, by phase.
+        flops: floating point operations, by phase. "predicted" is a network call that the prefix cache predicts.
         latents: bytes of the latents of a sample.
         picture: bytes of the picture of a sample.
         waiting: bytes of all tensors that a sample holds while another chunk of samples is processed.
@@ -84,7 +85,8 @@ def simulate(
             _update(weights)  # creates the optimizer's moments, which exist from the second step on
         reader = _WithoutTokens(model, prompts, in_float32=not config.use_lora)
         options = {**rollout_options(config), "guidance_interval": (0.0, 1.0)}  # the most that a call can cost
-        rollout = Rollout(model, any_chain(steps), memory=memory, **options)
+        cache = build_prefix_cache(model.denoiser, **prefix_cache_options(config))
+        rollout = Rollout(model, any_chain(steps), memory=memory, prefix_cache=cache, **options)
         gradient = RewardGradient(
             reader, rollout, judges.reward, phases, torch.Tensor.backward, **gradient_options(config)
         )
@@ -92,6 +94,9 @@ def simulate(
         gradient(key, indices, [""] * samples, [{}] * samples, plan)
         with account.phase("update"):
             _update(weights)
+        if cache:
+            with phases("denoise"):
+                _predicted_call(rollout, reader.conditioning(samples), generators(range(samples), *key), account)
         with torch.no_grad():
             latents = model.init_latents(generators(range(1), *key))
             with account.phase(""), residency("decode"):  # only for the size of a picture
@@ -103,8 +108,10 @@ def simulate(
     blank = model.blank_conditioning(1)
     cond_bytes = sum(t[0].numel() * t.element_size() for t in blank.values())
     branches = len(model.branches(blank, config.guidance_scale))
+    peaks = dict(account.peaks)
+    peaks["denoise"] = max(peaks.pop(phase, 0) for phase in ("denoise", "full", "predicted"))
     return ShortStep(
-        account.peaks, account.flops, latent_bytes, picture_bytes, cond_bytes + 3 * latent_bytes, branches
+        peaks, account.flops, latent_bytes, picture_bytes, cond_bytes + 3 * latent_bytes, branches
     )  # fmt: skip
 
 
@@ -130,7 +137,10 @@ class _WithoutTokens:
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         for _ in range(self._prompts + self._empty_prompts):  # one by one, as models do
             encode(self._model.text_encoders, 1)
-        cond = self._model.blank_conditioning(len(prompts))
+        return self.conditioning(len(prompts))
+
+    def conditioning(self, count: int) -> Conditioning:
+        cond = self._model.blank_conditioning(count)
         return {name: tensor.float() for name, tensor in cond.items()} if self._in_float32 else cond
 
     def backward_prompts(self, prompts, gradients) -> None:
@@ -147,6 +157,16 @@ def any_chain(steps: int) -> Sampler:
     """Returns a sampler with arbitrary coefficients, because the cost of a step does not depend on them."""
     zeros, ones, falling = torch.zeros(steps), torch.ones(steps), torch.linspace(1, 0, steps + 1)
     return Sampler(torch.arange(steps), ones, ones, zeros, p=ones, q=ones, alpha=1 - falling, sigma=falling)
+
+
+@torch.no_grad()
+def _predicted_call(rollout: Rollout, cond: Conditioning, noise: list[torch.Generator], account: Account) -> None:
+    """Makes the full calls at the start of a chain, and the first call that the prefix cache predicts."""
+    latents = rollout.start(noise)
+    with rollout.prefix_cache.on():
+        for phase in ["full"] * FULL_CALLS + ["predicted"]:
+            with account.phase(phase):
+                rollout.f(*rollout.inputs(0, latents), cond)
 
 
 def _update(weights: TrainedWeights) -> None:

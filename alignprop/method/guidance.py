@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from alignprop.lora.scaling import scale_lora
+from alignprop.method.prefix_cache import PrefixCache
 from alignprop.models.base import Conditioning, Model
 from alignprop.settings.memory_policies import chunks
 
@@ -66,16 +67,17 @@ class GuidedDenoiser:
             call. None leaves the LoRA's scale as it is.
         guided_at: says whether there is guidance at a timestep. Without it, f is the conditional output. None means
             that there is guidance at all timesteps.
+        cache: the prefix cache, if there is one. The rollout switches it on and off.
     """
 
     def __init__(
         self, model: Model, guidance_scale: float, autocast=nullcontext, batching: str = "joint", grad: str = "both",
         lora_scale_at: Callable[[torch.Tensor], float] | None = None,
-        guided_at: Callable[[torch.Tensor], bool] | None = None,
+        guided_at: Callable[[torch.Tensor], bool] | None = None, cache: PrefixCache | None = None,
     ):  # fmt: skip
         self.model, self.autocast, self.batching, self.grad = model, autocast, batching, grad
         self.guidance_scale, self.scale = guidance_scale, model.mixing_scale(guidance_scale)
-        self.lora_scale_at, self.guided_at = lora_scale_at, guided_at
+        self.lora_scale_at, self.guided_at, self.cache = lora_scale_at, guided_at, cache
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Returns f in the shape and precision of `latents`; half precision loses the small steps of a long chain."""
@@ -134,7 +136,10 @@ class GuidedDenoiser:
     def _calls(self, latents, timestep, branches, factors) -> Iterator[Call]:
         """Yields the network calls one by one. Nothing here holds the first call when the second one is made."""
         for rows in chunks(len(branches), 0 if self.batching == "joint" else 1):
-            yield Call(self._call(latents, timestep, branches[rows]), factors[rows])
+            cached = self.cache.of(f"{rows.start} of {len(branches)}") if self.cache else nullcontext()
+            with cached:
+                outputs = self._call(latents, timestep, branches[rows])
+            yield Call(outputs, factors[rows])
 
     def _call(self, latents, timestep, branches) -> list[torch.Tensor]:
         self.scale_lora(timestep)

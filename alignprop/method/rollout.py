@@ -12,7 +12,7 @@ A sample that leaves the chain at step i ends with x̂0 = p[i]·x[i] + q[i]·f[i
 of a and b at that step.
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,7 @@ from alignprop.method.adjoint import AdjointNorms
 from alignprop.method.chain import Past, Sampler
 from alignprop.method.guidance import Graph, GuidedDenoiser
 from alignprop.method.plans import GradientPlan
+from alignprop.method.prefix_cache import PrefixCache
 from alignprop.method.sweep import Trajectory, per_sample, sweep, track
 from alignprop.models.base import Conditioning, Model, select
 from alignprop.settings.memory_policies import MemoryPolicy, chunks
@@ -46,12 +47,13 @@ class Rollout(torch.nn.Module):
         lora_scale_at: returns the scale of the denoiser's LoRA at a timestep (method/guidance.py).
         guidance_interval: the part of the chain with guidance, (from, to) in shares of its steps. Step i is in it if
             from <= (i + 0.5)/N < to.
+        prefix_cache: makes the network calls before the first one with gradient cheaper, if there is a plan.
     """
 
     def __init__(
         self, model: Model, sampler: Sampler, guidance_scale: float, autocast=nullcontext, adjoint_clip: float = 0.0,
         guidance_grad: str = "both", memory: MemoryPolicy | None = None, lora_scale_at=None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] = (0.0, 1.0), prefix_cache: PrefixCache | None = None,
     ):  # fmt: skip
         super().__init__()
         self.denoiser = model.denoiser
@@ -61,8 +63,9 @@ class Rollout(torch.nn.Module):
         self.memory = memory or MemoryPolicy()
         self.f = GuidedDenoiser(
             model, guidance_scale, autocast, self.memory.guidance_batching, guidance_grad, lora_scale_at,
-            sampler.within(guidance_interval),
+            sampler.within(guidance_interval), prefix_cache,
         )  # fmt: skip
+        self.prefix_cache = prefix_cache
         self.adjoint_norms = AdjointNorms(sampler.num_steps)
 
     def forward(self, generators: list[torch.Generator], cond: Conditioning, plan: GradientPlan | None) -> torch.Tensor:
@@ -104,25 +107,29 @@ class Rollout(torch.nn.Module):
         tracked = [name for name, tensor in cond.items() if tensor.requires_grad]
         trajectory = Trajectory(active[0] if active else self.sampler.num_steps, tracked)
         latents, past = self.start(generators), Past(self.sampler, generators)
-        for i in range(self.sampler.num_steps):
-            if i >= trajectory.first:
-                trajectory.stored[i] = latents
-            rows = None if plan is None or not plan.leaves_early else self._still_in(i, plan)
-            if rows is not None and not len(rows):
-                break
-            if i in to_keep:
-                kept = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]), tracked)
-                model_output, trajectory.kept[i] = kept
-            elif rows is None:
-                model_output = self.f(*self.inputs(i, latents), cond)
-            else:
-                model_output = torch.zeros_like(latents)
-                rows = rows.to(latents.device)
-                model_output[rows] = self.f(*self.inputs(i, latents[rows]), select(cond, rows))
-            next_latents = self.next_latents(i, latents, model_output, past, plan)
-            if on_step:
-                on_step(i, latents, model_output, next_latents)
-            latents = next_latents
+        with ExitStack() as prefix:
+            if self.prefix_cache and plan is not None:
+                prefix.enter_context(self.prefix_cache.on())
+            for i in range(self.sampler.num_steps):
+                if i >= trajectory.first:
+                    prefix.close()
+                    trajectory.stored[i] = latents
+                rows = None if plan is None or not plan.leaves_early else self._still_in(i, plan)
+                if rows is not None and not len(rows):
+                    break
+                if i in to_keep:
+                    kept = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]), tracked)
+                    model_output, trajectory.kept[i] = kept
+                elif rows is None:
+                    model_output = self.f(*self.inputs(i, latents), cond)
+                else:
+                    model_output = torch.zeros_like(latents)
+                    rows = rows.to(latents.device)
+                    model_output[rows] = self.f(*self.inputs(i, latents[rows]), select(cond, rows))
+                next_latents = self.next_latents(i, latents, model_output, past, plan)
+                if on_step:
+                    on_step(i, latents, model_output, next_latents)
+                latents = next_latents
         if is_sharded(self.denoiser):
             release(self.denoiser)
         return latents, trajectory

@@ -6,6 +6,8 @@ from ml_collections import ConfigDict
 
 from alignprop.settings.memory_policies import MemoryPolicy
 
+FULL_CALLS = 3  # at the start of each chain, which a prefix cache does not predict
+
 
 def estimator_options(config: ConfigDict) -> dict[str, Any]:
     """Returns the arguments of `estimators.build_estimator`. None stands for the default of the method."""
@@ -53,6 +55,11 @@ def rollout_options(config: ConfigDict) -> dict[str, Any]:
         "guidance_grad": c.guidance_grad,
         "adjoint_clip": c.adjoint_clip,
     }
+
+
+def prefix_cache_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of `build_prefix_cache` (method/prefix_cache.py)."""
+    return {"interval": config.train.prefix_cache, "order": config.train.prefix_cache_order}
 
 
 def gradient_options(config: ConfigDict) -> dict[str, Any]:

@@ -2,13 +2,10 @@
 
 import csv
 import hashlib
-import json
-import os
 import pickle
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.cli.test_main import ROOT, run_main
+from tests.cli.test_main import run_main
+from tests.helpers import warm
 from tests.helpers.reward_files import make_clip
 
 # Small enough that a mistake which is not found ends soon, too.
@@ -255,10 +253,8 @@ ROWS = [
 ]  # fmt: skip
 
 
-SURROUNDINGS = {
-    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "0",
-    "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing listens there
-}  # fmt: skip
+def warm_main(*arguments, environment):
+    return warm.call("main.py", *arguments, environment=environment)
 
 
 def snapshot(folder: Path) -> dict:
@@ -273,7 +269,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def attempt(row: Row, here: Path, pipeline: Path, run=run_main):
+def attempt(row: Row, here: Path, pipeline: Path, run=warm_main):
     here.mkdir()
     (here / "prompts.txt").write_text("a cat\na dog\n")
     for name, content in row.files.items():
@@ -284,37 +280,13 @@ def attempt(row: Row, here: Path, pipeline: Path, run=run_main):
     return done, time.monotonic() - started, before, snapshot(here)
 
 
-def call(row: Row, here: Path, pipeline: Path, run=run_main, **environment) -> subprocess.CompletedProcess:
+def call(row: Row, here: Path, pipeline: Path, run=warm_main, **environment) -> subprocess.CompletedProcess:
     filled = lambda text: str(text).replace("{here}", str(here)).replace("{pipeline}", str(pipeline))  # noqa: E731
     config = row.preset if row.preset.startswith("{here}") else f"config/align_prop.py:{row.preset}"
     dead = TRAINING if row.preset in ("tiny_evaluate", "tiny_soup") else ()
     fields = [f"--config.{k}={v}" for k, v in (TOY | row.fields).items() if k not in dead]
-    environment |= SURROUNDINGS | {"PYTHONPATH": str(here), "HF_HOME": str(here.parent / "empty")}
+    environment |= {**warm.SURROUNDINGS, "PYTHONPATH": str(here)}
     return run(filled(f"--config={config}"), *map(filled, fields), *map(filled, row.raw), environment=environment)
-
-
-@pytest.fixture(scope="module")
-def result_of(tmp_path_factory, pipeline_folder):
-    """row -> what `attempt` returns, by main.py in a process forked off one that has imported torch."""
-    root = tmp_path_factory.mktemp("rows")
-    environment = os.environ | SURROUNDINGS | {"HF_HOME": str(root / "empty")}
-    command = [sys.executable, "-m", "tests.helpers.warm_main"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as warm:
-
-        def run(*arguments, environment):
-            streams = {name: root / f"std{name}" for name in ("out", "err")}
-            for path in streams.values():
-                path.unlink(missing_ok=True)
-            request = {"arguments": arguments, "environment": environment, **{k: str(p) for k, p in streams.items()}}
-            warm.stdin.write(json.dumps(request) + "\n")
-            warm.stdin.flush()
-            status = int(warm.stdout.readline())
-            return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in streams.values()))
-
-        yield lambda row: attempt(row, root / re.sub(r"\W", "_", row.name), pipeline_folder, run), root
-        warm.stdin.close()
 
 
 # A mistake that is found before torch is loaded, and one that is found at the first pictures.
@@ -330,14 +302,14 @@ def test_a_mistake_is_one_plain_line_of_a_fresh_process_too(tmp_path, pipeline_f
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_mistake_is_one_plain_line_and_touches_nothing(result_of, row):
-    done, seconds, before, after = result_of[0](row)
+def test_a_mistake_is_one_plain_line_and_touches_nothing(tmp_path, pipeline_folder, row):
+    here = tmp_path / "here"
+    done, seconds, before, after = attempt(row, here, pipeline_folder)
     lines = [line for line in re.split(r"[\r\n]|\x1b\[A", done.stderr) if line.strip()]
     if row.late:
         lines = [line for line in lines if "%|" not in line]  # progress
         before = {name: stat for name, stat in before.items() if name in after and stat[2]}
         after = {name: stat for name, stat in after.items() if stat[2] and not name.startswith("logs/r/")}
-    here = result_of[1] / re.sub(r"\W", "_", row.name)
     assert len(lines) == 1, done.stderr
     assert re.match("error: " + row.message.replace("{here}", re.escape(str(here))), lines[0]), lines[0]
     assert done.returncode == 1
@@ -362,7 +334,7 @@ def test_odd_prompts_and_paths_write_into_the_run_folder_alone(tmp_path, pipelin
 
     assert {file: stat for file, stat in after.items() if file.split("/")[0] != "logs"} == before
     assert {path.name for path in (tmp_path / "here" / "logs").iterdir()} == {"r"}
-    assert {path.name for path in tmp_path.iterdir()} <= {"here", "empty"}
+    assert {path.name for path in tmp_path.iterdir()} == {"here"}
     (folder,) = (tmp_path / "here" / "logs" / "r" / "eval").iterdir()
     assert sorted(p.name for p in (folder / "images").iterdir()) == [f"{j:06d}.png" for j in range(len(prompts))]
     rows = list(csv.DictReader((folder / "scores.csv").open(newline="")))

@@ -1,15 +1,13 @@
 """The installed command: what it makes of its arguments, and that it does what main.py does."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from alignprop.command import preset_file, with_preset
 from alignprop.settings.errors import ConfigError
+from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
@@ -20,9 +18,7 @@ TINY = (
 
 
 def command(*arguments, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-m", "alignprop", *arguments]
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return warm.call("-m", "alignprop", *arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize(("name", "file"), [

@@ -24,6 +24,7 @@ from alignprop.settings.resolve import flatten
 from alignprop.tasks import evaluate
 from alignprop.trainer import AlignPropTrainer
 from tests.cli.test_main import flags, run_main
+from tests.helpers import warm
 
 # 3 optimizer steps of 8 samples; the 5 evaluation pictures do not divide evenly. The reward kills
 # the second process at its 9th micro-batch, which only the run of two processes reaches, in its second epoch.
@@ -156,7 +157,7 @@ def test_two_processes_evaluate_like_one(toy_config):
     options = dict(num_eval_images=5, max_vis_images=5)
     one = evaluate(toy_config("tiny_evaluate", run_name="e1", per_gpu_capacity=5, **options))
     config = toy_config("tiny_evaluate", run_name="e2", **options)
-    done = run_main(*flags(config, "tiny_evaluate"), processes=2)
+    done = warm.call("main.py", *flags(config, "tiny_evaluate"), processes=2)
     assert done.returncode == 0, done.stderr
     two = one.parents[2] / "e2" / "eval" / one.name
     assert len(list((two / "images").iterdir())) == 5

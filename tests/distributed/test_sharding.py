@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from alignprop.settings.memory_policies import POLICIES, MemoryPolicy
 from alignprop.trainer import AlignPropTrainer
 from tests.cli.test_main import flags
 from tests.distributed.test_accelerate_configs import launch
+from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,11 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 def two_processes(*script):
     """Runs a script on two processes, in the environment that `accelerate launch` makes of fsdp2.yaml."""
     of_the_file = launch("fsdp2.yaml")[1]
-    environment = {**of_the_file, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
-    # Standalone: on a port of its own, beside whatever else runs on the machine.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/helpers/fsdp2_on_cpu.py"]
-    command = [sys.executable, *launcher, *map(str, script)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    done = warm.call("tests/helpers/fsdp2_on_cpu.py", *script, processes=2, environment=of_the_file)
     assert done.returncode == 0, done.stderr
 
 

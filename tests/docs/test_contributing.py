@@ -1,13 +1,12 @@
 """CONTRIBUTING.md: each of its examples is applied to a copy of the repository, and used there."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -60,8 +59,7 @@ def copy(tmp_path):
 
 
 def call(folder, *words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    return warm.call(*words, cwd=folder, environment={"PYTHONPATH": str(folder)})
 
 
 def put(path, text, before):

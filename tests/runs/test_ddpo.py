@@ -19,8 +19,9 @@ from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import resolve
 from config import align_prop, ddpo
-from tests.cli.test_main import flags, run_main
+from tests.cli.test_main import flags
 from tests.distributed.test_processes import assert_rows_agree, difference
+from tests.helpers import warm
 from tests.helpers.training import rows, weights
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -253,7 +254,7 @@ def test_the_micro_batch_changes_rounding_only(ddpo_config):
 
 def test_two_processes_train_like_one(ddpo_config):
     options = dict(per_gpu_capacity=2, ddpo__inner_epochs=2, train__total_samples_per_epoch=8, num_epochs=2)
-    done = run_main(*flags(ddpo_config(run_name="two", **options)), processes=2)
+    done = warm.call("main.py", *flags(ddpo_config(run_name="two", **options)), processes=2)
     assert done.returncode == 0, done.stderr
     one = DDPOTrainer(ddpo_config(run_name="one", **options))
     one.train()

@@ -3,7 +3,6 @@
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from alignprop.publish import export as publishing
 from alignprop.publish.verification import pipeline_around, weightless
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import resolve, save_config
+from tests.helpers import warm
 from tests.helpers.single_file import _unet_key, make_pipeline
 from tests.helpers.tiny_families import TINY, random_conditioning, tiny_model
 
@@ -470,13 +470,12 @@ def test_what_diffusers_cannot_read_is_told_in_one_line(facts_of, tmp_path):
 
 def test_the_script(lora, pipelines, tmp_path, monkeypatch):
     run = make_run(lora[0], tmp_path / "run", model=str(pipelines["epsilon"]), revision=None, config=None)
-    command = [sys.executable, SCRIPT, run, tmp_path / "my.safetensors", "--format", "kohya", "--dtype", "bfloat16"]
-    command.append("--verify")
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    command = [SCRIPT, run, tmp_path / "my.safetensors", "--format", "kohya", "--dtype", "bfloat16", "--verify"]
+    done = warm.call(*command, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert f"{tmp_path / 'my.safetensors'}: 32 of 32 layers read again, largest difference of ΔW" in done.stdout
     assert len(load_file(tmp_path / "my.safetensors")) == 3 * 32
-    monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code == f"error: out = '{tmp_path}/my.safetensors' exists; --force replaces it"

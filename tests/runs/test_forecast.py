@@ -1,6 +1,7 @@
 """Forecasts against what a real step needs, counted on real tensors."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from alignprop.evaluation.judges import Judges, build_judges
 from alignprop.memory.accounting import Account, on_meta
 from alignprop.memory.planner import forecast, skeletons
 from alignprop.memory.simulation import simulate
+from alignprop.method.prefix_cache import blocks_of
 from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import load_prompts
 from alignprop.settings.errors import ConfigError
@@ -115,6 +117,26 @@ def test_a_forecast_counts_what_a_field_adds(small, field):
     assert ours == pytest.approx(real, rel=0.05)
     if field != "reward_noise":  # which is no call, but has a tensor of its own
         assert abs(our_flops / CAPACITY / flops_without(plain) - 1) > 0.004
+
+
+def test_a_forecast_counts_what_a_prefix_cache_predicts(small):
+    """Its operations, and the outputs of blocks that it holds, one more for each order."""
+    fields = {"num_inference_steps": 8, "estimator": "truncated"}
+    (ours, our_flops), (real, real_flops) = compare(small(**fields, train__prefix_cache=2), ONE_CHUNK)
+    assert our_flops == pytest.approx(real_flops, rel=0.002)
+    assert ours == pytest.approx(real, rel=0.05)
+    held = []
+    for interval, order in ((1, 0), (2, 0), (2, 1), (2, 2)):
+        c = resolve(small(**fields, train__prefix_cache=interval, train__prefix_cache_order=order), 1)
+        held.append(forecast(skeletons(c), c, "x", ONE_CHUNK, CAPACITY))
+    assert held[0].flops > 1.1 * held[1].flops == pytest.approx(1.1 * held[3].flops)
+    model, sizes = StableDiffusion.load(c.pretrained.model), []
+    for name in blocks_of(model.denoiser):
+        model.denoiser.get_submodule(name).register_forward_hook(lambda *call: sizes.append(call[-1].nbytes))
+    model.predict(torch.zeros(4, 4, 8, 8), torch.tensor(0), model.blank_conditioning(4))  # 2 samples, 2 branches
+    for before, after in pairwise(held):
+        # Some outputs are alive at the peak without a cache too: those that skip connections wait with.
+        assert after.peaks["denoise"] - before.peaks["denoise"] == pytest.approx(sum(sizes), rel=0.15)
 
 
 @pytest.mark.parametrize(("estimator", "exact_bytes"), [("draft_lv", True), ("refl", False)])

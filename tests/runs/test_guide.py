@@ -11,7 +11,7 @@ from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.warnings import warnings_for
 from alignprop.tasks import guide
 from rewards import RewardError
-from tests.cli.test_main import run_main
+from tests.helpers import warm
 from tests.runs.test_evaluate import save_random_lora
 
 
@@ -64,7 +64,7 @@ def test_mistakes_are_one_line(toy_config):
         guide(toy_config("tiny_guide", reward_fn="tests.helpers.toy_rewards:detached"))
     with pytest.raises(ConfigError, match=r"guide.window = \(0.4, 0.45\) has none of the 2"):
         guide(toy_config("tiny_guide", guide__window=(0.4, 0.45)))
-    done = run_main("--config=config/align_prop.py:tiny_guide", "--config.guide.through=vae")
+    done = warm.call("main.py", "--config=config/align_prop.py:tiny_guide", "--config.guide.through=vae")
     assert done.returncode == 1 and "guide.through = 'vae'" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import re
 import runpy
@@ -33,6 +32,7 @@ from rewards import RewardError, as_reward
 from scripts import alignprop_like_trl as like_trl
 from tests.cli.test_main import ROOT
 from tests.distributed.test_processes import assert_rows_agree, difference
+from tests.helpers import warm
 from tests.helpers.toy_rewards import redness
 from tests.helpers.training import rows, weights
 
@@ -321,12 +321,7 @@ def test_a_persons_script_trains_the_same_on_two_processes(toy_config, tmp_path)
     script.write_text(USERS_SCRIPT)
     theirs, ours = (flatten(c.to_dict()) for c in (get_config("quickstart"), toy_config(**SMALL, run_name="two")))
     fields = {name: value for name, value in ours.items() if value != theirs[name]}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), json.dumps(fields)], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = warm.call(script, json.dumps(fields), processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if "hook" in line] == ["hook,0,2,3,16,16", "hook,2,2,3,16,16"]
     own = runpy.run_path(str(script))

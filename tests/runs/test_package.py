@@ -1,6 +1,5 @@
 """The wheel: what an installed copy needs is in it, and it trains without the repository."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,19 +50,19 @@ def test_it_has_every_file_of_the_packages(unpacked):
     assert len(files) > 150 and not (unpacked / "tests").exists()
 
 
+def call(unpacked, folder, *words):
+    return warm.call(*words, cwd=folder, environment={"PYTHONPATH": str(unpacked)})
+
+
 def test_it_brings_the_command(unpacked, tmp_path):
     (entries,) = unpacked.glob("*.dist-info/entry_points.txt")
     assert "alignprop = alignprop.command:main" in entries.read_text()
-    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
-    words = [sys.executable, "-P", "-m", "alignprop", "train", "--config=nothing"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = call(unpacked, tmp_path, "-m", "alignprop", "train", "--config=nothing")
     assert done.returncode == 1 and "--config = 'nothing' is not one of 'aesthetic'" in done.stderr
 
 
 def test_it_trains_outside_of_the_repository(unpacked, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", TRAINING]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ended = call(unpacked, tmp_path, "-c", TRAINING)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.splitlines()[-2:] == [str(unpacked)] * 2
     assert (tmp_path / "logs" / "run" / "checkpoints" / "checkpoint_1").is_dir()

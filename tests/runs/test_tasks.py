@@ -4,7 +4,7 @@ import pytest
 
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.tasks import compare_policies
-from tests.cli.test_main import run_main
+from tests.helpers import warm
 
 
 def test_a_plan_names_every_policy_and_the_first_that_fits(toy_config, capsys):
@@ -26,5 +26,5 @@ def test_a_plan_for_too_small_a_gpu_says_so(toy_config, capsys):
     (["--plan", "--gpu_memory=nan"], "--gpu_memory = nan must be a finite number of GiB"),
 ])  # fmt: skip
 def test_mistakes_about_planning_are_one_line(arguments, message):
-    done = run_main(*arguments)
+    done = warm.call("main.py", *arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -7,6 +7,8 @@ ADAM = needs(
     "train.optimizer = 'adamw', 'adamw8bit' or 'prodigy'",
     lambda c: c.train.optimizer in ("adamw", "adamw8bit", "prodigy"),
 )
+NOT_FULL = needs("an estimator other than 'full'", lambda c: c.estimator != "full")
+CACHED = needs("train.prefix_cache > 1", lambda c: c.train.prefix_cache > 1)
 RESTARTS = needs("train.lr_schedule = 'cosine_with_restarts'", lambda c: c.train.lr_schedule == "cosine_with_restarts")
 POLYNOMIAL = needs("train.lr_schedule = 'polynomial'", lambda c: c.train.lr_schedule == "polynomial")
 
@@ -42,6 +44,19 @@ FIELDS = (
         "train.sampler_options", None, optional(text(empty=True)),
         "The options of the sampler in training. None takes sampler_options if the sampler is the same, else none.",
         (TRAINING,),
+    ),
+    Field(
+        "train.prefix_cache", 1, COUNT,
+        "Computes only every n-th of the network calls before the first one with gradient in full, after 3 full ones. "
+        "In the others the blocks of the denoiser predict their outputs (TaylorSeer). The gradient is exact at the "
+        "latents that are visited, but these are those of a slightly different chain. The first call with gradient is "
+        "that of a whole micro-batch, so per_gpu_capacity changes the result if the samples of a micro-batch differ in "
+        "it. 1 computes all calls in full.", (TRAINING, ALIGN_PROP, NOT_FULL),
+    ),
+    Field(
+        "train.prefix_cache_order", 1, integer(0),
+        "The order of the Taylor series of train.prefix_cache. 0 repeats the outputs of the last full call. Each order "
+        "keeps one more tensor of every block.", (TRAINING, ALIGN_PROP, CACHED),
     ),
     Field(
         "train.optimizer", "adamw", choice("adamw", "adamw8bit", "prodigy", "adafactor", "sgd"),
