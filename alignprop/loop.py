@@ -29,7 +29,7 @@ from alignprop.lora.files import read_lora
 from alignprop.memory.checkpointing import apply_policy
 from alignprop.memory.planner import next_choice
 from alignprop.models.base import Model
-from alignprop.prompts import load_prompts
+from alignprop.prompts import PromptSet, load_prompts, told_of_draws, told_of_epoch
 from alignprop.publish.hub import push_finished
 from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
@@ -76,7 +76,7 @@ class TrainingLoop:
         own_prompts = PromptFunction(prompt_function) if prompt_function else None
         self.prompts = own_prompts or load_prompts(config.prompt_fn, "prompt_fn")
         named = with_names(config, prompt_fn=prompt_function)
-        self.run = run = build_run(named, reward_function, model, self.needs_gradient, own_prompts)
+        self.run = run = build_run(named, reward_function, model, self.needs_gradient, self.prompts)
         self.config = c = run.config
         self.check_run()
         for field, function in (("reward_fn", reward_function), ("prompt_fn", prompt_function)):
@@ -123,6 +123,8 @@ class TrainingLoop:
         """
         run, progress = self.run, {"total": self.last_step, "initial": self.global_step, "unit": "step"}
         run.open_folder(self.global_step)
+        if isinstance(self.prompts, PromptSet):
+            run.say(told_of_epoch(self.prompts, run.config.train.total_samples_per_epoch))
         with stop_requests() as self.stop_requests, tqdm(desc="training", disable=not run.is_main, **progress) as bar:
             self._save_and_evaluate()
             while self.global_step < self.last_step and not self.reason_to_stop and not self._stopping():
@@ -136,6 +138,8 @@ class TrainingLoop:
                 self._save_and_evaluate()
             if not self.reason_to_stop and self._stopping():
                 self._stop()
+        if isinstance(self.prompts, PromptSet) and run.is_main:
+            run.say(told_of_draws(self.prompts, run.config.seed, self.global_step, run.config.train.total_batch_size))
         if self.reason_to_stop:
             run.say(f"ended after step {self.global_step} of {self.last_step}: {self.reason_to_stop}")
         run.finish()

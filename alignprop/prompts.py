@@ -16,9 +16,10 @@ import torch
 
 from alignprop.engine.seeding import generator
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.prompt_files import READERS, read_prompt_file
+from alignprop.settings.prompt_files import READERS, Rows, read_prompt_file, read_rows, read_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+DATASET = "dataset:"  # before the name of a dataset
 HPS_REPO = "zhwang/HPDv2"
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPS_HELD_OUT = 50  # prompts of each style
@@ -26,41 +27,57 @@ HPS_HELD_OUT = 50  # prompts of each style
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts, each with metadata that the reward gets: a dict, which is often empty."""
+    """Prompts, each with metadata that the reward gets: a dict, which is often empty.
+
+    Attributes:
+        weights: how often each prompt is drawn, relative to the others. None draws all equally often.
+    """
 
     name: str
     prompts: tuple[str, ...]
     metadata: tuple[dict, ...]
+    weights: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def draw(self, streams: list[torch.Generator]) -> tuple[list[str], list[dict]]:
-        """Draws a prompt and its metadata with each generator, uniformly and with replacement."""
-        chosen = [int(torch.randint(len(self), (), generator=stream)) for stream in streams]
+        """Draws a prompt and its metadata with each generator, with replacement."""
+        chosen = self.choose(streams)
         return [self.prompts[i] for i in chosen], [copy(self.metadata[i]) for i in chosen]
+
+    def choose(self, streams: list[torch.Generator]) -> list[int]:
+        """Draws the index of a prompt with each generator."""
+        if self.weights is None:
+            return [int(torch.randint(len(self), (), generator=stream)) for stream in streams]
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        return [int(weights.multinomial(1, generator=stream)) for stream in streams]
 
 
 def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
-    """Returns the prompt set called ``name``, or the prompts in the file ``name`` (settings/prompt_files.py).
+    """Returns the prompt set called ``name``, or the prompts of a file (settings/prompt_files.py) or of a dataset.
 
     Args:
-        name: a key of ``PROMPT_SETS`` or a path.
+        name: a key of ``PROMPT_SETS``, a path, or "dataset:NAME" or "dataset:NAME:SPLIT", where NAME is a dataset of
+            the Hugging Face hub or a folder. The split is "train" unless it is named.
         field: the field of the configuration that named it, for the error message.
 
     Raises:
         ConfigError: the name is unknown; the file is missing, empty, not UTF-8 or not in its format; or HPSv2's prompts
-            can be neither found nor fetched.
+            or the dataset can be neither found nor fetched.
     """
     if name in PROMPT_SETS:
         return PROMPT_SETS[name](name, field)
+    if name.startswith(DATASET):
+        return _from_rows(name, field, lambda: _read_dataset(name.removeprefix(DATASET)))
     path = Path(os.path.expanduser(name))
     if os.path.isfile(path) or "/" in name or name.endswith((".txt", *READERS)):
-        return _from_file(name, path, field)
+        return _from_rows(name, field, lambda: read_prompt_file(path))
     nearest = difflib.get_close_matches(name, PROMPT_SETS, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     raise ConfigError(
-        f"{field} = {name!r} is not a prompt set{hint}; allowed: {', '.join(PROMPT_SETS)} or a file's path"
+        f"{field} = {name!r} is not a prompt set{hint}; allowed: {', '.join(PROMPT_SETS)}, a file's path, or "
+        f"{DATASET}NAME"
     )
 
 
@@ -76,16 +93,84 @@ def draw_prompts(source, seed: int, step: int | str, indices: Iterable[int]) -> 
     return source.draw([generator(seed, step, int(j), "prompt") for j in indices])
 
 
-def _from_file(name: str, path: Path, field: str) -> PromptSet:
+def negatives_of(*sets: PromptSet) -> dict[str, str]:
+    """Returns the negative prompt of each prompt whose metadata have one, under the name "negative_prompt".
+
+    Raises:
+        ConfigError: it is not text, or a prompt has two of them.
+    """
+    found: dict[str, str] = {}
+    for one in sets:
+        for prompt, row in zip(one.prompts, one.metadata, strict=True):
+            if row.get("negative_prompt") is None:
+                continue
+            negative = row["negative_prompt"]
+            if not isinstance(negative, str):
+                raise ConfigError(f"{one.name!r}: negative_prompt = {negative!r} of {prompt!r} must be text")
+            if found.setdefault(prompt, negative) != negative:
+                raise ConfigError(
+                    f"{one.name!r}: {prompt!r} has two negative prompts, {found[prompt]!r} and {negative!r}"
+                )
+    return found
+
+
+def count_draws(prompts: PromptSet, seed: int, steps: int, batch_size: int) -> list[int]:
+    """Returns how often `draw_prompts` drew each prompt in the first `steps` steps, by drawing the indices again."""
+    counts = [0] * len(prompts)
+    for step in range(steps):
+        for i in prompts.choose([generator(seed, step, j, "prompt") for j in range(batch_size)]):
+            counts[i] += 1
+    return counts
+
+
+def told_of_epoch(prompts: PromptSet, samples: int) -> str:
+    """Returns a line about the samples of an epoch and the number of prompts that they are drawn from."""
+    if samples == len(prompts):
+        return f"an epoch has {samples} samples, as many as there are prompts; they are drawn at random"
+    length = "shorter" if samples < len(prompts) else "longer"
+    return (
+        f"an epoch is {length} than the prompt set: it has {samples} samples, drawn at random from {len(prompts)} "
+        f"prompts, {samples / len(prompts):.2g} of each on average"
+    )
+
+
+def told_of_draws(prompts: PromptSet, seed: int, steps: int, batch_size: int) -> str:
+    """Returns a line about how many of the prompts were drawn in `steps` steps, and how often."""
+    drawn = [count for count in count_draws(prompts, seed, steps, batch_size) if count]
+    often = f", each {min(drawn)} to {max(drawn)} times" if drawn else ""
+    return f"prompts: {len(drawn)} of {len(prompts)} were drawn{often}"
+
+
+def _from_rows(name: str, field: str, read: Callable[[], Rows]) -> PromptSet:
     try:
-        prompts, metadata = zip(*read_prompt_file(path), strict=True)
+        prompts, metadata = zip(*read(), strict=True)
+        weights = read_weights(prompts, metadata)
     except ConfigError as error:
         raise ConfigError(f"{field} = {name!r}: {error}") from error
-    return PromptSet(name, prompts, metadata)
+    return PromptSet(name, prompts, metadata, weights)
+
+
+def _read_dataset(name: str) -> Rows:
+    """Reads the columns of text and numbers of a dataset, by the package ``datasets``; name is "NAME" or "NAME:SPLIT".
+
+    Raises:
+        ConfigError: the package is not installed, there is no such dataset, or a row has no prompt.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ConfigError("this needs the package datasets: pip install datasets") from None
+    path, _, split = name.partition(":")
+    try:
+        table = datasets.load_dataset(os.path.expanduser(path), split=split or "train")
+    except Exception as error:  # of the package, of the hub's client or of its HTTP library
+        raise ConfigError(f"it cannot be loaded ({type(error).__name__}: {_one_line(error)})") from None
+    plain = [column for column, kind in table.features.items() if isinstance(kind, datasets.Value)]
+    return read_rows(table.select_columns(plain), "row")
 
 
 def _asset(filename: str) -> Callable[[str, str], PromptSet]:
-    return lambda name, field: _from_file(name, ASSETS / filename, field)
+    return lambda name, field: _from_rows(name, field, lambda: read_prompt_file(ASSETS / filename))
 
 
 def _hps(held_out: bool) -> Callable[[str, str], PromptSet]:

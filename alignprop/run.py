@@ -27,7 +27,7 @@ from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import chain_of
 from alignprop.models.base import Model
 from alignprop.models.loading import PRECISIONS, load_model
-from alignprop.prompts import PromptSet, draw_prompts, load_prompts
+from alignprop.prompts import PromptSet, draw_prompts, load_prompts, negatives_of
 from alignprop.publish.hub import check_hub
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import base_model, check_base
@@ -41,7 +41,7 @@ from rewards import WeightedReward, require_differentiable
 
 def build_run(
     config: ConfigDict, reward_function=None, model: Model | None = None, needs_gradient=False,
-    prompts: PromptFunction | None = None,
+    prompts: PromptFunction | PromptSet | None = None,
 ) -> "Run":  # fmt: skip
     """Checks what a run needs, the cheapest check first, and builds the run.
 
@@ -50,7 +50,8 @@ def build_run(
         reward_function: used instead of building `reward_fn`; any `reward(images, prompts, metadata) -> scores [B]`.
         model: used instead of loading `pretrained.model`.
         needs_gradient: whether the reward must be differentiable.
-        prompts: the user's own prompt function, if any; `eval_prompt_fn` = "prompt_function" evaluates on its prompts.
+        prompts: the prompts of training, if any. If they are the user's own function, `eval_prompt_fn` =
+            "prompt_function" evaluates on its prompts.
 
     Raises:
         ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
@@ -63,6 +64,7 @@ def build_run(
         check_package(c.train.optimizer)
     log_with = parse_log_with(c.log_with)
     eval_prompts = _load_eval_prompts(c, prompts)
+    negatives = negatives_of(eval_prompts, *([prompts] if isinstance(prompts, PromptSet) else []))
     frozen = parse_loras(c.pretrained.loras)
     best_by, stop_when = _check_guards(c, measured(c, eval_prompts, reward_function))
     checkpoint = _find_checkpoint(c)
@@ -79,6 +81,7 @@ def build_run(
         require_differentiable(judges.reward)
     model = model or load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
     merge_frozen(model, frozen)
+    model.negatives = negatives
     model.device = accelerator.device
     base = base_model(c.pretrained.model, model.denoiser)
     for path, named_by in ((checkpoint, "resume_from"), (start, "init_lora")):
@@ -111,7 +114,10 @@ def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
             run.say(f"warning: {option} of the model's scheduler is not used: a step has to be linear")
     if c.guidance_scale != 1 and not run.model.takes_guidance:
         run.say(f"warning: guidance_scale = {c.guidance_scale} has no effect: this model is distilled without it")
-    for_guidance = {"negative_prompt": c.negative_prompt, "guidance_interval": tuple(c.guidance_interval) != (0, 1)}
+    if run.model.negatives and c.guidance_scale == c.true_cfg_scale == 1:
+        run.say("warning: the column negative_prompt of the prompts has no effect without guidance")
+    negative = c.negative_prompt or run.model.negatives
+    for_guidance = {"negative_prompt": negative, "guidance_interval": tuple(c.guidance_interval) != (0, 1)}
     for name in (name for name, is_set in for_guidance.items() if is_set):
         if len(run.model.branches(run.model.blank_conditioning(1), 2.0)) == 1:
             run.say(f"warning: {name} has no effect: this model has no unconditional branch of guidance")
@@ -287,8 +293,8 @@ class Run:
         return self.accelerator.autocast() if is_whole else nullcontext()
 
 
-def _load_eval_prompts(c: ConfigDict, prompts: PromptFunction | None) -> PromptSet:
-    if prompts and c.eval_prompt_fn == FROM_FUNCTION:
+def _load_eval_prompts(c: ConfigDict, prompts: PromptFunction | PromptSet | None) -> PromptSet:
+    if isinstance(prompts, PromptFunction) and c.eval_prompt_fn == FROM_FUNCTION:
         return prompts.fixed(c.seed, c.num_eval_prompts or c.num_eval_images)
     return load_prompts(c.eval_prompt_fn, "eval_prompt_fn")
 

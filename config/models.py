@@ -29,6 +29,14 @@ def sdxl() -> ConfigDict:
     return family("stabilityai/stable-diffusion-xl-base-1.0", 50, 5.0)
 
 
+def sdxl_turbo() -> ConfigDict:
+    """SDXL-Turbo at 512²: a chain of 4 network calls without guidance, with gradient through all of them."""
+    c = family("stabilityai/sdxl-turbo", 4, 1.0)
+    c.sampler = "pipeline"
+    c.estimator = "full"
+    return c
+
+
 def sd3() -> ConfigDict:
     """Stable Diffusion 3.5 medium at 1024², without T5, which has twice as many weights as the rest."""
     c = family("stabilityai/stable-diffusion-3.5-medium", 28, 4.5)
@@ -51,7 +59,7 @@ def z_image() -> ConfigDict:
     return family("Tongyi-MAI/Z-Image", 50, 5.0)
 
 
-PRESETS = {preset.__name__: preset for preset in (sdxl, sd3, flux, flux2, z_image)}
+PRESETS = {preset.__name__: preset for preset in (sdxl, sdxl_turbo, sd3, flux, flux2, z_image)}
 
 
 def get_config(preset: str = "sdxl") -> ConfigDict:

@@ -47,6 +47,7 @@ class PrefixCache:
         finally:
             self.is_on = False
             registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
+            registry.reset_stateful_hooks()  # frees the tensors now; the hooks themselves are in cycles of references
             registry.remove_hook(_TAYLORSEER_CACHE_HOOK)
             registry.invalidate_child_registries_cache()
 

@@ -35,9 +35,9 @@ class StableDiffusionXL(UNetDiffusion):
             "time_ids": self._time_ids(len(prompts), pooled),
         }
 
-    def unconditional(self, empty: Conditioning) -> Conditioning:
-        zeros = not self.negative_prompt and self.pipeline.config.get("force_zeros_for_empty_prompt", True)
-        texts = {name: tensor for name, tensor in empty.items() if name != "time_ids"}
+    def unconditional(self, cond: Conditioning, negative_prompt: str) -> Conditioning:
+        zeros = not negative_prompt and self.pipeline.config.get("force_zeros_for_empty_prompt", True)
+        texts = {name: tensor for name, tensor in cond.items() if name != "time_ids"}
         return {name: torch.zeros_like(tensor) if zeros else tensor for name, tensor in texts.items()}
 
     def blank_conditioning(self, count: int) -> Conditioning:

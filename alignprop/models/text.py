@@ -20,11 +20,13 @@ class TextConditioned:
         text_encoders, lora_encoders, device: the attributes of the protocol.
         guides: whether there is an unconditional branch.
         negative_prompt: the prompt of the unconditional branch; empty unless the user gives one.
+        negatives: maps a prompt to a negative prompt of its own, which takes the place of `negative_prompt`.
     """
 
     guides, negative_prompt = True, ""
 
     def __init__(self):
+        self.negatives: dict[str, str] = {}
         self._remembered: dict[str, Conditioning] = {}
         self._warned = False
 
@@ -32,9 +34,12 @@ class TextConditioned:
         """Calls the text encoders; returns the conditioning of B prompts, without the negative_… part."""
         raise NotImplementedError
 
-    def unconditional(self, empty: Conditioning) -> Conditioning:
+    def unconditional(self, cond: Conditioning, negative_prompt: str) -> Conditioning:
         """Returns the tensors that only the unconditional branch has, from the conditioning of its prompt."""
-        return empty
+        return cond
+
+    def negative_of(self, prompt: str) -> str:
+        return self.negatives.get(prompt, self.negative_prompt)
 
     def reader(self) -> tuple:
         """Returns the tokenizer that reads the longest part of a prompt, and the number of tokens that it reads."""
@@ -54,7 +59,8 @@ class TextConditioned:
 
         Each distinct prompt is encoded once, unless a text encoder has an adapter.
         """
-        wanted = [*prompts, self.negative_prompt] if self.guides else prompts
+        negatives = [self.negative_of(p) for p in prompts] if self.guides else []
+        wanted = [*prompts, *negatives]
         known = {} if self._adapted else self._remembered
         if new := [p for p in dict.fromkeys(wanted) if p not in known]:
             self._warn_of_truncation(new)
@@ -64,9 +70,8 @@ class TextConditioned:
                 known[prompt] = {name: tensor[0].cpu() for name, tensor in self.encode([prompt]).items()}
         cond = self._gather([known[p] for p in prompts])
         if self.guides:
-            empty = {name: tensor[None] for name, tensor in known[self.negative_prompt].items()}
-            instead = {name: tensor[0] for name, tensor in self.unconditional(empty).items()}
-            cond |= {NEGATIVE + name: tensor for name, tensor in self._gather([instead] * len(prompts)).items()}
+            instead = {p: self.unconditional(known[p], p) for p in set(negatives)}
+            cond |= {NEGATIVE + name: t for name, t in self._gather([instead[p] for p in negatives]).items()}
         return cond
 
     def backward_prompts(self, prompts: list[str], gradients: Conditioning) -> None:
@@ -79,7 +84,8 @@ class TextConditioned:
             with torch.enable_grad():
                 cond = self.encode([prompt])
                 if needs_empty:
-                    instead = self.unconditional(self.encode([self.negative_prompt]))
+                    negative = self.negative_of(prompt)
+                    instead = self.unconditional(self.encode([negative]), negative)
                     cond |= {NEGATIVE + name: tensor for name, tensor in instead.items()}
             names = [name for name, tensor in cond.items() if tensor.requires_grad and name in gradients]
             into = [gradients[name][row : row + 1].to(cond[name]) for name in names]
@@ -93,7 +99,7 @@ class TextConditioned:
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def knows(self, prompts: list[str]) -> bool:
-        wanted = (*prompts, *([self.negative_prompt] if self.guides else []))
+        wanted = (*prompts, *(map(self.negative_of, prompts) if self.guides else ()))
         return not self._adapted and all(prompt in self._remembered for prompt in wanted)
 
     def branches(self, cond: Conditioning, guidance_scale: float) -> list[Conditioning]:

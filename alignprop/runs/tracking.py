@@ -1,4 +1,4 @@
-"""Writes a run's metrics as JSON lines, and sends them to wandb or tensorboard.
+"""Writes a run's metrics as JSON lines, and sends them to wandb, tensorboard or trackio.
 
 A metrics row is a dict of numbers. A quantity with parts is a list or a dict of numbers:
 
@@ -24,7 +24,7 @@ from alignprop.evaluation.pictures import draw_grid
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.json_files import finite
 
-TRACKERS = ("wandb", "tensorboard")
+TRACKERS = ("wandb", "tensorboard", "trackio")
 
 
 class MetricsLog:
@@ -96,6 +96,8 @@ def start_trackers(accelerator, project: str, run_name: str, run_folder: str | o
         init["wandb"] = {
             "name": run_name, "dir": str(run_folder), "mode": wandb_mode(), "id": identity, "resume": "allow"
         }  # fmt: skip
+    if "trackio" in map(str, accelerator.log_with):
+        init["trackio"] = {"name": run_name, "resume": "allow"}
     accelerator.init_trackers(project, config=_flatten(config), init_kwargs=init)
 
 
@@ -128,9 +130,14 @@ def log_row(accelerator, row: dict) -> None:
 def log_images(accelerator, name: str, images: torch.Tensor, labels: Sequence[str], step: int) -> None:
     """Sends pictures [B, 3, H, W] in [0, 1] with their labels, as one grid, to every tracker."""
     for tracker in accelerator.trackers:
-        grid = np.asarray(draw_grid(images, labels))[None]
+        grid = np.asarray(draw_grid(images, labels))
+        if tracker.name == "trackio":  # accelerate's tracker of that name has no pictures
+            import trackio
+
+            tracker.tracker.log({name: trackio.Image(grid)}, step=step)
+            continue
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({name: grid}, step=step, **options)
+        tracker.log_images({name: grid[None]}, step=step, **options)
 
 
 def _flatten(config: Mapping, prefix: str = "") -> dict[str, int | float | str | bool]:

@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from alignprop.settings.errors import ConfigError
 
 COLUMNS = ("prompt", "text", "caption")  # the allowed names of the column with the prompts
+WEIGHT = "weight"  # the name of the column that says how often a prompt is drawn
 Rows = list[tuple[str, dict[str, Any]]]
 """Prompts with their metadata."""
 
@@ -39,6 +41,42 @@ def read_prompt_file(path: Path) -> Rows:
     if not rows:
         raise ConfigError(f"{path} holds no prompt; write one per line")
     return rows
+
+
+def read_rows(entries: Iterable[Any], place: str) -> Rows:
+    """Returns the prompts and metadata of entries, of which each is a text or a mapping with a prompt.
+
+    Raises:
+        ConfigError: there is no entry, or one has no prompt. The message counts entries from 1, as `place` number.
+    """
+    try:
+        rows = [_row(entry, f"{place} {number}") for number, entry in enumerate(entries, start=1)]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not rows:
+        raise ConfigError(f"it has no {place}")
+    return rows
+
+
+def read_weights(prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> tuple[float, ...] | None:
+    """Returns the numbers of the column "weight", 1 for rows without one; None if no row has one.
+
+    Raises:
+        ConfigError: a weight is not a finite number of at least 0, or all are 0.
+    """
+    if not any(WEIGHT in row for row in metadata):
+        return None
+    weights = []
+    for prompt, row in zip(prompts, metadata, strict=True):
+        try:
+            weights.append(float(row.get(WEIGHT, 1)))
+        except (TypeError, ValueError):
+            weights.append(math.nan)
+        if not 0 <= weights[-1] < math.inf:
+            raise ConfigError(f"{WEIGHT} = {row[WEIGHT]!r} of {prompt!r} must be a finite number of at least 0")
+    if not any(weights):
+        raise ConfigError(f"all prompts have {WEIGHT} = 0, so none can be drawn")
+    return tuple(weights)
 
 
 # The readers below raise a ValueError that names the place of the mistake.

@@ -122,7 +122,7 @@ def encode_with_graph(model, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Does the work of `encode_prompts` with a graph for autograd."""
     cond = model.encode(prompts)
     if model.guides:
-        empty = model.unconditional(model.encode([""] * len(prompts)))
+        empty = model.unconditional(model.encode([""] * len(prompts)), "")
         cond |= {f"negative_{name}": tensor for name, tensor in empty.items()}
     return cond
 

@@ -28,6 +28,7 @@ from tests.helpers.docs_commands import (
     SCRIPT,
     SCRIPTS,
     SNIPPETS,
+    covering,
     overlooked,
 )
 from tests.helpers.docs_scripts import ELSEWHERE, SMALLER
@@ -88,9 +89,14 @@ def call(words, environment=()):
 
 
 @pytest.mark.parametrize("arguments", MAIN, ids=title)
+def test_a_command_of_main_has_flags_that_fit_together(arguments, stand):
+    stand(" ".join(arguments))
+    resolve(parsed(arguments).config, num_processes=1)
+
+
+@pytest.mark.parametrize("arguments", covering(MAIN), ids=title)
 def test_a_command_of_main_runs(arguments, stand_ins, stand, monkeypatch, capsys):
     here = stand(" ".join(arguments))
-    resolve(parsed(arguments).config, num_processes=1)  # also as it stands there
     given = [*arguments, *stand_ins.flags(arguments)]
     values = run(given, monkeypatch)
     if values.plan:

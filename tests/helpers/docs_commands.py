@@ -69,6 +69,17 @@ def unique(found) -> list:
     return list(dict.fromkeys(found))
 
 
+def covering(commands: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Commands that together have every preset and every flag of all of them; those with the most flags come first."""
+    chosen, known = [], set()
+    for words in sorted(commands, key=len, reverse=True):
+        has = {word if ":" in word else word.partition("=")[0] for word in words}
+        if has - known:
+            chosen.append(words)
+            known |= has
+    return chosen
+
+
 COMMANDS = unique(words for page in PAGES for words in commands(page))
 MAIN = unique(words[words.index("main.py") + 1 :] for words in COMMANDS if "main.py" in words)
 SCRIPTS = unique((word, words[i + 1 :]) for words in COMMANDS for i, word in enumerate(words) if re.match(SCRIPT, word))

@@ -145,6 +145,18 @@ def test_numbers_and_pictures_reach_both_trackers_offline(accelerator, tmp_path)
         assert (np.asarray(file.convert("RGB")) == (255, 0, 0)).all(-1).sum() == 2 * 128 * 128
 
 
+def test_numbers_and_pictures_reach_trackio(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    accelerator = Accelerator(cpu=True, log_with=parse_log_with("trackio"), project_dir=tmp_path)
+    start_trackers(accelerator, "alignprop", "test", tmp_path, {"seed": 0, "train": {"betas": (0.9, 0.999)}})
+    log_row(accelerator, row(3, epoch=0, reward=5.5, rewards={"clip": 0.25}))
+    log_images(accelerator, "samples", torch.rand(2, 3, 8, 8), ["a cat", "a dog"], step=3)
+    accelerator.end_training()
+    print(trackio, [*tmp_path.rglob("*")])
+    assert 0
+
+
 def test_a_run_without_trackers_logs_to_none(tmp_path):
     accelerator = Accelerator(cpu=True, log_with=parse_log_with(""), project_dir=tmp_path)
     start_trackers(accelerator, "alignprop", "test", tmp_path, {"seed": 0})

@@ -20,6 +20,7 @@ PARAMETERS = {  # denoiser, VAE, text encoders
     "sd15": (859_520_964, 83_653_863, [CLIP_L]),
     "sd21": (865_910_724, 83_653_863, [340_387_840]),
     "sdxl": (2_567_463_684, 83_653_863, [CLIP_L, CLIP_G]),
+    "sdxl_turbo": (2_567_463_684, 83_653_863, [CLIP_L, CLIP_G]),
     "sd35_medium": (2_243_171_520, 83_819_683, [CLIP_L_PROJECTED, CLIP_G, T5_XXL]),
     "flux1_dev": (11_901_408_320, 83_819_683, [CLIP_L, T5_XXL]),
     "flux1_schnell": (11_891_178_560, 83_819_683, [CLIP_L, T5_XXL]),

@@ -1,8 +1,20 @@
 import json
+import sys
 
 import pytest
 
-from alignprop.prompts import ASSETS, HPS_STYLES, PROMPT_SETS, PromptSet, draw_prompts, load_prompts
+from alignprop.prompts import (
+    ASSETS,
+    HPS_STYLES,
+    PROMPT_SETS,
+    PromptSet,
+    count_draws,
+    draw_prompts,
+    load_prompts,
+    negatives_of,
+    told_of_draws,
+    told_of_epoch,
+)
 from alignprop.settings.errors import ConfigError
 
 
@@ -145,6 +157,75 @@ def test_a_prompt_in_braces_is_a_prompt(tmp_path):
     assert load_prompts(str(tmp_path / "p.txt")).prompts == ("{a cat}, [a dog]",)
 
 
+# ---- the columns `weight` and `negative_prompt`
+
+
+def test_a_prompt_is_drawn_as_often_as_its_weight_says(tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a cat", "weight": 3}\n{"prompt": "a dog", "weight": 0}\n{"prompt": "an owl"}\n'
+    )
+    loaded = load_prompts(str(tmp_path / "p.jsonl"))
+    assert loaded.weights == (3.0, 0.0, 1.0) and loaded.metadata[0] == {"weight": 3}
+    cats, dogs, owls = count_draws(loaded, seed=0, steps=50, batch_size=40)
+    assert dogs == 0 and cats + owls == 2000 and abs(cats - 1500) < 4 * (2000 * 0.75 * 0.25) ** 0.5
+    prompts, metadata = draw_prompts(loaded, 0, 7, range(8))
+    assert all(
+        row == ({"weight": 3} if prompt == "a cat" else {}) for prompt, row in zip(prompts, metadata, strict=True)
+    )
+
+
+def test_without_that_column_all_are_drawn_equally_often(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,style\na cat,photo\n")
+    assert load_prompts(str(tmp_path / "p.csv")).weights is None
+
+
+@pytest.mark.parametrize(("weights", "told"), [
+    (["2", "-1"], "weight = '-1' of 'b' must be a finite number of at least 0"),
+    (["much", "1"], "weight = 'much' of 'a' must be a finite number of at least 0"),
+    (["inf", "1"], "weight = 'inf' of 'a' must be"), (["0", "0.0"], "all prompts have weight = 0"),
+])  # fmt: skip
+def test_a_weight_that_is_none_is_refused(tmp_path, weights, told):
+    (tmp_path / "p.csv").write_text(
+        "prompt,weight\n" + "".join(f"{p},{w}\n" for p, w in zip("ab", weights, strict=True))
+    )
+    assert told in message(str(tmp_path / "p.csv"))
+
+
+def test_prompts_have_negative_prompts_of_their_own():
+    one = PromptSet("one", ("a cat", "a dog"), ({"negative_prompt": "blurry"}, {}))
+    two = PromptSet("two", ("a cat", "an owl"), ({"negative_prompt": "blurry"}, {"negative_prompt": ""}))
+    assert negatives_of(one, two) == {"a cat": "blurry", "an owl": ""}
+    with pytest.raises(ConfigError, match="'three': 'a cat' has two negative prompts, 'blurry' and 'dark'"):
+        negatives_of(one, PromptSet("three", ("a cat",), ({"negative_prompt": "dark"},)))
+    with pytest.raises(ConfigError, match="negative_prompt = 3 of 'a cat' must be text"):
+        negatives_of(PromptSet("three", ("a cat",), ({"negative_prompt": 3},)))
+
+
+# ---- datasets
+
+
+def test_a_dataset_is_read_by_name_and_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"caption": ["a cat", "a dog"], "style": ["photo", None], "tags": [["x"], ["y"]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d" / "train.parquet")
+    datasets.Dataset.from_dict({"caption": ["an owl"]}).to_parquet(tmp_path / "d" / "test.parquet")
+    loaded = load_prompts(f"dataset:{tmp_path / 'd'}")
+    assert loaded.prompts == ("a cat", "a dog") and loaded.metadata == ({"style": "photo"}, {"style": None})
+    assert load_prompts(f"dataset:{tmp_path / 'd'}:test").prompts == ("an owl",)
+    assert "Unknown split" in message(f"dataset:{tmp_path / 'd'}:validation")
+    datasets.Dataset.from_dict({"words": ["an owl"]}).to_parquet(tmp_path / "e" / "train.parquet")
+    assert "row 1 has no prompt or text or caption, but words" in message(f"dataset:{tmp_path / 'e'}")
+    text = message(f"dataset:{tmp_path / 'nowhere'}", field="eval_prompt_fn")
+    assert text.startswith(f"eval_prompt_fn = 'dataset:{tmp_path / 'nowhere'}': it cannot be loaded")
+
+
+def test_without_the_package_a_dataset_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert message("dataset:lab/prompts") == (
+        "prompt_fn = 'dataset:lab/prompts': this needs the package datasets: pip install datasets"
+    )
+
+
 # ---- the HPSv2 benchmark
 
 
@@ -188,6 +269,25 @@ def test_hps_file_of_another_format_is_refused(hub_cache, content):
 
 
 # ---- drawing
+
+
+def test_what_is_told_of_the_draws_is_what_was_drawn():
+    numbers = prompt_set(5)
+    drawn = [prompt for step in range(3) for prompt in draw_prompts(numbers, 0, step, range(4))[0]]
+    counts = [drawn.count(prompt) for prompt in numbers.prompts]
+    assert count_draws(numbers, 0, 3, 4) == counts
+    some = [count for count in counts if count]
+    assert told_of_draws(numbers, 0, 3, 4) == (
+        f"prompts: {len(some)} of 5 were drawn, each {min(some)} to {max(some)} times"
+    )
+    assert told_of_draws(numbers, 0, 0, 4) == "prompts: 0 of 5 were drawn"
+
+
+def test_an_epoch_says_whether_it_is_longer_than_the_prompt_set():
+    texts = [told_of_epoch(prompt_set(size), 10) for size in (5, 10, 20)]
+    assert texts[0].startswith("an epoch is longer than the prompt set") and "2 of each" in texts[0]
+    assert "as many as there are prompts" in texts[1]
+    assert texts[2].startswith("an epoch is shorter than the prompt set") and "0.5 of each" in texts[2]
 
 
 def test_a_sample_keeps_its_prompt_however_the_batch_is_cut():

@@ -35,8 +35,8 @@ FIELDS = (
     Field("log_dir", "logs", text(), "The folder in which the run folders are created."),
     Field(
         "log_with", "", text(empty=True),
-        "The trackers that get the metrics in addition to metrics.jsonl: 'wandb', 'tensorboard', or both, separated by "
-        "a comma. If it is empty, there is no tracker.", (TRAINING,),
+        "The trackers that get the metrics in addition to metrics.jsonl: 'wandb', 'tensorboard' or 'trackio', or "
+        "several of them, separated by commas. If it is empty, there is no tracker.", (TRAINING,),
     ),
     Field(
         "seed", 0, integer(0),
