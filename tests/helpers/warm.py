@@ -36,7 +36,8 @@ def call(*words, processes=1, cwd=ROOT, environment=()) -> subprocess.CompletedP
 
     As with torchrun, the first process that fails ends the others, and its exit status is the result.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict(environment), **SURROUNDINGS}
+    own = {name: str(value) for name, value in dict(environment).items()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **own, **SURROUNDINGS}
     with tempfile.TemporaryDirectory() as folder:
         streams = {name: Path(folder) / name for name in ("out", "err")}
         request = {

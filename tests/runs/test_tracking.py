@@ -1,5 +1,7 @@
+import contextlib
 import json
 import math
+import sqlite3
 import sys
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from alignprop.runs.tracking import MetricsLog, log_images, log_row, parse_log_with, start_trackers, wandb_mode
 from alignprop.settings.errors import ConfigError
+from tests.helpers import warm
 
 
 def row(step, **values):
@@ -145,16 +148,31 @@ def test_numbers_and_pictures_reach_both_trackers_offline(accelerator, tmp_path)
         assert (np.asarray(file.convert("RGB")) == (255, 0, 0)).all(-1).sum() == 2 * 128 * 128
 
 
-def test_numbers_and_pictures_reach_trackio(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    accelerator = Accelerator(cpu=True, log_with=parse_log_with("trackio"), project_dir=tmp_path)
-    start_trackers(accelerator, "alignprop", "test", tmp_path, {"seed": 0, "train": {"betas": (0.9, 0.999)}})
-    log_row(accelerator, row(3, epoch=0, reward=5.5, rewards={"clip": 0.25}))
-    log_images(accelerator, "samples", torch.rand(2, 3, 8, 8), ["a cat", "a dog"], step=3)
+WITH_TRACKIO = """
+import sys, torch
+from accelerate import Accelerator
+from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
+for step in (3, 4):  # the second time it is resumed
+    accelerator = Accelerator(cpu=True, log_with=parse_log_with("trackio"), project_dir=sys.argv[1])
+    start_trackers(accelerator, "alignprop", "test", sys.argv[1], {"seed": 0, "train": {"betas": (0.9, 0.999)}})
+    log_row(accelerator, {"kind": "train", "step": step, "reward": 5.5, "rewards": {"clip": 0.25}})
+    log_images(accelerator, "samples", torch.rand(2, 3, 8, 8), ["a cat", "a dog"], step=step)
     accelerator.end_training()
-    print(trackio, [*tmp_path.rglob("*")])
-    assert 0
+"""
+
+
+def test_numbers_and_pictures_reach_trackio(tmp_path):
+    """In a process of its own, because trackio reads its folder from the environment when it is imported."""
+    done = warm.call("-c", WITH_TRACKIO, tmp_path, environment={"TRACKIO_DIR": tmp_path / "trackio"})
+    assert done.returncode == 0, done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "alignprop.db")) as base:
+        rows = base.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    numbers = [(name, step, json.loads(text)) for name, step, text in rows if b"train/reward" in text]
+    assert numbers == [("test", step, {"train/reward": 5.5, "train/rewards/clip": 0.25}) for step in (3, 4)]
+    for step in (3, 4):
+        (picture,) = (tmp_path / "trackio" / "media").rglob(f"{step}/*.png")
+        with Image.open(picture) as file:
+            assert file.width > 2 * 128
 
 
 def test_a_run_without_trackers_logs_to_none(tmp_path):
