@@ -19,6 +19,7 @@ from alignprop.settings.resolve import check_name
 from alignprop.settings.warnings import warnings_for
 
 PRESET = "config/align_prop.py:quickstart"
+_NONES: list[str] = []  # the fields to which the command line gives None
 
 
 def define_flags(argv: list[str]) -> None:
@@ -39,7 +40,7 @@ def define_flags(argv: list[str]) -> None:
             # ml_collections joins repeated lists into one list. Of any other repeated field it takes the last value.
             if name in FIELDS and FIELDS[name].rule.type is tuple and names.count(name) > 1:
                 raise ConfigError(f"{name} is given twice")
-        argv[:] = with_lists(argv)
+        argv[:], _NONES[:] = without_nones(with_lists(argv))
         config_flags.DEFINE_config_file("config", PRESET, "Configuration file and preset to run.")
         flags.DEFINE_bool("plan", False, "Print what training will cost with each memory policy, and end.")
         flags.DEFINE_float("gpu_memory", None, "With --plan: GiB of the GPU to plan for.", lower_bound=0.1)
@@ -65,6 +66,25 @@ def with_lists(argv: list[str]) -> list[str]:
     return argv
 
 
+def without_nones(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments without those that give None to a field that may be None, and the names of these fields.
+
+    ml_collections reads a value in the type of the preset's value. So it refuses None where a preset has a number.
+    """
+    left, names, i = [], [], 0
+    while i < len(argv):
+        flag, equals, value = argv[i].partition("=")
+        name, after = re.sub(r"^--?config\.", "", flag), i + (1 if equals else 2)
+        is_none = (value if equals else " ".join(argv[i + 1 : i + 2])) == "None"
+        if is_none and name != flag and name in FIELDS and FIELDS[name].rule.optional:
+            names.append(name)
+            i = after
+        else:
+            left.append(argv[i])
+            i += 1
+    return left, names
+
+
 def _list_literal(text: str, field: Field) -> str:
     """'to_q,to_out.0' -> "('to_q', 'to_out.0')", '0,1' -> '(0, 1)'. Brackets, quotes and spaces are optional."""
     inside = re.sub(r"^([(\[])(.*)[)\]]$", r"\2", text.strip())
@@ -86,7 +106,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Reads the flags when absl calls it, and returns the arguments that are not flags."""
     with _plain_errors():
         arguments = flags.FLAGS(argv)
-        _ = flags.FLAGS.config.task  # a configuration that could not be loaded raises only when it is used
+        config = flags.FLAGS.config
+        _ = config.task  # a configuration that could not be loaded raises only when it is used
+        config.update_from_flattened_dict(dict.fromkeys(_NONES))
     return list(arguments)
 
 
@@ -111,7 +133,7 @@ def check_flags(arguments: list[str], config: ConfigDict) -> None:
 
 def warn_of_unused(config: ConfigDict) -> None:
     """Prints a warning for each given field that has no effect. Only the process of rank 0 prints."""
-    names = config_flags.get_override_values(flags.FLAGS["config"])
+    names = [*config_flags.get_override_values(flags.FLAGS["config"]), *_NONES]
     for line in warnings_for(config, names) if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {line}", file=sys.stderr)
 
