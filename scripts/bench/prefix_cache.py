@@ -100,7 +100,8 @@ def table(results: dict[int, dict[int, dict]]) -> str:
         gains = [one["after"] - one["before"] for one in found]
         spread = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
         changed = [
-            f"{statistics.mean(one[name] for one in found):.4f}" for name in ("latents", "cosine") if interval > 1
+            f"{statistics.mean(one.get(name, same) for one in found):.4f}"
+            for name, same in (("latents", 0.0), ("cosine", 1.0))
         ]
         rows.append([
             "off" if interval == 1 else str(interval), f"{median:.2f}", f"{statistics.mean(ratios):.2f}",

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from alignprop.engine.seeding import generators
+from alignprop.engine.speed import use_channels_last
 from alignprop.evaluation.pictures import save_comparison
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import chain_of
@@ -89,11 +90,14 @@ def _key(case) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="each seed has one picture of every held-out prompt")
+    parser.add_argument("--prompts", type=int, help="take every n-th held-out prompt, so that there are about so many")
     parser.add_argument("--out", type=Path, default=Path("samplers.json"))
     args = parser.parse_args()
     config = get_config("quickstart")
     model = load_model(config.pretrained.model, dtype=torch.float32)
+    use_channels_last(model)
     prompts = load_prompts(config.eval_prompt_fn, "eval_prompt_fn").prompts
+    prompts = prompts[:: max(len(prompts) // args.prompts, 1) if args.prompts else 1]
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     cases = [REFERENCE, *((*sampler, steps) for steps in STEPS for sampler in SAMPLERS)]
     grids = {}

@@ -36,10 +36,10 @@ def test_a_table_is_continued(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(samplers, "BATCH", 2)
     monkeypatch.setattr(samplers, "load_prompts", lambda *args: SimpleNamespace(prompts=PROMPTS))
     out = tmp_path / "samplers.json"
-    monkeypatch.setattr(sys, "argv", ["samplers.py", "--seeds", "2", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["samplers.py", "--seeds", "2", "--prompts", "1", "--out", str(out)])
     samplers.main()
     first, results = capsys.readouterr().out, json.loads(out.read_text())
-    assert [len(case["rating"]) for case in results.values()] == [6, 6]  # three prompts, two seeds
+    assert [len(case["rating"]) for case in results.values()] == [2, 2]  # one of the three prompts, two seeds
     assert [case["calls"] for case in results.values()] == [2, 3]
     assert out.with_suffix(".png").exists() and "| HeunDiscrete |" in first
     monkeypatch.setattr(samplers, "measure", None)  # nothing is measured again
