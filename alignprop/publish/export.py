@@ -5,10 +5,12 @@ layer's ΔW is compared with the checkpoint's (verification.py).
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from alignprop.lora.adapters import split
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import read_lora
 from alignprop.lora.kohya_names import find_format
+from alignprop.lora.soups import mix
 from alignprop.models.base import Model, split_name
 from alignprop.models.configs import find_config
 from alignprop.publish.merging import INDEX, merge, merged_deltas, pipeline_folder
@@ -39,7 +42,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def export_lora(
-    checkpoint, out, form: str, *, base: str = "", dtype: str = "", force: bool = False, verify: bool = False
+    checkpoint,
+    out,
+    form: str,
+    *,
+    base: str = "",
+    dtype: str = "",
+    force: bool = False,
+    verify: bool = False,
+    scale: float = 1.0,
+    mix_with="",
+    mixing_coef: float = 0.5,
 ) -> Check | None:
     """Writes the LoRA of a checkpoint to a file, or the base model with the LoRA to a pipeline folder.
 
@@ -52,6 +65,10 @@ def export_lora(
         dtype: the type of the factors, one of DTYPES; empty means float32. Merged weights keep the base model's type.
         force: replaces an existing file or pipeline folder.
         verify: reads the export again, and compares it with the checkpoint.
+        scale: multiplies the weight changes, as `lora_scale` does in an evaluation.
+        mix_with: a second checkpoint, in the forms of the first. The export is then the mixture c·first + (1-c)·second
+            of their weight changes (lora/soups.py). Empty exports the first alone.
+        mixing_coef: c, if there is a second checkpoint.
 
     Returns:
         The result of the comparison; None without `verify`.
@@ -61,6 +78,8 @@ def export_lora(
             reads differently from the checkpoint.
     """
     one_of("format", form, FORMATS)
+    if not (math.isfinite(scale) and scale and math.isfinite(mixing_coef)):
+        raise ConfigError(f"scale = {scale} and mixing_coef = {mixing_coef} must be finite numbers, and scale not 0")
     if dtype and form == "merged":
         raise ConfigError(f"dtype = {dtype!r} has no effect with format = 'merged': weights keep the base model's")
     dtype = DTYPES[one_of("dtype", dtype or "float32", DTYPES)]
@@ -73,6 +92,10 @@ def export_lora(
         raise ConfigError(f"base = {name!r}: {error}") from error
     model = weightless(facts)
     weights = _read(checkpoint, model)
+    if mix_with:
+        second = _read(find_checkpoint(str(mix_with), "logs", "mix_with"), model)
+        weights = mix(weights, second, mixing_coef, "delta")
+    weights = replace(weights, scale=weights.scale * scale)
     if form == "merged":
         folder = pipeline_folder(name, revision)
         _check_apart(out, folder)

@@ -465,12 +465,44 @@ def test_what_diffusers_cannot_read_is_told_in_one_line(facts_of, tmp_path):
         export_lora(folder, tmp_path / "o.safetensors", "kohya", base=str(write_facts(facts, tmp_path / "p")))
 
 
+# ---- weaker, and mixed
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_a_scale_and_a_mixture_are_in_the_weight_changes(lora, pipelines, tmp_path, form):
+    """ΔW = 0.5·(0.25·ΔW1 + 0.75·ΔW2), with another rank and other layers in the second."""
+    model = weightless(folder_config(pipelines["epsilon"]))
+    other = random_lora(model.denoiser, ("to_q", "ff.net.2"), rank=3, scale=0.4)
+    second, options = save_weights(other, tmp_path / "second"), {"base": str(pipelines["epsilon"])}
+    out = tmp_path / "o.safetensors"
+    export_lora(lora[0], out, form, scale=0.5, mix_with=second, mixing_coef=0.25, **options)
+    found = read_lora(out, model)
+    assert set(found.modules) == {*lora[1].modules, *other.modules}
+    for name in found.modules:
+        parts = [share * w.delta(name) for share, w in ((0.125, lora[1]), (0.375, other)) if name in w.modules]
+        torch.testing.assert_close(found.delta(name), sum(parts), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": float("nan")}, {"mixing_coef": float("inf")}])
+def test_a_scale_or_share_that_is_none_is_refused(lora, tmp_path, options):
+    with pytest.raises(ConfigError, match="must be finite numbers, and scale not 0"):
+        export_lora(lora[0], tmp_path / "o.safetensors", "kohya", **options)
+
+
+def test_the_second_checkpoint_is_named_by_its_option(lora, pipelines, tmp_path):
+    with pytest.raises(ConfigError, match="^mix_with = '.*nowhere' does not exist"):
+        export_lora(lora[0], tmp_path / "o.safetensors", "kohya", base=str(pipelines["epsilon"]), mix_with="nowhere")
+
+
 # ---- the script
 
 
 def test_the_script(lora, pipelines, tmp_path, monkeypatch):
     run = make_run(lora[0], tmp_path / "run", model=str(pipelines["epsilon"]), revision=None, config=None)
     command = [SCRIPT, run, tmp_path / "my.safetensors", "--format", "kohya", "--dtype", "bfloat16", "--verify"]
+    refused = warm.call(*command, "--mixing_coef", "0.5", cwd=tmp_path)
+    assert refused.returncode == 1 and refused.stderr == "error: --mixing_coef = 0.5 needs --mix_with\n"
+    command += ["--scale", "0.5", "--mix_with", run]
     done = warm.call(*command, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert f"{tmp_path / 'my.safetensors'}: 32 of 32 layers read again, largest difference of ΔW" in done.stdout
