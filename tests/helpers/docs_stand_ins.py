@@ -94,6 +94,8 @@ class StandIns:
         for field, path in self.rewards.items():
             if field.partition(".")[0] in named and not is_file(flat[field]):
                 found[field] = path
+        if flat["train.prefix_cache"] > 1:
+            found["num_inference_steps"] = found["train.num_inference_steps"] = 6  # fewer are all computed in full
         found["pretrained.model"] = str(TINY / "pipeline" if family == "sd" else self.random_model(family))
         if side := 32 if config.resolution else SIDE.get(family):
             found["resolution"] = side
