@@ -114,18 +114,13 @@ class Rollout(torch.nn.Module):
                 if i >= trajectory.first:
                     prefix.close()
                     trajectory.stored[i] = latents
-                rows = None if plan is None or not plan.leaves_early else self._still_in(i, plan)
-                if rows is not None and not len(rows):
+                if plan is not None and plan.leaves_early and not len(self._still_in(i, plan)):
                     break
                 if i in to_keep:
                     kept = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]), tracked)
                     model_output, trajectory.kept[i] = kept
-                elif rows is None:
-                    model_output = self.f(*self.inputs(i, latents), cond)
                 else:
-                    model_output = torch.zeros_like(latents)
-                    rows = rows.to(latents.device)
-                    model_output[rows] = self.f(*self.inputs(i, latents[rows]), select(cond, rows))
+                    model_output = self._output(i, latents, cond, plan)
                 next_latents = self.next_latents(i, latents, model_output, past, plan)
                 if on_step:
                     on_step(i, latents, model_output, next_latents)
@@ -133,6 +128,15 @@ class Rollout(torch.nn.Module):
         if is_sharded(self.denoiser):
             release(self.denoiser)
         return latents, trajectory
+
+    def _output(self, i: int, latents: torch.Tensor, cond: Conditioning, plan: GradientPlan | None) -> torch.Tensor:
+        """Returns f[i], with zeros for the samples that have left the chain."""
+        if plan is None or not plan.leaves_early:
+            return self.f(*self.inputs(i, latents), cond)
+        model_output = torch.zeros_like(latents)
+        rows = self._still_in(i, plan).to(latents.device)
+        model_output[rows] = self.f(*self.inputs(i, latents[rows]), select(cond, rows))
+        return model_output
 
     def _still_in(self, i: int, plan: GradientPlan) -> torch.Tensor:
         """Returns the samples that need step i, int [b].
