@@ -139,7 +139,8 @@ class TrainingLoop:
             if not self.reason_to_stop and self._stopping():
                 self._stop()
         if isinstance(self.prompts, PromptSet) and run.is_main:
-            run.say(told_of_draws(self.prompts, run.config.seed, self.global_step, run.config.train.total_batch_size))
+            samples = run.config.train.total_samples_per_epoch // run.config.train.steps_per_epoch  # of a step
+            run.say(told_of_draws(self.prompts, run.config.seed, self.global_step, samples))
         if self.reason_to_stop:
             run.say(f"ended after step {self.global_step} of {self.last_step}: {self.reason_to_stop}")
         run.finish()

@@ -14,10 +14,11 @@ from alignprop.engine.seeding import generator
 from alignprop.lora.files import LORA_FILE
 from alignprop.method.chain import Sampler
 from alignprop.method.guidance import GuidedDenoiser
-from alignprop.prompts import draw_prompts
+from alignprop.prompts import count_draws, draw_prompts
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import resolve
+from alignprop.trainer import AlignPropTrainer
 from config import align_prop, ddpo
 from tests.cli.test_main import flags
 from tests.distributed.test_processes import assert_rows_agree, difference
@@ -279,6 +280,20 @@ def test_a_reward_without_gradient_is_followed(ddpo_config):
     trainer.train()
     first, last = rows(trainer, "eval")
     assert last["reward"] > first["reward"] + 2 * (first["reward_std"] ** 2 / 32) ** 0.5
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "align_prop"])
+def test_what_is_told_of_the_prompts_counts_every_sample(ddpo_config, toy_config, monkeypatch, capsys, algorithm):
+    """A step of DDPO samples a whole epoch, and makes several updates with it."""
+    counted = []
+    monkeypatch.setattr("alignprop.prompts.count_draws", lambda *a: counted.append(count_draws(*a)) or counted[-1])
+    options = dict(train__total_samples_per_epoch=12, num_epochs=2, num_eval_images=1)
+    is_ddpo = algorithm == "ddpo"
+    trainer = DDPOTrainer(ddpo_config(**options)) if is_ddpo else AlignPropTrainer(toy_config(**options))
+    trainer.train()
+    assert [sum(counts) for counts in counted] == [2 * 12]
+    drawn = [count for count in counted[0] if count]
+    assert f"{len(drawn)} of 4 were drawn, each {min(drawn)} to {max(drawn)} times" in capsys.readouterr().out
 
 
 # ---- presets
