@@ -490,7 +490,7 @@ def test_a_scale_or_share_that_is_none_is_refused(lora, tmp_path, options):
 
 
 def test_the_second_checkpoint_is_named_by_its_option(lora, pipelines, tmp_path):
-    with pytest.raises(ConfigError, match="^mix_with = '.*nowhere' does not exist"):
+    with pytest.raises(ConfigError, match=r"^mix_with = '.*nowhere' does not exist"):
         export_lora(lora[0], tmp_path / "o.safetensors", "kohya", base=str(pipelines["epsilon"]), mix_with="nowhere")
 
 
