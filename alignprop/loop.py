@@ -121,7 +121,8 @@ class TrainingLoop:
             SystemExit: the process was asked to stop (SIGTERM, SIGINT) and has saved. The exit code is `STOPPED`.
             ConfigError: the upload to `hub.repo` failed. Everything is saved by then. Only the main process raises it.
         """
-        run, progress = self.run, {"total": self.last_step, "initial": self.global_step, "unit": "step"}
+        run, started = self.run, self.global_step
+        progress = {"total": self.last_step, "initial": started, "unit": "step"}
         run.open_folder(self.global_step)
         if isinstance(self.prompts, PromptSet):
             run.say(told_of_epoch(self.prompts, run.config.train.total_samples_per_epoch))
@@ -140,7 +141,7 @@ class TrainingLoop:
                 self._stop()
         if isinstance(self.prompts, PromptSet) and run.is_main:
             samples = run.config.train.total_samples_per_epoch // run.config.train.steps_per_epoch  # of a step
-            run.say(told_of_draws(self.prompts, run.config.seed, self.global_step, samples))
+            run.say(told_of_draws(self.prompts, run.config.seed, range(started, self.global_step), samples))
         if self.reason_to_stop:
             run.say(f"ended after step {self.global_step} of {self.last_step}: {self.reason_to_stop}")
         run.finish()

@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from alignprop.engine.seeding import generator
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.prompt_files import READERS, Rows, read_prompt_file, read_rows, read_weights
+from alignprop.settings.prompt_files import NEGATIVE, READERS, Rows, read_prompt_file, read_rows, read_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DATASET = "dataset:"  # before the name of a dataset
@@ -50,8 +51,14 @@ class PromptSet:
         """Draws the index of a prompt with each generator."""
         if self.weights is None:
             return [int(torch.randint(len(self), (), generator=stream)) for stream in streams]
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        return [int(weights.multinomial(1, generator=stream)) for stream in streams]
+        ends = self._ends
+        places = [ends[-1] * torch.rand((), generator=stream, dtype=torch.float64) for stream in streams]
+        return [int(torch.searchsorted(ends, place, right=True)) for place in places]
+
+    @cached_property
+    def _ends(self) -> torch.Tensor:
+        """The sums of the weights up to each prompt, which divide a line into parts as long as the weights."""
+        return torch.tensor(self.weights, dtype=torch.float64).cumsum(dim=0)
 
 
 def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
@@ -97,27 +104,26 @@ def negatives_of(*sets: PromptSet) -> dict[str, str]:
     """Returns the negative prompt of each prompt whose metadata have one, under the name "negative_prompt".
 
     Raises:
-        ConfigError: it is not text, or a prompt has two of them.
+        ConfigError: it is not text, or a prompt that is in several rows does not have the same one in all of them.
     """
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     for one in sets:
         for prompt, row in zip(one.prompts, one.metadata, strict=True):
-            if row.get("negative_prompt") is None:
-                continue
-            negative = row["negative_prompt"]
-            if not isinstance(negative, str):
-                raise ConfigError(f"{one.name!r}: negative_prompt = {negative!r} of {prompt!r} must be text")
+            negative = row.get(NEGATIVE) if isinstance(row, dict) else None
+            if not isinstance(negative, str | None):
+                raise ConfigError(f"{one.name!r}: {NEGATIVE} = {negative!r} of {prompt!r} must be text")
             if found.setdefault(prompt, negative) != negative:
                 raise ConfigError(
-                    f"{one.name!r}: {prompt!r} has two negative prompts, {found[prompt]!r} and {negative!r}"
+                    f"{one.name!r}: {prompt!r} has the negative prompts {found[prompt]!r} and {negative!r}; in "
+                    "training and evaluation it must have the same one"
                 )
-    return found
+    return {prompt: negative for prompt, negative in found.items() if negative is not None}
 
 
-def count_draws(prompts: PromptSet, seed: int, steps: int, batch_size: int) -> list[int]:
-    """Returns how often `draw_prompts` drew each prompt in the first `steps` steps, by drawing the indices again."""
+def count_draws(prompts: PromptSet, seed: int, steps: range, batch_size: int) -> list[int]:
+    """Returns how often `draw_prompts` draws each prompt in these steps, by drawing the indices again."""
     counts = [0] * len(prompts)
-    for step in range(steps):
+    for step in steps:
         for i in prompts.choose([generator(seed, step, j, "prompt") for j in range(batch_size)]):
             counts[i] += 1
     return counts
@@ -125,26 +131,24 @@ def count_draws(prompts: PromptSet, seed: int, steps: int, batch_size: int) -> l
 
 def told_of_epoch(prompts: PromptSet, samples: int) -> str:
     """Returns a line about the samples of an epoch and the number of prompts that they are drawn from."""
+    drawn = f"it draws at random {samples} times from {len(prompts)} prompts"
     if samples == len(prompts):
-        return f"an epoch has {samples} samples, as many as there are prompts; they are drawn at random"
-    length = "shorter" if samples < len(prompts) else "longer"
-    return (
-        f"an epoch is {length} than the prompt set: it has {samples} samples, drawn at random from {len(prompts)} "
-        f"prompts, {samples / len(prompts):.2g} of each on average"
-    )
+        return f"an epoch is as long as the prompt set: {drawn}"
+    return f"an epoch is {'shorter' if samples < len(prompts) else 'longer'} than the prompt set: {drawn}"
 
 
-def told_of_draws(prompts: PromptSet, seed: int, steps: int, batch_size: int) -> str:
-    """Returns a line about how many of the prompts were drawn in `steps` steps, and how often."""
+def told_of_draws(prompts: PromptSet, seed: int, steps: range, batch_size: int) -> str:
+    """Returns a line about how many of the prompts were drawn in these steps, and how often."""
     drawn = [count for count in count_draws(prompts, seed, steps, batch_size) if count]
     often = f", each {min(drawn)} to {max(drawn)} times" if drawn else ""
-    return f"prompts: {len(drawn)} of {len(prompts)} were drawn{often}"
+    since = f" since step {steps.start}" if steps.start else ""
+    return f"prompts: {len(drawn)} of {len(prompts)} were drawn{since}{often}"
 
 
 def _from_rows(name: str, field: str, read: Callable[[], Rows]) -> PromptSet:
     try:
         prompts, metadata = zip(*read(), strict=True)
-        weights = read_weights(prompts, metadata)
+        weights = read_weights(prompts, metadata) if field == "prompt_fn" else None
     except ConfigError as error:
         raise ConfigError(f"{field} = {name!r}: {error}") from error
     return PromptSet(name, prompts, metadata, weights)
@@ -161,12 +165,27 @@ def _read_dataset(name: str) -> Rows:
     except ModuleNotFoundError:
         raise ConfigError("this needs the package datasets: pip install datasets") from None
     path, _, split = name.partition(":")
+    if not path.strip():
+        raise ConfigError("the name of the dataset is missing")
+    path = os.path.expanduser(path)
     try:
-        table = datasets.load_dataset(os.path.expanduser(path), split=split or "train")
+        options = datasets.DownloadConfig(local_files_only=os.path.isdir(path) or not _is_on_hub(path))
+        table = datasets.load_dataset(path, split=split or "train", download_config=options)
     except Exception as error:  # of the package, of the hub's client or of its HTTP library
         raise ConfigError(f"it cannot be loaded ({type(error).__name__}: {_one_line(error)})") from None
     plain = [column for column, kind in table.features.items() if isinstance(kind, datasets.Value)]
     return read_rows(table.select_columns(plain), "row")
+
+
+def _is_on_hub(name: str) -> bool:
+    """Says whether the hub answers and has this dataset. It is asked once, because the package would try for long."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except Exception:  # the hub's client also lets the exceptions of its HTTP library through
+        return False
+    return True
 
 
 def _asset(filename: str) -> Callable[[str, str], PromptSet]:

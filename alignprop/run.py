@@ -64,7 +64,8 @@ def build_run(
         check_package(c.train.optimizer)
     log_with = parse_log_with(c.log_with)
     eval_prompts = _load_eval_prompts(c, prompts)
-    negatives = negatives_of(eval_prompts, *([prompts] if isinstance(prompts, PromptSet) else []))
+    sets = [one for one in (eval_prompts, prompts) if isinstance(one, PromptSet) and one.name != FROM_FUNCTION]
+    negatives = negatives_of(*sets)
     frozen = parse_loras(c.pretrained.loras)
     best_by, stop_when = _check_guards(c, measured(c, eval_prompts, reward_function))
     checkpoint = _find_checkpoint(c)
@@ -81,6 +82,8 @@ def build_run(
         require_differentiable(judges.reward)
     model = model or load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
     merge_frozen(model, frozen)
+    if negatives and not hasattr(model, "negatives"):
+        raise ConfigError("the column negative_prompt needs a model with `negatives` (models/base.py)")
     model.negatives = negatives
     model.device = accelerator.device
     base = base_model(c.pretrained.model, model.denoiser)

@@ -24,8 +24,8 @@ from alignprop.method.estimators import ESTIMATORS, Estimator, build_estimator
 from alignprop.method.gradient import RewardGradient, SampleValues
 from alignprop.method.plans import GradientPlan
 from alignprop.prompts import draw_prompts
-from alignprop.settings.errors import one_of
-from alignprop.settings.options import estimator_options, gradient_options
+from alignprop.settings.errors import ConfigError, one_of
+from alignprop.settings.options import FULL_CALLS, estimator_options, gradient_options
 
 
 class AlignPropTrainer(TrainingLoop):
@@ -38,6 +38,18 @@ class AlignPropTrainer(TrainingLoop):
 
     def check_config(self, config: ConfigDict) -> None:
         one_of("estimator", config.estimator, ESTIMATORS)
+
+    def check_run(self) -> None:
+        c, sampler = self.config, self.run.rollout.sampler
+        if self.run.rollout.prefix_cache is None:
+            return
+        plan = self.estimator(sampler, c.train.total_batch_size, generator(c.seed, 0, "plan"))
+        if plan.steps_before_gradient <= FULL_CALLS:
+            raise ConfigError(
+                f"train.prefix_cache = {c.train.prefix_cache} must be 1 here: {plan.steps_before_gradient} of the "
+                f"{sampler.num_steps} network calls of the first batch come before the first one with gradient, and "
+                f"the first {FULL_CALLS} are always computed in full"
+            )
 
     @cached_property
     def estimator(self) -> Estimator:
@@ -93,9 +105,12 @@ class AlignPropTrainer(TrainingLoop):
         )
 
     def try_memory(self) -> None:
-        size = self.run.choice.capacity
-        plan = estimators.full(self.run.rollout.sampler, size)
-        self.add_gradients((self.config.seed, "trial"), torch.arange(size), plan)
+        size, sampler = self.run.choice.capacity, self.run.rollout.sampler
+        plans = [estimators.full(sampler, size)]
+        if self.run.rollout.prefix_cache:  # which holds the most where only the last step has gradient
+            plans.append(build_estimator("truncated")(sampler, size, generator("trial")))
+        for plan in plans:
+            self.add_gradients((self.config.seed, "trial"), torch.arange(size), plan)
 
     def _adjoint_norms(self) -> list[float | None]:
         """Returns the norm of ∂(loss of a sample)/∂x[i] for i = 0 … N, as a mean over samples.

@@ -20,7 +20,7 @@ from alignprop.method.plans import GradientPlan
 from alignprop.method.prefix_cache import is_full
 from alignprop.method.samplers import chain_of
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.options import chain_options, estimator_options
+from alignprop.settings.options import FULL_CALLS, chain_options, estimator_options
 
 GIB = 2**30
 # A margin for memory that the account does not see: workspaces of kernels, and fragmentation in the allocator.
@@ -100,8 +100,9 @@ def forecast(
     share = share + (1 - share) / kept[0].branches  # of a call with all branches, the operations of each step's call
     calls = share[:, None].expand_as(plan.active)
     if train.prefix_cache > 1:
-        predicted = kept[0].flops["predicted"] / kept[0].flops["denoise"] * (1 + plan.copies)
-        calls = calls * _cached_share(plan, memory.sweep_chunk or capacity, train.prefix_cache, predicted)
+        chunk = min(samples, memory.sweep_chunk or samples)
+        predicted = kept[0].flops["predicted"] / chunk / (kept[0].flops["denoise"] / samples) * (1 + plan.copies)
+        calls = calls * _cached_share(share, plan.steps_before_gradient, train.prefix_cache, predicted)[:, None]
     flops = _flops(kept, recomputed, plan, memory.keep_steps, share, calls) / samples
     if config.train_text_encoder:
         flops += kept[0].flops["encode"] / capacity
@@ -122,19 +123,20 @@ def _chain(build: Build, config: ConfigDict, done: dict) -> Sampler:
     return done[key]
 
 
-def _cached_share(plan: GradientPlan, chunk: int, interval: int, predicted: float) -> torch.Tensor:
-    """Returns the operations of each sample's rollout calls with a prefix cache, as shares of a full call's, [N, B].
+def _cached_share(share: torch.Tensor, prefix: int, interval: int, predicted: float) -> torch.Tensor:
+    """Returns the operations of each step's rollout call with a prefix cache, as shares of those without, [N].
 
     Args:
-        plan: the plan of training.
-        chunk: the number of samples that are called together, and so have the same first active step.
+        share: the operations without the cache, [N]. The cache starts anew where they change.
+        prefix: the number of steps before the first one with gradient.
         interval: the number of calls from one full call to the next one.
         predicted: the share of a call that the cache predicts.
     """
-    steps = torch.arange(len(plan.active))
-    full = torch.tensor([is_full(i, interval) for i in steps.tolist()])
-    firsts = [rows.any(dim=1).int().argmax().repeat(rows.shape[1]) for rows in plan.active.split(chunk, dim=1)]
-    return torch.where(full[:, None] | (steps[:, None] >= torch.cat(firsts)), 1.0, predicted).double()
+    shares, since = torch.ones(len(share), dtype=torch.float64), 0
+    for i in range(prefix if prefix > FULL_CALLS else 0):
+        since = since + 1 if i and share[i] == share[i - 1] else 0
+        shares[i] = 1.0 if is_full(since, interval) else predicted
+    return shares
 
 
 def _flops(

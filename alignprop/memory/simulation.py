@@ -96,7 +96,8 @@ def simulate(
             _update(weights)
         if cache:
             with phases("denoise"):
-                _predicted_call(rollout, reader.conditioning(samples), generators(range(samples), *key), account)
+                chunk = min(samples, memory.sweep_chunk or samples)
+                _predicted_call(rollout, reader.conditioning(chunk), generators(range(chunk), *key), account)
         with torch.no_grad():
             latents = model.init_latents(generators(range(1), *key))
             with account.phase(""), residency("decode"):  # only for the size of a picture

@@ -136,7 +136,7 @@ class GuidedDenoiser:
     def _calls(self, latents, timestep, branches, factors) -> Iterator[Call]:
         """Yields the network calls one by one. Nothing here holds the first call when the second one is made."""
         for rows in chunks(len(branches), 0 if self.batching == "joint" else 1):
-            cached = self.cache.of(f"{rows.start} of {len(branches)}") if self.cache else nullcontext()
+            cached = self.cache.of(rows.start, len(branches)) if self.cache else nullcontext()
             with cached:
                 outputs = self._call(latents, timestep, branches[rows])
             yield Call(outputs, factors[rows])

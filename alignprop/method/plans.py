@@ -18,6 +18,8 @@ class GradientPlan:
         copies: the number of further x̂0 of each sample. They start from its clean latents, re-noised to the level of
             its exit step. If there are copies, all samples leave the chain at the same step, and no earlier step is
             active.
+        prefix: the number of steps before the first active one of the whole batch, if this plan is that of some
+            samples of a batch.
     """
 
     active: torch.Tensor
@@ -25,6 +27,7 @@ class GradientPlan:
     weight: torch.Tensor
     exit_step: torch.Tensor
     copies: int = 0
+    prefix: int | None = None
 
     @classmethod
     def exact(cls, active: torch.Tensor, **changes) -> "GradientPlan":
@@ -35,7 +38,7 @@ class GradientPlan:
     def select(self, samples) -> "GradientPlan":
         """The plan of some samples, given by their columns in this plan, int [b]."""
         columns = (t[:, samples] for t in (self.active, self.coupling, self.weight))
-        return GradientPlan(*columns, self.exit_step[samples], self.copies)
+        return GradientPlan(*columns, self.exit_step[samples], self.copies, self.steps_before_gradient)
 
     def with_copies(self) -> "GradientPlan":
         """The plan in which each copy is a sample itself, in a column next to the sample that it is made from."""
@@ -69,6 +72,12 @@ class GradientPlan:
             return cls.exact(active)
         active[:-1] = False
         return cls.exact(active, exit_step=torch.full((num_samples,), num_steps - 1), copies=copies)
+
+    @property
+    def steps_before_gradient(self) -> int:
+        """The number of steps before the first one that is active for any sample of the whole batch."""
+        steps = self.active.any(dim=1).nonzero().flatten().tolist()
+        return self.prefix if self.prefix is not None else (steps or [len(self.active)])[0]
 
     @property
     def leaves_early(self) -> bool:

@@ -31,29 +31,43 @@ class PrefixCache:
     """
 
     def __init__(self, denoiser: torch.nn.Module, interval: int, order: int):
-        self.denoiser, self.is_on = denoiser, False
+        self.denoiser, self.is_on, self.branches = denoiser, False, 0
         self.config = TaylorSeerCacheConfig(
             cache_interval=interval, disable_cache_before_step=FULL_CALLS, max_order=order,
-            taylor_factors_dtype=None, cache_identifiers=[re.escape(name) for name in blocks_of(denoiser)],
+            taylor_factors_dtype=None, cache_identifiers=["|".join(map(re.escape, blocks_of(denoiser)))],
         )  # fmt: skip
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """Starts with an empty cache, and drops the cache at the end of the `with` block."""
         apply_taylorseer_cache(self.denoiser, self.config)
-        self.is_on = True
+        registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
+        registry.invalidate_child_registries_cache()
+        self.is_on, self.branches = True, 0
         try:
             yield
         finally:
             self.is_on = False
-            registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
             registry.reset_stateful_hooks()  # frees the tensors now; the hooks themselves are in cycles of references
             registry.remove_hook(_TAYLORSEER_CACHE_HOOK)
             registry.invalidate_child_registries_cache()
 
-    def of(self, branches: str) -> AbstractContextManager:
-        """Returns the context of a network call. Calls with different `branches` of guidance have separate caches."""
-        return CacheMixin.cache_context(self.denoiser, branches) if self.is_on else nullcontext()
+    def of(self, first: int, branches: int) -> AbstractContextManager:
+        """Returns the context of a network call. Each call of a step has a cache of its own.
+
+        Where guidance begins or ends, the cache starts anew, because calls of a distant part of the chain predict
+        badly.
+
+        Args:
+            first: the number of the first branch of guidance in the call.
+            branches: the number of branches in all calls of the step.
+        """
+        if not self.is_on:
+            return nullcontext()
+        if branches != self.branches:
+            HookRegistry.check_if_exists_or_initialize(self.denoiser).reset_stateful_hooks()
+            self.branches = branches
+        return CacheMixin.cache_context(self.denoiser, f"branch {first}")
 
 
 def blocks_of(denoiser: torch.nn.Module) -> list[str]:
@@ -67,7 +81,7 @@ def blocks_of(denoiser: torch.nn.Module) -> list[str]:
 
 
 def is_full(i: int, interval: int) -> bool:
-    """Says whether call i of the chain computes all layers while the cache is on."""
+    """Says whether a call computes all layers while the cache is on. It is the i-th one since the cache started."""
     return i < FULL_CALLS or (i - FULL_CALLS - 1) % interval == 0
 
 

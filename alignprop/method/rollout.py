@@ -26,6 +26,7 @@ from alignprop.method.prefix_cache import PrefixCache
 from alignprop.method.sweep import Trajectory, per_sample, sweep, track
 from alignprop.models.base import Conditioning, Model, select
 from alignprop.settings.memory_policies import MemoryPolicy, chunks
+from alignprop.settings.options import FULL_CALLS
 
 
 class Rollout(torch.nn.Module):
@@ -47,7 +48,8 @@ class Rollout(torch.nn.Module):
         lora_scale_at: returns the scale of the denoiser's LoRA at a timestep (method/guidance.py).
         guidance_interval: the part of the chain with guidance, (from, to) in shares of its steps. Step i is in it if
             from <= (i + 0.5)/N < to.
-        prefix_cache: makes the network calls before the first one with gradient cheaper, if there is a plan.
+        prefix_cache: makes the network calls before the first one with gradient cheaper, if there is a plan. The first
+            one is that of the whole batch, so that the result does not depend on how the batch is divided.
     """
 
     def __init__(
@@ -108,11 +110,12 @@ class Rollout(torch.nn.Module):
         trajectory = Trajectory(active[0] if active else self.sampler.num_steps, tracked)
         latents, past = self.start(generators), Past(self.sampler, generators)
         with ExitStack() as prefix:
-            if self.prefix_cache and plan is not None:
+            if self.prefix_cache and plan is not None and plan.steps_before_gradient > FULL_CALLS:
                 prefix.enter_context(self.prefix_cache.on())
             for i in range(self.sampler.num_steps):
-                if i >= trajectory.first:
+                if plan is not None and i == plan.steps_before_gradient:
                     prefix.close()
+                if i >= trajectory.first:
                     trajectory.stored[i] = latents
                 if plan is not None and plan.leaves_early and not len(self._still_in(i, plan)):
                     break

@@ -50,6 +50,7 @@ class Model(Protocol):
         scheduler: the diffusers scheduler that the model came with.
         takes_guidance: whether `guidance_scale` changes anything.
         lora_targets: a LoRA adapts the layers with these name endings, unless the configuration names others.
+        negatives: maps a prompt to a negative prompt of its own, for models with an unconditional branch.
         lora_encoders: the text encoders that a LoRA file of the family can hold, by their names in the pipeline.
     """
 
@@ -62,6 +63,7 @@ class Model(Protocol):
     takes_guidance: bool
     lora_targets: tuple[str, ...]
     lora_encoders: dict[str, torch.nn.Module]
+    negatives: dict[str, str]
 
     def pipeline_class(self) -> type:
         """Returns the diffusers pipeline class that loads the files of `save_lora`."""

@@ -17,7 +17,7 @@ EXPORT = """A trained LoRA for other tools.
 - merged: a diffusers pipeline's folder, the base model with the LoRA in its weights
 
 --scale makes the LoRA weaker or stronger, as lora_scale does in an evaluation. --mix_with exports a mixture of two
-checkpoints, as evaluate_soup makes it:
+checkpoints, as evaluate_soup makes it with soup_mode="delta":
 
     alignprop export logs/run_1 soup.safetensors --format kohya --mix_with logs/run_2 --mixing_coef 0.25
 
@@ -51,14 +51,12 @@ def export() -> None:
     parser.add_argument("--mixing_coef", type=float, help="share of the first checkpoint in the mixture; default 0.5")
     parser.add_argument("--force", action="store_true", help="overwrite an existing export")
     options = parser.parse_args()
-    if options.mixing_coef is not None and not options.mix_with:
-        raise ConfigError(f"--mixing_coef = {options.mixing_coef} needs --mix_with")
     from alignprop.publish.export import export_lora  # This takes seconds, which --help should not wait for.
 
     check = export_lora(
         options.checkpoint, options.out, options.format, base=options.base, dtype=options.dtype, force=options.force,
         verify=options.verify, scale=options.scale, mix_with=options.mix_with,
-        mixing_coef=0.5 if options.mixing_coef is None else options.mixing_coef,
+        mixing_coef=options.mixing_coef,
     )  # fmt: skip
     print(f"{options.out}: {check or 'written'}")
 

@@ -35,6 +35,7 @@ from alignprop.publish.verification import (
     weightless,
 )
 from alignprop.runs.checkpoint import find_checkpoint, run_folder_of
+from alignprop.runs.manifest import check_same_base
 from alignprop.settings.errors import ConfigError, one_of
 
 FORMATS = ("kohya", "diffusers", "merged")
@@ -52,7 +53,7 @@ def export_lora(
     verify: bool = False,
     scale: float = 1.0,
     mix_with="",
-    mixing_coef: float = 0.5,
+    mixing_coef: float | None = None,
 ) -> Check | None:
     """Writes the LoRA of a checkpoint to a file, or the base model with the LoRA to a pipeline folder.
 
@@ -67,8 +68,8 @@ def export_lora(
         verify: reads the export again, and compares it with the checkpoint.
         scale: multiplies the weight changes, as `lora_scale` does in an evaluation.
         mix_with: a second checkpoint, in the forms of the first. The export is then the mixture c·first + (1-c)·second
-            of their weight changes (lora/soups.py). Empty exports the first alone.
-        mixing_coef: c, if there is a second checkpoint.
+            of their weight changes (mode "delta" of lora/soups.py). Empty exports the first alone.
+        mixing_coef: c, if there is a second checkpoint. None means 0.5.
 
     Returns:
         The result of the comparison; None without `verify`.
@@ -78,8 +79,11 @@ def export_lora(
             reads differently from the checkpoint.
     """
     one_of("format", form, FORMATS)
-    if not (math.isfinite(scale) and scale and math.isfinite(mixing_coef)):
-        raise ConfigError(f"scale = {scale} and mixing_coef = {mixing_coef} must be finite numbers, and scale not 0")
+    if mixing_coef is not None and not mix_with:
+        raise ConfigError(f"mixing_coef = {mixing_coef} needs mix_with, a second checkpoint")
+    share = 0.5 if mixing_coef is None else mixing_coef
+    if not (math.isfinite(scale) and scale and math.isfinite(share)):
+        raise ConfigError(f"scale = {scale} and mixing_coef = {share} must be finite numbers, and scale not 0")
     if dtype and form == "merged":
         raise ConfigError(f"dtype = {dtype!r} has no effect with format = 'merged': weights keep the base model's")
     dtype = DTYPES[one_of("dtype", dtype or "float32", DTYPES)]
@@ -93,8 +97,9 @@ def export_lora(
     model = weightless(facts)
     weights = _read(checkpoint, model)
     if mix_with:
-        second = _read(find_checkpoint(str(mix_with), "logs", "mix_with"), model)
-        weights = mix(weights, second, mixing_coef, "delta")
+        second = find_checkpoint(str(mix_with), "logs", "mix_with")
+        check_same_base(checkpoint, second, "mix_with")
+        weights = mix(weights, _read(second, model, "mix_with"), share, "delta")
     weights = replace(weights, scale=weights.scale * scale)
     if form == "merged":
         folder = pipeline_folder(name, revision)
@@ -157,11 +162,10 @@ def _base_of(checkpoint: Path, form: str) -> tuple[str, str | None]:
     )
 
 
-def _read(checkpoint: Path, model: Model) -> LoraWeights:
+def _read(checkpoint: Path, model: Model, field: str = "checkpoint") -> LoraWeights:
     if (checkpoint / "denoiser").is_dir():
         raise ConfigError(
-            f"checkpoint = {str(checkpoint)!r} has full weights (in denoiser/) and no LoRA, so there is nothing to "
-            "export"
+            f"{field} = {str(checkpoint)!r} has full weights (in denoiser/) and no LoRA, so there is nothing to export"
         )
     weights = read_lora(checkpoint, model)
     split(model, weights)  # This checks that every tensor has a place in the model.

@@ -80,19 +80,43 @@ def check_base(checkpoint: Path, base: dict, field: str = "resume_from") -> None
     Raises:
         ConfigError: the checkpoint belongs to another base model; the message names both.
     """
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        return
-    other = json.loads(manifest.read_text())["base_model"]
-    # The tolerance is this large because half precision keeps only three digits of a weight.
-    same = len(other["weights"]) == len(base["weights"]) and np.allclose(
-        other["weights"], base["weights"], rtol=2**-7, atol=1e-4
-    )
-    if not same:
+    other = _base_of(checkpoint)
+    if other and not _is_same(other, base):
         raise ConfigError(
             f"{field} = {str(checkpoint)!r} was trained on pretrained.model = {other['name']!r}, but this run loads "
             f"{base['name']!r}, which has different weights"
         )
+
+
+def check_same_base(first: Path, second: Path, field: str) -> None:
+    """Refuses two checkpoints of different base models. Files from elsewhere name no base model and are not checked.
+
+    Args:
+        first: a checkpoint.
+        second: another one.
+        field: the name of the option with the second one.
+
+    Raises:
+        ConfigError: they belong to different base models; the message names both.
+    """
+    one, other = _base_of(first), _base_of(second)
+    if one and other and not _is_same(one, other):
+        raise ConfigError(
+            f"{field} = {str(second)!r} was trained on pretrained.model = {other['name']!r}, and {str(first)!r} on "
+            f"{one['name']!r}, which has different weights"
+        )
+
+
+def _base_of(checkpoint: Path) -> dict | None:
+    manifest = checkpoint / MANIFEST
+    return json.loads(manifest.read_text())["base_model"] if manifest.is_file() else None
+
+
+def _is_same(one: dict, other: dict) -> bool:
+    # The tolerance is this large because half precision keeps only three digits of a weight.
+    return len(one["weights"]) == len(other["weights"]) and np.allclose(
+        one["weights"], other["weights"], rtol=2**-7, atol=1e-4
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -90,14 +90,14 @@ def start_trackers(accelerator, project: str, run_name: str, run_folder: str | o
     tensorboard needs the accelerator's ``project_dir``. It writes there, into a folder with the name ``project``.
     """
     init = {}
+    # It depends on the folder, so that a resumed run continues the same run there.
+    identity = hashlib.sha256(str(Path(run_folder).resolve()).encode()).hexdigest()[:16]
     if "wandb" in map(str, accelerator.log_with) and accelerator.is_main_process:
-        # The id depends on the folder, so that a resumed run continues the same run in wandb.
-        identity = hashlib.sha256(str(Path(run_folder).resolve()).encode()).hexdigest()[:16]
         init["wandb"] = {
             "name": run_name, "dir": str(run_folder), "mode": wandb_mode(), "id": identity, "resume": "allow"
         }  # fmt: skip
     if "trackio" in map(str, accelerator.log_with):
-        init["trackio"] = {"name": run_name, "resume": "allow"}
+        init["trackio"] = {"name": f"{run_name}-{identity[:6]}", "resume": "allow"}
     accelerator.init_trackers(project, config=_flatten(config), init_kwargs=init)
 
 

@@ -71,18 +71,20 @@ def without_nones(argv: list[str]) -> tuple[list[str], list[str]]:
 
     ml_collections reads a value in the type of the preset's value. So it refuses None where a preset has a number.
     """
-    left, names, i = [], [], 0
+    left, last, i = [], {}, 0  # of a field that is given several times, the last value counts
     while i < len(argv):
         flag, equals, value = argv[i].partition("=")
-        name, after = re.sub(r"^--?config\.", "", flag), i + (1 if equals else 2)
-        is_none = (value if equals else " ".join(argv[i + 1 : i + 2])) == "None"
-        if is_none and name != flag and name in FIELDS and FIELDS[name].rule.optional:
-            names.append(name)
-            i = after
+        name = re.sub(r"^--?(no)?config\.", "", flag)
+        if name != flag and name in FIELDS and FIELDS[name].rule.optional:
+            is_alone = equals or FIELDS[name].rule.type is bool  # --config.name=value, --config.name or --noconfig.name
+            words = argv[i : i + (1 if is_alone else 2)]
+            last[name] = [] if (value if equals else words[-1]) == "None" else words
+            i += len(words)
         else:
             left.append(argv[i])
             i += 1
-    return left, names
+    given = [word for words in last.values() for word in words]
+    return [*left, *given], [name for name, words in last.items() if not words]
 
 
 def _list_literal(text: str, field: Field) -> str:

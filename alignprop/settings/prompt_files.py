@@ -13,6 +13,7 @@ from alignprop.settings.errors import ConfigError
 
 COLUMNS = ("prompt", "text", "caption")  # the allowed names of the column with the prompts
 WEIGHT = "weight"  # the name of the column that says how often a prompt is drawn
+NEGATIVE = "negative_prompt"  # the name of the column with negative prompts
 Rows = list[tuple[str, dict[str, Any]]]
 """Prompts with their metadata."""
 
@@ -59,7 +60,7 @@ def read_rows(entries: Iterable[Any], place: str) -> Rows:
 
 
 def read_weights(prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> tuple[float, ...] | None:
-    """Returns the numbers of the column "weight", 1 for rows without one; None if no row has one.
+    """Returns the numbers of the column "weight", 1 for rows that have none; None if no row has one.
 
     Raises:
         ConfigError: a weight is not a finite number of at least 0, or all are 0.
@@ -68,9 +69,10 @@ def read_weights(prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> 
         return None
     weights = []
     for prompt, row in zip(prompts, metadata, strict=True):
+        given = row.get(WEIGHT)
         try:
-            weights.append(float(row.get(WEIGHT, 1)))
-        except (TypeError, ValueError):
+            weights.append(1.0 if given is None else float(given))
+        except (TypeError, ValueError, OverflowError):
             weights.append(math.nan)
         if not 0 <= weights[-1] < math.inf:
             raise ConfigError(f"{WEIGHT} = {row[WEIGHT]!r} of {prompt!r} must be a finite number of at least 0")
@@ -134,7 +136,11 @@ def _table(delimiter: str, text: str) -> Rows:
                 continue
             if len(cells) != len(header):
                 raise ValueError(f"{place} has {len(cells)} columns, the header {len(header)}")
-            rows.append(_row(dict(zip(header, cells, strict=True)), place))
+            entry = dict(zip(header, cells, strict=True))
+            for name in (WEIGHT, NEGATIVE):  # an empty cell says nothing
+                if not entry.get(name, "x").strip():
+                    del entry[name]
+            rows.append(_row(entry, place))
     except csv.Error as error:
         raise ValueError(f"line {lines.line_num}: {error}") from None
     return rows

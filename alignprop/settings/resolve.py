@@ -12,7 +12,7 @@ from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
 from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
-from alignprop.settings.options import FULL_CALLS, updates_of_epoch
+from alignprop.settings.options import updates_of_epoch
 from alignprop.settings.samplers import check_sampler
 
 POLYNOMIAL_END = 1e-7  # diffusers' own
@@ -216,12 +216,6 @@ def check_truncation(c: ConfigDict, steps: int) -> None:
         name = f"the number of network calls of train.sampler = {c.train.sampler!r}"
     if first is not None and not 0 <= first < steps:
         raise ConfigError(f"trunc_backprop_timestep = {first} must be from 0 to {name} - 1 = {steps - 1}")
-    before = first if c.estimator == "truncated" and first is not None else steps - 1
-    if c.task == "train" and c.train.prefix_cache > 1 and before <= FULL_CALLS:
-        raise ConfigError(
-            f"train.prefix_cache = {c.train.prefix_cache} must be 1 with {before} network calls before the first one "
-            f"with gradient, because the first {FULL_CALLS} are always computed in full"
-        )
     if minmax is not None and (len(minmax) != 2 or not 0 <= minmax[0] < minmax[1] <= steps):
         raise ConfigError(
             f"truncated_backprop_minmax = {tuple(minmax)} must be (low, high) with 0 <= low < high <= {name} = {steps}"

@@ -11,16 +11,19 @@ import atexit
 import gc
 import json
 import os
+import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import time
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+MINUTES = 5  # at most for a program
 # Libraries read these when they are imported, so a program cannot have others. No hub answers at that address.
 SURROUNDINGS = {
     "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "0",
@@ -47,8 +50,9 @@ def call(*words, processes=1, cwd=ROOT, environment=()) -> subprocess.CompletedP
         server = warm_process()
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        status = int(server.stdout.readline())
-        return subprocess.CompletedProcess(words, status, *(path.read_text() for path in streams.values()))
+        status = server.stdout.readline()
+        assert status, f"the warm process has ended with {server.wait()}, while it ran {words}"
+        return subprocess.CompletedProcess(words, int(status), *(path.read_text() for path in streams.values()))
 
 
 @cache
@@ -109,15 +113,19 @@ def free_port() -> int:
 
 
 def wait_for(children: set[int]) -> int:
-    """0, or the exit status of the first process that fails; the others are ended then."""
-    first = 0
+    """0, or the exit status of the first process that fails or takes too long; the others are ended then."""
+    first, deadline = 0, time.monotonic() + MINUTES * 60
     while children:
-        child, status = os.wait()
+        child, status = os.waitpid(-1, os.WNOHANG)
         children.discard(child)
-        if not first and (first := os.waitstatus_to_exitcode(status)):
+        failed = os.waitstatus_to_exitcode(status) if child else 0
+        if failed or time.monotonic() > deadline:
+            first = first or failed or signal.SIGKILL
             for other in children:
-                with suppress(ProcessLookupError):
-                    os.kill(other, 15)
+                os.kill(other, signal.SIGKILL)
+            deadline = time.monotonic() + 60
+        if not child:
+            time.sleep(0.01)
     return first
 
 
@@ -126,6 +134,7 @@ def run(words: list[str], cwd: str, environment: dict[str, str], out: str, err: 
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    random.seed()  # or all processes would go on with the same numbers
     os.environ.clear()
     os.environ.update(environment | together)
     os.chdir(cwd)

@@ -23,6 +23,7 @@ from alignprop.models.configs import bundled_config, folder_config
 from alignprop.models.sd import StableDiffusion
 from alignprop.publish import export as publishing
 from alignprop.publish.verification import pipeline_around, weightless
+from alignprop.runs.manifest import MANIFEST
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import resolve, save_config
 from tests.helpers import warm
@@ -485,7 +486,20 @@ def test_a_scale_and_a_mixture_are_in_the_weight_changes(lora, pipelines, tmp_pa
 
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": float("nan")}, {"mixing_coef": float("inf")}])
 def test_a_scale_or_share_that_is_none_is_refused(lora, tmp_path, options):
+    options = {"mix_with": lora[0]} | options
     with pytest.raises(ConfigError, match="must be finite numbers, and scale not 0"):
+        export_lora(lora[0], tmp_path / "o.safetensors", "kohya", **options)
+
+
+def test_two_base_models_do_not_mix(lora, pipelines, tmp_path):
+    second = shutil.copytree(lora[0], tmp_path / "second")
+    for folder, value in ((lora[0], 1.0), (second, 1.5)):
+        base = {"name": folder.name, "weights": [value, 2.0]}
+        (folder / MANIFEST).write_text(json.dumps({"base_model": base, "files": {}}))
+    with pytest.raises(
+        ConfigError, match=r"^mix_with = '.*' was trained on pretrained.model = 'second', and .* on 'lora'"
+    ):
+        options = {"base": str(pipelines["epsilon"]), "mix_with": second}
         export_lora(lora[0], tmp_path / "o.safetensors", "kohya", **options)
 
 
@@ -501,7 +515,9 @@ def test_the_script(lora, pipelines, tmp_path, monkeypatch):
     run = make_run(lora[0], tmp_path / "run", model=str(pipelines["epsilon"]), revision=None, config=None)
     command = [SCRIPT, run, tmp_path / "my.safetensors", "--format", "kohya", "--dtype", "bfloat16", "--verify"]
     refused = warm.call(*command, "--mixing_coef", "0.5", cwd=tmp_path)
-    assert refused.returncode == 1 and refused.stderr == "error: --mixing_coef = 0.5 needs --mix_with\n"
+    assert (
+        refused.returncode == 1 and refused.stderr == "error: mixing_coef = 0.5 needs mix_with, a second checkpoint\n"
+    )
     command += ["--scale", "0.5", "--mix_with", run]
     done = warm.call(*command, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""

@@ -17,7 +17,6 @@ from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
 from alignprop.settings.options import FULL_CALLS
-from alignprop.settings.resolve import check_truncation, resolve
 from alignprop.settings.warnings import warnings_for
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config
@@ -140,8 +139,39 @@ def test_the_gradient_is_exact_at_the_latents_that_are_visited(model, keep_steps
 def test_branches_of_guidance_have_caches_of_their_own(model):
     split, joint = (sample(model, 2, 1, memory=MemoryPolicy(guidance_batching=name))[0] for name in ("split", "joint"))
     assert difference(split, joint) < 1e-10
-    inside = sample(model, 2, 1, guidance_interval=(0.4, 0.8))[0]
-    assert difference(inside, sample(model, 1, 1, guidance_interval=(0.4, 0.8))[0]) < 0.1
+
+
+def test_where_guidance_begins_or_ends_the_cache_starts_anew(model):
+    """16 calls: 5 without guidance, 6 with and 5 without; each part has its own full calls."""
+    options = {"guidance_interval": (0.3, 0.7), "steps": 16}
+    ours, _ = sample(model, 2, 1, **options)
+    plain, _ = sample(model, 1, 1, **options)
+    blocks = [Predicted(model.denoiser.get_submodule(name), 2) for name in blocks_of(model.denoiser)]
+    starts, predict = [], model.predict
+
+    def anew_in_each_part(latents, t, branch):
+        if not starts or starts[-1] != len(latents):
+            for block in blocks:
+                block.calls, block.known = 0, []
+            starts.append(len(latents))
+        return predict(latents, t, branch)
+
+    model.predict = anew_in_each_part
+    expected, _ = sample(model, 1, 1, **options)
+    assert starts == [BATCH, 2 * BATCH, BATCH]
+    assert difference(ours, expected) < 1e-10 < 1e-5 < difference(ours, plain)
+
+
+@pytest.mark.parametrize("memory", [MemoryPolicy(sweep_chunk=1), MemoryPolicy(keep_steps=2)])
+def test_the_division_of_the_batch_changes_nothing(model, memory):
+    """Samples with first steps of their own: all have the prefix of the batch, also one by one."""
+    active = torch.arange(STEPS)[:, None] >= torch.tensor([7, 5])
+    plan, sampler = GradientPlan.exact(active), build_sampler(model.scheduler, STEPS, 0.0)
+    assert [plan.select(rows).steps_before_gradient for rows in (slice(0, 1), slice(1, 2))] == [5, 5]
+    cache = PrefixCache(model.denoiser, 2, 1)
+    whole = by_sweep(model, sampler, plan, torch.float64, prefix_cache=cache)
+    parts = by_sweep(model, sampler, plan, torch.float64, prefix_cache=cache, memory=memory)
+    assert difference(parts[0], whole[0]) < 1e-10 and difference(parts[1], whole[1]) < 1e-10
 
 
 def test_the_denoiser_is_afterwards_what_it_was(model):
@@ -172,24 +202,15 @@ def test_a_run_uses_it_in_training_alone(toy_config):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"num_inference_steps": 4}, "train.prefix_cache = 2 must be 1 with 3 network calls before the first one with"),
-    ({"estimator": "truncated", "trunc_backprop_timestep": 2}, "must be 1 with 2 network calls"),
+    ({"num_inference_steps": 4, "estimator": "truncated"}, "= 2 must be 1 here: 3 of the 4 network calls of the first"),
+    ({"sampler": "LCM", "num_inference_steps": 3, "estimator": "truncated"}, "must be 1 here: 2 of the 3"),
+    ({"estimator": "randomized"}, r"must be 1 here: \d of the 8 network calls"),
     ({"compile": True}, "train.prefix_cache = 2 needs compile = False"),
-    ({"train.prefix_cache": 0}, "train.prefix_cache = 0 must be a whole number of at least 1"),
 ])  # fmt: skip
-def test_where_it_cannot_act_it_is_refused(fields, message):
-    config = get_config("quickstart")
-    config.update_from_flattened_dict({"train.prefix_cache": 2, "num_inference_steps": 15} | fields)
+def test_where_it_cannot_act_it_is_refused(toy_config, fields, message):
+    options = {"num_inference_steps": 8, "train.total_batch_size": 16, "train.total_samples_per_epoch": 16}
     with pytest.raises(ConfigError, match=message):
-        resolve(config, 1)
-
-
-def test_a_sampler_with_few_calls_is_refused_when_they_are_known():
-    config = get_config("quickstart")
-    config.update_from_flattened_dict({"train.prefix_cache": 2, "sampler": "LCM", "num_inference_steps": 4})
-    c = resolve(config, 1)
-    with pytest.raises(ConfigError, match="must be 1 with 3 network calls"):
-        check_truncation(c, 4)
+        AlignPropTrainer(toy_config(**{"train.prefix_cache": 2, **options, **fields}))
 
 
 def test_where_it_does_nothing_it_says_so():

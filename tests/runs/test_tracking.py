@@ -168,7 +168,8 @@ def test_numbers_and_pictures_reach_trackio(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "alignprop.db")) as base:
         rows = base.execute("select run_name, step, metrics from metrics order by id").fetchall()
     numbers = [(name, step, json.loads(text)) for name, step, text in rows if b"train/reward" in text]
-    assert numbers == [("test", step, {"train/reward": 5.5, "train/rewards/clip": 0.25}) for step in (3, 4)]
+    assert numbers == [(rows[0][0], step, {"train/reward": 5.5, "train/rewards/clip": 0.25}) for step in (3, 4)]
+    assert rows[0][0].startswith("test-")  # and something of the folder
     for step in (3, 4):
         (picture,) = (tmp_path / "trackio" / "media").rglob(f"{step}/*.png")
         with Image.open(picture) as file:

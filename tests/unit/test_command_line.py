@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignprop.settings.command_line import with_files, with_lists
+from alignprop.settings.command_line import with_files, with_lists, without_nones
 from alignprop.settings.fields import FIELDS
 from alignprop.settings.resolve import flatten, resolve
 from tests.helpers.docs_stand_ins import parsed
@@ -44,6 +44,18 @@ def test_every_default_is_taken_as_docs_config_md_has_it():
 def test_other_arguments_stay_as_they_are():
     argv = ["main.py", "--plan", "--config.seed=1,2", "--config.mixing_coef_1=None", "--config.guide.window="]
     assert with_lists(argv) == argv
+
+
+@pytest.mark.parametrize(("given", "left", "nones"), [
+    (["--config.num_eval_prompts=None"], [], ["num_eval_prompts"]),
+    (["--config.num_eval_prompts", "None", "--plan"], ["--plan"], ["num_eval_prompts"]),
+    (["--config.num_eval_prompts=None", "--config.num_eval_prompts=3"], ["--config.num_eval_prompts=3"], []),
+    (["--config.num_eval_prompts=3", "--config.num_eval_prompts=None"], [], ["num_eval_prompts"]),
+    (["--config.seed=None", "--plan"], ["--config.seed=None", "--plan"], []),  # it may not be None
+    (["--noconfig.channels_last", "--plan"], ["--plan", "--noconfig.channels_last"], []),
+])  # fmt: skip
+def test_none_is_a_value_like_others_and_the_last_one_counts(given, left, nones):
+    assert without_nones(given) == (left, nones)
 
 
 def test_a_file_of_flags_is_read_as_if_they_were_typed(tmp_path):

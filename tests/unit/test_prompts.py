@@ -166,7 +166,7 @@ def test_a_prompt_is_drawn_as_often_as_its_weight_says(tmp_path):
     )
     loaded = load_prompts(str(tmp_path / "p.jsonl"))
     assert loaded.weights == (3.0, 0.0, 1.0) and loaded.metadata[0] == {"weight": 3}
-    cats, dogs, owls = count_draws(loaded, seed=0, steps=50, batch_size=40)
+    cats, dogs, owls = count_draws(loaded, seed=0, steps=range(50), batch_size=40)
     assert dogs == 0 and cats + owls == 2000 and abs(cats - 1500) < 4 * (2000 * 0.75 * 0.25) ** 0.5
     prompts, metadata = draw_prompts(loaded, 0, 7, range(8))
     assert all(
@@ -183,6 +183,7 @@ def test_without_that_column_all_are_drawn_equally_often(tmp_path):
     (["2", "-1"], "weight = '-1' of 'b' must be a finite number of at least 0"),
     (["much", "1"], "weight = 'much' of 'a' must be a finite number of at least 0"),
     (["inf", "1"], "weight = 'inf' of 'a' must be"), (["0", "0.0"], "all prompts have weight = 0"),
+    (["", "-1"], "weight = '-1' of 'b' must be"),  # an empty cell is 1
 ])  # fmt: skip
 def test_a_weight_that_is_none_is_refused(tmp_path, weights, told):
     (tmp_path / "p.csv").write_text(
@@ -191,20 +192,36 @@ def test_a_weight_that_is_none_is_refused(tmp_path, weights, told):
     assert told in message(str(tmp_path / "p.csv"))
 
 
+def test_a_weight_that_no_float_can_hold_is_refused_and_one_that_is_missing_is_1(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "weight": 1' + "0" * 400 + "}")
+    assert "of 'a' must be a finite number" in message(str(path))
+    path.write_text('{"prompt": "a", "weight": null}\n{"prompt": "b", "weight": 2}')
+    assert load_prompts(str(path)).weights == (1.0, 2.0)
+    assert load_prompts(str(path), field="eval_prompt_fn").weights is None  # an evaluation takes the prompts in turn
+
+
 def test_prompts_have_negative_prompts_of_their_own():
-    one = PromptSet("one", ("a cat", "a dog"), ({"negative_prompt": "blurry"}, {}))
+    one = PromptSet("one", ("a cat", "a dog", "a bee"), ({"negative_prompt": "blurry"}, {}, "metadata of a function"))
     two = PromptSet("two", ("a cat", "an owl"), ({"negative_prompt": "blurry"}, {"negative_prompt": ""}))
     assert negatives_of(one, two) == {"a cat": "blurry", "an owl": ""}
-    with pytest.raises(ConfigError, match="'three': 'a cat' has two negative prompts, 'blurry' and 'dark'"):
+    with pytest.raises(ConfigError, match="'three': 'a cat' has the negative prompts 'blurry' and 'dark'"):
         negatives_of(one, PromptSet("three", ("a cat",), ({"negative_prompt": "dark"},)))
+    with pytest.raises(ConfigError, match="'three': 'a cat' has the negative prompts 'blurry' and None"):
+        negatives_of(one, PromptSet("three", ("a cat",), ({},)))
     with pytest.raises(ConfigError, match="negative_prompt = 3 of 'a cat' must be text"):
         negatives_of(PromptSet("three", ("a cat",), ({"negative_prompt": 3},)))
+
+
+def test_an_empty_cell_is_no_negative_prompt(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,negative_prompt\na cat,blurry\na dog,\n")
+    assert negatives_of(load_prompts(str(tmp_path / "p.csv"))) == {"a cat": "blurry"}
 
 
 # ---- datasets
 
 
-def test_a_dataset_is_read_by_name_and_split(tmp_path):
+def test_a_dataset_is_read_by_name_and_split(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = {"caption": ["a cat", "a dog"], "style": ["photo", None], "tags": [["x"], ["y"]]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d" / "train.parquet")
@@ -215,8 +232,10 @@ def test_a_dataset_is_read_by_name_and_split(tmp_path):
     assert "Unknown split" in message(f"dataset:{tmp_path / 'd'}:validation")
     datasets.Dataset.from_dict({"words": ["an owl"]}).to_parquet(tmp_path / "e" / "train.parquet")
     assert "row 1 has no prompt or text or caption, but words" in message(f"dataset:{tmp_path / 'e'}")
+    monkeypatch.setattr("alignprop.prompts._is_on_hub", lambda name: False)
     text = message(f"dataset:{tmp_path / 'nowhere'}", field="eval_prompt_fn")
     assert text.startswith(f"eval_prompt_fn = 'dataset:{tmp_path / 'nowhere'}': it cannot be loaded")
+    assert message("dataset: :test").endswith("the name of the dataset is missing")
 
 
 def test_without_the_package_a_dataset_is_refused_in_one_line(monkeypatch):
@@ -275,19 +294,21 @@ def test_what_is_told_of_the_draws_is_what_was_drawn():
     numbers = prompt_set(5)
     drawn = [prompt for step in range(3) for prompt in draw_prompts(numbers, 0, step, range(4))[0]]
     counts = [drawn.count(prompt) for prompt in numbers.prompts]
-    assert count_draws(numbers, 0, 3, 4) == counts
+    assert count_draws(numbers, 0, range(3), 4) == counts
     some = [count for count in counts if count]
-    assert told_of_draws(numbers, 0, 3, 4) == (
+    assert told_of_draws(numbers, 0, range(3), 4) == (
         f"prompts: {len(some)} of 5 were drawn, each {min(some)} to {max(some)} times"
     )
-    assert told_of_draws(numbers, 0, 0, 4) == "prompts: 0 of 5 were drawn"
+    assert told_of_draws(numbers, 0, range(0), 4) == "prompts: 0 of 5 were drawn"
+    assert "were drawn since step 2, each" in told_of_draws(numbers, 0, range(2, 3), 4)
 
 
 def test_an_epoch_says_whether_it_is_longer_than_the_prompt_set():
     texts = [told_of_epoch(prompt_set(size), 10) for size in (5, 10, 20)]
-    assert texts[0].startswith("an epoch is longer than the prompt set") and "2 of each" in texts[0]
-    assert "as many as there are prompts" in texts[1]
-    assert texts[2].startswith("an epoch is shorter than the prompt set") and "0.5 of each" in texts[2]
+    assert texts == [
+        f"an epoch is {length} the prompt set: it draws at random 10 times from {size} prompts"
+        for length, size in (("longer than", 5), ("as long as", 10), ("shorter than", 20))
+    ]
 
 
 def test_a_sample_keeps_its_prompt_however_the_batch_is_cut():

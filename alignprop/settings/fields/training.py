@@ -1,7 +1,16 @@
 """The fields of training: batches, steps and the optimizer."""
 
 from alignprop.settings.fields.field import ALIGN_PROP, EVALUATION, TRAINING, Field, needs
-from alignprop.settings.fields.rules import COUNT, COUNT_OR_AUTO, choice, integer, number, optional, text
+from alignprop.settings.fields.rules import (
+    COUNT,
+    COUNT_OR_AUTO,
+    choice,
+    integer,
+    number,
+    optional,
+    text,
+    whole_number_to,
+)
 
 ADAM = needs(
     "train.optimizer = 'adamw', 'adamw8bit' or 'prodigy'",
@@ -50,11 +59,11 @@ FIELDS = (
         "Computes only every n-th of the network calls before the first one with gradient in full, after 3 full ones. "
         "In the others the blocks of the denoiser predict their outputs (TaylorSeer). The gradient is exact at the "
         "latents that are visited, but these are those of a slightly different chain. The first call with gradient is "
-        "that of a whole micro-batch, so per_gpu_capacity changes the result if the samples of a micro-batch differ in "
-        "it. 1 computes all calls in full.", (TRAINING, ALIGN_PROP, NOT_FULL),
+        "that of all samples of an optimizer step together, so the cache helps most with 'truncated'. 1 computes all "
+        "calls in full.", (TRAINING, ALIGN_PROP, NOT_FULL),
     ),
     Field(
-        "train.prefix_cache_order", 1, integer(0),
+        "train.prefix_cache_order", 1, whole_number_to(0, 2),
         "The order of the Taylor series of train.prefix_cache. 0 repeats the outputs of the last full call. Each order "
         "keeps one more tensor of every block.", (TRAINING, ALIGN_PROP, CACHED),
     ),
