@@ -64,8 +64,8 @@ class Side:
     preset: str = ""
 
 
-FAST_IN_TRL = {
-    "sample_num_steps": 5,
+FAST_IN_TRL = {  # with DDIM, because TRL has no other sampler
+    "sample_num_steps": 4,
     "truncated_backprop_rand": False,
     "truncated_backprop_timestep": 0,
     "train_learning_rate": 1.2e-2,
