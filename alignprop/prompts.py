@@ -17,7 +17,7 @@ import torch
 
 from alignprop.engine.seeding import generator
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.prompt_files import NEGATIVE, READERS, Rows, read_prompt_file, read_rows, read_weights
+from alignprop.settings.prompt_files import NEGATIVE, READERS, Rows, read_dataset, read_prompt_file, read_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DATASET = "dataset:"  # before the name of a dataset
@@ -76,7 +76,7 @@ def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
     if name in PROMPT_SETS:
         return PROMPT_SETS[name](name, field)
     if name.startswith(DATASET):
-        return _from_rows(name, field, lambda: _read_dataset(name.removeprefix(DATASET)))
+        return _from_rows(name, field, lambda: read_dataset(name.removeprefix(DATASET)))
     path = Path(os.path.expanduser(name))
     if os.path.isfile(path) or "/" in name or name.endswith((".txt", *READERS)):
         return _from_rows(name, field, lambda: read_prompt_file(path))
@@ -152,40 +152,6 @@ def _from_rows(name: str, field: str, read: Callable[[], Rows]) -> PromptSet:
     except ConfigError as error:
         raise ConfigError(f"{field} = {name!r}: {error}") from error
     return PromptSet(name, prompts, metadata, weights)
-
-
-def _read_dataset(name: str) -> Rows:
-    """Reads the columns of text and numbers of a dataset, by the package ``datasets``; name is "NAME" or "NAME:SPLIT".
-
-    Raises:
-        ConfigError: the package is not installed, there is no such dataset, or a row has no prompt.
-    """
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ConfigError("this needs the package datasets: pip install datasets") from None
-    path, _, split = name.partition(":")
-    if not path.strip():
-        raise ConfigError("the name of the dataset is missing")
-    path = os.path.expanduser(path)
-    try:
-        options = datasets.DownloadConfig(local_files_only=os.path.isdir(path) or not _is_on_hub(path))
-        table = datasets.load_dataset(path, split=split or "train", download_config=options)
-    except Exception as error:  # of the package, of the hub's client or of its HTTP library
-        raise ConfigError(f"it cannot be loaded ({type(error).__name__}: {_one_line(error)})") from None
-    plain = [column for column, kind in table.features.items() if isinstance(kind, datasets.Value)]
-    return read_rows(table.select_columns(plain), "row")
-
-
-def _is_on_hub(name: str) -> bool:
-    """Says whether the hub answers and has this dataset. It is asked once, because the package would try for long."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except Exception:  # the hub's client also lets the exceptions of its HTTP library through
-        return False
-    return True
 
 
 def _asset(filename: str) -> Callable[[str, str], PromptSet]:

@@ -1,9 +1,10 @@
-"""Reads prompt files: text with one prompt in each line, or rows with metadata (.jsonl, .json, .csv, .tsv)."""
+"""Reads prompts: text files with one in each line, rows with metadata (.jsonl, .json, .csv, .tsv), and datasets."""
 
 import csv
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,40 @@ def read_prompt_file(path: Path) -> Rows:
     if not rows:
         raise ConfigError(f"{path} holds no prompt; write one per line")
     return rows
+
+
+def read_dataset(name: str) -> Rows:
+    """Reads the columns of text and numbers of a dataset, by the package ``datasets``; name is "NAME" or "NAME:SPLIT".
+
+    Raises:
+        ConfigError: the package is not installed, there is no such dataset, or a row has no prompt.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ConfigError("this needs the package datasets: pip install datasets") from None
+    path, _, split = name.partition(":")
+    if not path.strip():
+        raise ConfigError("the name of the dataset is missing")
+    path = os.path.expanduser(path)
+    try:
+        options = datasets.DownloadConfig(local_files_only=os.path.isdir(path) or not _is_on_hub(path))
+        table = datasets.load_dataset(path, split=split or "train", download_config=options)
+    except Exception as error:  # of the package, of the hub's client or of its HTTP library
+        raise ConfigError(f"it cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())})") from None
+    plain = [column for column, kind in table.features.items() if isinstance(kind, datasets.Value)]
+    return read_rows(table.select_columns(plain), "row")
+
+
+def _is_on_hub(name: str) -> bool:
+    """Says whether the hub answers and has this dataset. It is asked once, because the package would try for long."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except Exception:  # the hub's client also lets the exceptions of its HTTP library through
+        return False
+    return True
 
 
 def read_rows(entries: Iterable[Any], place: str) -> Rows:

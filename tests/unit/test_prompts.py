@@ -232,7 +232,7 @@ def test_a_dataset_is_read_by_name_and_split(tmp_path, monkeypatch):
     assert "Unknown split" in message(f"dataset:{tmp_path / 'd'}:validation")
     datasets.Dataset.from_dict({"words": ["an owl"]}).to_parquet(tmp_path / "e" / "train.parquet")
     assert "row 1 has no prompt or text or caption, but words" in message(f"dataset:{tmp_path / 'e'}")
-    monkeypatch.setattr("alignprop.prompts._is_on_hub", lambda name: False)
+    monkeypatch.setattr("alignprop.settings.prompt_files._is_on_hub", lambda name: False)
     text = message(f"dataset:{tmp_path / 'nowhere'}", field="eval_prompt_fn")
     assert text.startswith(f"eval_prompt_fn = 'dataset:{tmp_path / 'nowhere'}': it cannot be loaded")
     assert message("dataset: :test").endswith("the name of the dataset is missing")
