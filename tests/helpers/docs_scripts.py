@@ -73,6 +73,7 @@ ELSEWHERE = {
     "scripts/bakeoff/run.py": "tests/scripts/test_bakeoff.py",
     "scripts/bench/gpu.py": "tests/scripts/test_gpu_bench.py",
     "scripts/bench/prefix_cache.py": "tests/scripts/test_prefix_cache.py",
+    "scripts/bench/samplers.py": "tests/scripts/test_samplers.py",
     "scripts/bench/time_to_reward.py": "tests/scripts/test_time_to_reward.py",
     "scripts/check_gpu.py": "tests/scripts/test_check_gpu.py",
 }
