@@ -140,7 +140,9 @@ def told_of_epoch(prompts: PromptSet, samples: int) -> str:
 def told_of_draws(prompts: PromptSet, seed: int, steps: range, batch_size: int) -> str:
     """Returns a line about how many of the prompts were drawn in these steps, and how often."""
     drawn = [count for count in count_draws(prompts, seed, steps, batch_size) if count]
-    often = f", each {min(drawn)} to {max(drawn)} times" if drawn else ""
+    low, high = min(drawn, default=0), max(drawn, default=0)
+    times = f"{low} to {high} times" if low < high else "once" if high == 1 else f"{high} times"
+    often = f", each {times}" if drawn else ""
     since = f" since step {steps.start}" if steps.start else ""
     return f"prompts: {len(drawn)} of {len(prompts)} were drawn{since}{often}"
 

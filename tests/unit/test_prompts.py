@@ -299,6 +299,8 @@ def test_what_is_told_of_the_draws_is_what_was_drawn():
     assert told_of_draws(numbers, 0, range(3), 4) == (
         f"prompts: {len(some)} of 5 were drawn, each {min(some)} to {max(some)} times"
     )
+    assert told_of_draws(prompt_set(1), 0, range(2), 4) == "prompts: 1 of 1 were drawn, each 8 times"
+    assert told_of_draws(prompt_set(1), 0, range(1), 1) == "prompts: 1 of 1 were drawn, each once"
     assert told_of_draws(numbers, 0, range(0), 4) == "prompts: 0 of 5 were drawn"
     assert "were drawn since step 2, each" in told_of_draws(numbers, 0, range(2, 3), 4)
 
