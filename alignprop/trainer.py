@@ -23,9 +23,10 @@ from alignprop.method import estimators
 from alignprop.method.estimators import ESTIMATORS, Estimator, build_estimator
 from alignprop.method.gradient import RewardGradient, SampleValues
 from alignprop.method.plans import GradientPlan
+from alignprop.method.prefix_cache import FULL_CALLS
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import ConfigError, one_of
-from alignprop.settings.options import FULL_CALLS, estimator_options, gradient_options
+from alignprop.settings.options import estimator_options, gradient_options
 
 
 class AlignPropTrainer(TrainingLoop):

@@ -17,10 +17,10 @@ from alignprop.memory.simulation import Build, ShortStep, simulate
 from alignprop.method.chain import Sampler
 from alignprop.method.estimators import build_estimator
 from alignprop.method.plans import GradientPlan
-from alignprop.method.prefix_cache import is_full
+from alignprop.method.prefix_cache import FULL_CALLS, is_full
 from alignprop.method.samplers import chain_of
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.options import FULL_CALLS, chain_options, estimator_options
+from alignprop.settings.options import chain_options, estimator_options
 
 GIB = 2**30
 # A margin for memory that the account does not see: workspaces of kernels, and fragmentation in the allocator.

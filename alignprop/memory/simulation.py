@@ -19,11 +19,11 @@ from alignprop.memory.residency import Residency, phases_of
 from alignprop.method.chain import Sampler
 from alignprop.method.gradient import RewardGradient
 from alignprop.method.plans import GradientPlan
-from alignprop.method.prefix_cache import build_prefix_cache
+from alignprop.method.prefix_cache import FULL_CALLS, build_prefix_cache
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Model
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.options import FULL_CALLS, gradient_options, prefix_cache_options, rollout_options
+from alignprop.settings.options import gradient_options, prefix_cache_options, rollout_options
 from alignprop.weights import TrainedWeights
 
 Build = Callable[[], tuple[Model, Judges]]

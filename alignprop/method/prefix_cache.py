@@ -15,8 +15,7 @@ from diffusers.hooks import HookRegistry, TaylorSeerCacheConfig, apply_taylorsee
 from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 from diffusers.models.cache_utils import CacheMixin
 
-from alignprop.settings.options import FULL_CALLS
-
+FULL_CALLS = 3  # at the start of each chain: they fill the Taylor series up to its second order
 # The repeated layers of the denoisers: residual blocks and transformer blocks of U-Nets, and blocks of transformers.
 BLOCKS = r"(.*\.)?(resnets|transformer_blocks|single_transformer_blocks)\.\d+|layers\.\d+"
 

@@ -22,11 +22,10 @@ from alignprop.method.adjoint import AdjointNorms
 from alignprop.method.chain import Past, Sampler
 from alignprop.method.guidance import Graph, GuidedDenoiser
 from alignprop.method.plans import GradientPlan
-from alignprop.method.prefix_cache import PrefixCache
+from alignprop.method.prefix_cache import FULL_CALLS, PrefixCache
 from alignprop.method.sweep import Trajectory, per_sample, sweep, track
 from alignprop.models.base import Conditioning, Model, select
 from alignprop.settings.memory_policies import MemoryPolicy, chunks
-from alignprop.settings.options import FULL_CALLS
 
 
 class Rollout(torch.nn.Module):
@@ -109,21 +108,23 @@ class Rollout(torch.nn.Module):
         tracked = [name for name, tensor in cond.items() if tensor.requires_grad]
         trajectory = Trajectory(active[0] if active else self.sampler.num_steps, tracked)
         latents, past = self.start(generators), Past(self.sampler, generators)
+        prefix_end = 0 if plan is None else plan.steps_before_gradient
         with ExitStack() as prefix:
-            if self.prefix_cache and plan is not None and plan.steps_before_gradient > FULL_CALLS:
+            if self.prefix_cache and prefix_end > FULL_CALLS:
                 prefix.enter_context(self.prefix_cache.on())
             for i in range(self.sampler.num_steps):
-                if plan is not None and i == plan.steps_before_gradient:
+                if i == prefix_end:
                     prefix.close()
                 if i >= trajectory.first:
                     trajectory.stored[i] = latents
-                if plan is not None and plan.leaves_early and not len(self._still_in(i, plan)):
+                rows = None if plan is None or not plan.leaves_early else self._still_in(i, plan)
+                if rows is not None and not len(rows):
                     break
                 if i in to_keep:
                     kept = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]), tracked)
                     model_output, trajectory.kept[i] = kept
                 else:
-                    model_output = self._output(i, latents, cond, plan)
+                    model_output = self._output(i, latents, cond, rows)
                 next_latents = self.next_latents(i, latents, model_output, past, plan)
                 if on_step:
                     on_step(i, latents, model_output, next_latents)
@@ -132,12 +133,11 @@ class Rollout(torch.nn.Module):
             release(self.denoiser)
         return latents, trajectory
 
-    def _output(self, i: int, latents: torch.Tensor, cond: Conditioning, plan: GradientPlan | None) -> torch.Tensor:
-        """Returns f[i], with zeros for the samples that have left the chain."""
-        if plan is None or not plan.leaves_early:
+    def _output(self, i: int, latents: torch.Tensor, cond: Conditioning, rows: torch.Tensor | None) -> torch.Tensor:
+        """Returns f[i] of the samples `rows`, int [b], and zeros for the others; None means all samples."""
+        if rows is None:
             return self.f(*self.inputs(i, latents), cond)
-        model_output = torch.zeros_like(latents)
-        rows = self._still_in(i, plan).to(latents.device)
+        model_output, rows = torch.zeros_like(latents), rows.to(latents.device)
         model_output[rows] = self.f(*self.inputs(i, latents[rows]), select(cond, rows))
         return model_output
 

@@ -55,8 +55,7 @@ def export() -> None:
 
     check = export_lora(
         options.checkpoint, options.out, options.format, base=options.base, dtype=options.dtype, force=options.force,
-        verify=options.verify, scale=options.scale, mix_with=options.mix_with,
-        mixing_coef=options.mixing_coef,
+        verify=options.verify, scale=options.scale, mix_with=options.mix_with, mixing_coef=options.mixing_coef,
     )  # fmt: skip
     print(f"{options.out}: {check or 'written'}")
 

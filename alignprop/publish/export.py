@@ -43,18 +43,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def export_lora(
-    checkpoint,
-    out,
-    form: str,
-    *,
-    base: str = "",
-    dtype: str = "",
-    force: bool = False,
-    verify: bool = False,
-    scale: float = 1.0,
-    mix_with="",
-    mixing_coef: float | None = None,
-) -> Check | None:
+    checkpoint, out, form: str, *, base: str = "", dtype: str = "", force: bool = False, verify: bool = False,
+    scale: float = 1.0, mix_with="", mixing_coef: float | None = None,
+) -> Check | None:  # fmt: skip
     """Writes the LoRA of a checkpoint to a file, or the base model with the LoRA to a pipeline folder.
 
     Args:
@@ -79,11 +70,7 @@ def export_lora(
             reads differently from the checkpoint.
     """
     one_of("format", form, FORMATS)
-    if mixing_coef is not None and not mix_with:
-        raise ConfigError(f"mixing_coef = {mixing_coef} needs mix_with, a second checkpoint")
-    share = 0.5 if mixing_coef is None else mixing_coef
-    if not (math.isfinite(scale) and scale and math.isfinite(share)):
-        raise ConfigError(f"scale = {scale} and mixing_coef = {share} must be finite numbers, and scale not 0")
+    share = _check_numbers(scale, mix_with, mixing_coef)
     if dtype and form == "merged":
         raise ConfigError(f"dtype = {dtype!r} has no effect with format = 'merged': weights keep the base model's")
     dtype = DTYPES[one_of("dtype", dtype or "float32", DTYPES)]
@@ -116,6 +103,16 @@ def export_lora(
             return None
         compare(weights, own_deltas(read_lora(temporary, model)), rounding(weights, dtype))
         return compare(weights, diffusers_deltas(temporary, model), rounding(weights, dtype))
+
+
+def _check_numbers(scale: float, mix_with, mixing_coef: float | None) -> float:
+    """Checks the numbers of an export, and returns the share of the first checkpoint."""
+    if mixing_coef is not None and not mix_with:
+        raise ConfigError(f"mixing_coef = {mixing_coef} needs mix_with, a second checkpoint")
+    share = 0.5 if mixing_coef is None else mixing_coef
+    if not (math.isfinite(scale) and scale and math.isfinite(share)):
+        raise ConfigError(f"scale = {scale} and mixing_coef = {share} must be finite numbers, and scale not 0")
+    return share
 
 
 def _contents(weights: LoraWeights, model: Model, form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

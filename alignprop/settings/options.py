@@ -6,8 +6,6 @@ from ml_collections import ConfigDict
 
 from alignprop.settings.memory_policies import MemoryPolicy
 
-FULL_CALLS = 3  # at the start of each chain, which a prefix cache does not predict
-
 
 def estimator_options(config: ConfigDict) -> dict[str, Any]:
     """Returns the arguments of `estimators.build_estimator`. None stands for the default of the method."""

@@ -9,14 +9,13 @@ from diffusers import TaylorSeerCacheConfig
 from alignprop.engine.seeding import generator, generators
 from alignprop.method.estimators import build_estimator
 from alignprop.method.plans import GradientPlan
-from alignprop.method.prefix_cache import PrefixCache, blocks_of, build_prefix_cache, is_full
+from alignprop.method.prefix_cache import FULL_CALLS, PrefixCache, blocks_of, build_prefix_cache, is_full
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import build_sampler
 from alignprop.models import FAMILIES
 from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
-from alignprop.settings.options import FULL_CALLS
 from alignprop.settings.warnings import warnings_for
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config
