@@ -4,7 +4,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import numpy as np
@@ -127,13 +127,14 @@ def call_hook(hook: Callable[..., Any], evaluation: Any, step: int, tracker: Any
     """Calls `hook(data, step, tracker)` with the kept pictures of an evaluation. If the hook fails, one line says so.
 
     `data` is a dict with
-        "images": the n pictures, float32 [n, 3, H, W] in [0, 1], on the CPU; the hook may change them.
+        "images": the n pictures, float32 [n, 3, H, W] in [0, 1], on the CPU; the hook may change them. If they have
+            several sizes, this is a list of n pictures [3, H, W].
         "prompts", "prompt_metadata": a list of n each.
         "rewards": the reward of the run, float32 [n].
     """
     n = len(evaluation.images)
     data = {
-        "images": evaluation.images.clone(),  # the originals are being written to the run folder meanwhile
+        "images": deepcopy(evaluation.images),  # the originals are being written to the run folder meanwhile
         "prompts": evaluation.prompts[:n],
         "prompt_metadata": [copy(row) for row in evaluation.metadata[:n]],
         "rewards": evaluation.rewards[:n].float(),

@@ -22,6 +22,7 @@ from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_fsdp
 from alignprop.loop import TrainingLoop, now
 from alignprop.method.chain import Sampler
+from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, encode, select
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import ConfigError
@@ -77,12 +78,14 @@ class Samples:
     """The trajectories of b samples. They are kept on the host, because an epoch has many.
 
     Attributes:
+        rollout: the sampling chain that drew them.
         indices: the positions of the samples in the epoch, int [b].
         prompts: the prompts of the samples.
         latents: x[0] … x[N], N+1 tensors [b, ...].
         log_probabilities: for each step i that has noise, its log-probability when it was drawn; float32 [b].
     """
 
+    rollout: Rollout
     indices: torch.Tensor
     prompts: list[str]
     latents: list[torch.Tensor]
@@ -103,21 +106,21 @@ class DDPOTrainer(TrainingLoop):
                 f"algorithm = 'ddpo' needs a sampler whose steps are independent draws; train.sampler = "
                 f"{self.config.train.sampler!r} uses outputs of earlier steps again"
             )
-        if not self.noisy_steps:
-            raise ConfigError(
-                f"ddpo.min_noise = {self.config.ddpo.min_noise} must be less than the noise of the sampler's noisiest "
-                f"step, {float(self.run.rollout.sampler.s.max()):.4g}"
-            )
+        for rollout in self.run.rollouts:
+            if not self.noisy_steps(rollout):
+                raise ConfigError(
+                    f"ddpo.min_noise = {self.config.ddpo.min_noise} must be less than the noise of the sampler's "
+                    f"noisiest step, {float(rollout.sampler.s.max()):.4g}"
+                )
 
     @cached_property
     def statistics(self) -> PromptStatistics:
         """The newest rewards of each prompt."""
         return PromptStatistics(self.config.ddpo.per_prompt_buffer, self.config.ddpo.per_prompt_min_count)
 
-    @property
-    def noisy_steps(self) -> list[int]:
-        """The sampler steps that updates may use: those with more noise than `ddpo.min_noise`."""
-        return (self.run.rollout.sampler.s.diagonal() > self.config.ddpo.min_noise).nonzero().squeeze(1).tolist()
+    def noisy_steps(self, rollout: Rollout) -> list[int]:
+        """Returns the sampler steps that updates may use: those with more noise than `ddpo.min_noise`."""
+        return (rollout.sampler.s.diagonal() > self.config.ddpo.min_noise).nonzero().squeeze(1).tolist()
 
     def step(self) -> dict[str, Any]:
         """Samples `total_samples_per_epoch` pictures, makes the updates with them, and returns the metrics row."""
@@ -181,11 +184,11 @@ class DDPOTrainer(TrainingLoop):
         self, key: tuple[int, int | str], indices: torch.Tensor, prompts: list[str], cond: Conditioning
     ) -> Samples:
         """Samples the trajectories of one group, whose samples share each network call."""
-        rollout, steps = self.run.rollout, []
+        rollout, steps = self.rollout(key), []
         rollout.sample(generators(indices, *key, "noise"), cond, on_step=lambda *step: steps.append(step))
         latents = [steps[0][1], *(x_next for *_, x_next in steps)]
         logs = {i: log_probability(rollout.sampler, i, *step) for i, *step in steps if rollout.sampler.s[i, i]}
-        return Samples(indices, prompts, [x.cpu() for x in latents], {i: log.cpu() for i, log in logs.items()})
+        return Samples(rollout, indices, prompts, [x.cpu() for x in latents], {i: log.cpu() for i, log in logs.items()})
 
     def update(self, block: list[Samples], advantages: torch.Tensor, draw: torch.Generator) -> list[float]:
         """Makes one optimizer update with `total_batch_size` samples.
@@ -199,9 +202,10 @@ class DDPOTrainer(TrainingLoop):
             The mean loss, the gradient norm, the mean ratio, the share of clipped ratios, and half the mean squared
             change of the log-probability.
         """
-        count = max(1, round(self.config.ddpo.timestep_fraction * len(self.noisy_steps)))
-        drawn = torch.randperm(len(self.noisy_steps), generator=draw)[:count].sort().values
-        steps = [self.noisy_steps[j] for j in drawn]
+        noisy = self.noisy_steps(block[0].rollout)
+        count = max(1, round(self.config.ddpo.timestep_fraction * len(noisy)))
+        drawn = torch.randperm(len(noisy), generator=draw)[:count].sort().values
+        steps = [noisy[j] for j in drawn]
         with self.run.residency("sweep"):
             values = [self.add_gradients(samples, i, advantages, count) for samples in block for i in steps]
         losses, ratios, clipped, divergences = self.run.accelerator.gather(torch.cat(values, dim=1).T.contiguous()).T
@@ -222,7 +226,7 @@ class DDPOTrainer(TrainingLoop):
             [4, b]: the loss, the ratio, whether the ratio is clipped, and half the squared change of the
             log-probability.
         """
-        c, rollout, device = self.config, self.run.rollout, self.run.accelerator.device
+        c, rollout, device = self.config, samples.rollout, self.run.accelerator.device
         x, x_next, before = (t.to(device) for t in (*samples.latents[i : i + 2], samples.log_probabilities[i]))
         t, cond = rollout.sampler.timesteps[i].to(device), self.run.model.encode_prompts(samples.prompts)
         with torch.no_grad():  # with_graph still builds the one graph that is needed
@@ -247,7 +251,7 @@ class DDPOTrainer(TrainingLoop):
         size = self.run.choice.capacity
         trajectories, _ = self.sample((self.config.seed, "trial"), torch.arange(size))
         with self.run.residency("sweep"):
-            self.add_gradients(trajectories[0], self.noisy_steps[0], torch.zeros(size), 1)
+            self.add_gradients(trajectories[0], self.noisy_steps(self.run.rollout)[0], torch.zeros(size), 1)
 
     def extra_state(self) -> dict[str, Any]:
         return {"prompt_rewards": {prompt: list(rewards) for prompt, rewards in self.statistics.rewards.items()}}

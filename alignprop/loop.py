@@ -21,6 +21,7 @@ from alignprop.callbacks import (
 )
 from alignprop.engine.optimizers import STATE_BYTES
 from alignprop.engine.processes import on_main
+from alignprop.engine.seeding import generator
 from alignprop.engine.sharding import is_fsdp
 from alignprop.engine.speed import compile_blocks
 from alignprop.evaluation.evaluate import Evaluation
@@ -28,11 +29,13 @@ from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import read_lora
 from alignprop.memory.checkpointing import apply_policy
 from alignprop.memory.planner import next_choice
+from alignprop.method.rollout import Rollout
 from alignprop.models.base import Model
 from alignprop.prompts import PromptSet, load_prompts, told_of_draws, told_of_epoch
 from alignprop.publish.hub import push_finished
 from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
+from alignprop.settings.fields.rules import picture_sizes, size_name
 from alignprop.settings.resolve import changes
 from alignprop.stopping import STOPPED, stop_requests
 from alignprop.weights import TrainedWeights
@@ -165,11 +168,14 @@ class TrainingLoop:
             started: `now()` at the beginning of the step.
             others: further entries of the row.
         """
+        sizes, step = picture_sizes(self.config.resolution), self.global_step - 1
+        drawn = {"resolution": size_name(sizes[self._drawn_size(self.config.seed, step)])} if len(sizes) > 1 else {}
         seconds, cpu_seconds = (round(b - a, 3) for a, b in zip(started, now(), strict=True))
         return {
             "kind": "train",
             "step": self.global_step,
-            "epoch": (self.global_step - 1) // self.config.train.steps_per_epoch,
+            "epoch": step // self.config.train.steps_per_epoch,
+            **drawn,
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             "rewards": {name: scores.mean().item() for name, scores in terms.items()},
@@ -179,6 +185,20 @@ class TrainingLoop:
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
         }
+
+    def rollout(self, key: tuple[int, int | str]) -> Rollout:
+        """Returns the sampling chain of a step, for pictures of the size that the key of the step draws.
+
+        A trial step has the largest pictures.
+        """
+        seed, step = key
+        return self.run.rollout if isinstance(step, str) else self.run.rollouts[self._drawn_size(seed, step)]
+
+    def _drawn_size(self, seed: int, step: int) -> int:
+        """Returns which size is drawn; in as many steps as there are sizes, each is drawn once."""
+        count = len(self.run.rollouts)
+        turn, place = divmod(step, count)
+        return int(torch.randperm(count, generator=generator(seed, turn, "sizes"))[place])
 
     def try_memory(self) -> None:
         """Runs one micro-batch of the computation that needs the most memory; adds to the trained weights' `.grad`."""

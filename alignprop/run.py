@@ -34,6 +34,7 @@ from alignprop.runs.manifest import base_model, check_base
 from alignprop.runs.records import Records, choose_folder
 from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
 from alignprop.settings.errors import ConfigError, one_of
+from alignprop.settings.fields.rules import picture_sizes
 from alignprop.settings.options import chain_options, model_options, prefix_cache_options, rollout_options
 from alignprop.settings.resolve import as_run, check_truncation, resolve
 from rewards import WeightedReward, require_differentiable
@@ -81,6 +82,8 @@ def build_run(
     if needs_gradient:
         require_differentiable(judges.reward)
     model = model or load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
+    if len(picture_sizes(c.resolution)) > 1 and not hasattr(model, "of_size"):
+        raise ConfigError(f"resolution = {c.resolution!r} needs a model with `of_size` (models/base.py), or one size")
     merge_frozen(model, frozen)
     if negatives and not hasattr(model, "negatives"):
         raise ConfigError("the column negative_prompt needs a model with `negatives` (models/base.py)")
@@ -144,7 +147,7 @@ class Run:
         stop_when: the conditions that end training.
         choice: the memory policy, and the number of samples in a micro-batch.
         residency: moves modules to the device phase by phase; it depends on `choice`.
-        rollout: the sampling chain; it depends on `choice`.
+        rollouts: the sampling chain for each size of the pictures, the largest first; they depend on `choice`.
         evaluator: evaluates on `eval_prompts`; it depends on `choice`.
     """
 
@@ -161,7 +164,7 @@ class Run:
     stop_when: list
     choice: Choice = field(init=False)
     residency: Residency = field(init=False)
-    rollout: Rollout = field(init=False)
+    rollouts: list[Rollout] = field(init=False)
     evaluator: Evaluator = field(init=False)
 
     def __post_init__(self):
@@ -171,6 +174,11 @@ class Run:
     def reward(self) -> WeightedReward:
         """The reward of the run; the other judges only measure."""
         return self.judges.reward
+
+    @property
+    def rollout(self) -> Rollout:
+        """The sampling chain for the largest pictures."""
+        return self.rollouts[0]
 
     @property
     def folder(self) -> Path:
@@ -192,9 +200,9 @@ class Run:
         self.residency.leave()  # modules that an earlier choice has on the device go back to the host
         self.choice = choice
         self.residency = Residency(self.accelerator.device, phases_of(self.model, self.judges), memory.residency)
-        sampling = self.rollout = self._rollout(training=False)
+        sampling = self.rollouts = self._rollouts(training=False)
         if c.task == "train":
-            self.rollout = self._rollout(training=True)
+            self.rollouts = self._rollouts(training=True)
             check_truncation(c, self.rollout.sampler.num_steps)
         self.evaluator = Evaluator(
             sampling, self.judges, self.eval_prompts, self.accelerator, num_images=c.num_eval_images,
@@ -204,7 +212,8 @@ class Run:
 
     def sampling(self, guidance_scale: float) -> Rollout:
         """Returns the sampling chain of evaluations, with another strength of guidance."""
-        return self._rollout(training=False, guidance_scale=guidance_scale)
+        (rollout,) = self._rollouts(training=False, guidance_scale=guidance_scale)
+        return rollout
 
     def try_judges(self, needs_gradient: bool) -> None:
         """Has two pictures of noise judged, so that a broken reward is found before the first evaluation."""
@@ -275,15 +284,20 @@ class Run:
         self.accelerator.end_training()
         self.records.close()
 
-    def _rollout(self, training: bool, **other) -> Rollout:
+    def _rollouts(self, training: bool, **other) -> list[Rollout]:
+        if training and self.config.algorithm == "align_prop":
+            other["prefix_cache"] = build_prefix_cache(self.model.denoiser, **prefix_cache_options(self.config))
+        sizes = picture_sizes(self.config.resolution)
+        models = [self.model] if len(sizes) == 1 else map(self.model.of_size, sizes)
+        return [self._rollout(model, training, **other) for model in models]
+
+    def _rollout(self, model: Model, training: bool, **other) -> Rollout:
         c, schedule = self.config, None
-        sampler = chain_of(self.model, **chain_options(c, training))
-        if training and c.algorithm == "align_prop":
-            other["prefix_cache"] = build_prefix_cache(self.model.denoiser, **prefix_cache_options(c))
+        sampler = chain_of(model, **chain_options(c, training))
         if c.task in ("evaluate", "guide") and c.lora_schedule == "linear":
             schedule = linear_schedule(sampler.timesteps, c.lora_scale)
         return Rollout(
-            self.model, sampler, autocast=self._autocast, memory=self.choice.memory, lora_scale_at=schedule,
+            model, sampler, autocast=self._autocast, memory=self.choice.memory, lora_scale_at=schedule,
             **{**rollout_options(c), **other},
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ from alignprop.method.estimators import ESTIMATORS, Estimator, build_estimator
 from alignprop.method.gradient import RewardGradient, SampleValues
 from alignprop.method.plans import GradientPlan
 from alignprop.method.prefix_cache import FULL_CALLS
+from alignprop.method.rollout import Rollout
 from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.options import estimator_options, gradient_options
@@ -61,15 +62,16 @@ class AlignPropTrainer(TrainingLoop):
         """Makes one optimizer step over `total_batch_size` samples (Algorithm 1), and returns its metrics row."""
         run, batch_size, started = self.run, self.config.train.total_batch_size, now()
         key = (self.config.seed, self.global_step)
+        rollout = self.rollout(key)
         seed_global(*key, "global", run.accelerator.process_index)
 
         # The plan is drawn for the whole batch, so it depends on neither the micro-batches nor the processes.
-        plan = self.estimator(run.rollout.sampler, batch_size, generator(*key, "plan"))
+        plan = self.estimator(rollout.sampler, batch_size, generator(*key, "plan"))
         progress = {"desc": f"step {self.global_step + 1}", "leave": False, "disable": not run.is_main}
         micro_batches = tqdm(self.micro_batches(), **progress)
         values = [self.add_gradients(key, indices, plan.select(indices)) for indices in micro_batches]
         values = run.accelerator.gather(SampleValues.join(values))
-        adjoint_norms = self._adjoint_norms()
+        adjoint_norms = self._adjoint_norms(rollout)
         grad_norm = self.weights.update(values.losses)
 
         self.global_step += 1
@@ -95,14 +97,13 @@ class AlignPropTrainer(TrainingLoop):
             The losses and rewards of the samples.
         """
         prompts, metadata = draw_prompts(self.prompts, *key, indices)
-        return self.gradient(key, indices, prompts, metadata, plan)
+        return self.gradient(self.rollout(key))(key, indices, prompts, metadata, plan)
 
-    @property
-    def gradient(self) -> RewardGradient:
-        """The gradient computation under the current memory policy, which a trial step may still change."""
+    def gradient(self, rollout: Rollout) -> RewardGradient:
+        """Returns the gradient computation under the current memory policy, which a trial step may still change."""
         run = self.run
         return RewardGradient(
-            run.model, run.rollout, run.reward, run.residency, run.accelerator.backward, **gradient_options(run.config)
+            run.model, rollout, run.reward, run.residency, run.accelerator.backward, **gradient_options(run.config)
         )
 
     def try_memory(self) -> None:
@@ -113,13 +114,13 @@ class AlignPropTrainer(TrainingLoop):
         for plan in plans:
             self.add_gradients((self.config.seed, "trial"), torch.arange(size), plan)
 
-    def _adjoint_norms(self) -> list[float | None]:
+    def _adjoint_norms(self, rollout: Rollout) -> list[float | None]:
         """Returns the norm of ∂(loss of a sample)/∂x[i] for i = 0 … N, as a mean over samples.
 
         The mean at x[i] is over the samples with an active step before x[i]. It is None if no sample has one.
         """
         accelerator = self.run.accelerator
-        totals = accelerator.reduce(self.run.rollout.adjoint_norms.take().float().to(accelerator.device), "sum").cpu()
+        totals = accelerator.reduce(rollout.adjoint_norms.take().float().to(accelerator.device), "sum").cpu()
         # The adjoints belong to the scaled mean loss. This factor turns them into those of each sample's own loss.
         loss_scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
         factor = self.config.train.total_batch_size / loss_scale

@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_sharded
 from alignprop.evaluation.judges import Judges, diversity
-from alignprop.evaluation.pictures import save_grid
+from alignprop.evaluation.pictures import Pictures, save_grid, stacked
 from alignprop.lora.adapters import adapted_networks
 from alignprop.method.base_distance import base_conditioning, chain_distance
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, encode, select
 from alignprop.prompts import PromptSet
+from alignprop.settings.fields.rules import size_name
 from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import chunks
 
@@ -40,20 +41,22 @@ class Evaluation:
 
     Attributes:
         prompts: the prompts of the n pictures.
-        images: the first pictures, float [min(n, keep), 3, H, W] in [0, 1].
+        images: the first pictures, float [min(n, keep), 3, H, W] in [0, 1]; a list of them if their sizes differ.
         rewards: the scores under the reward of interest, float64 [n].
         terms: the scores under each single reward, by its name, float64 [n].
         measures: the measures of all pictures together, as far as they were measured: "diversity"
             (evaluation/judges.py) and "base_distance" (method/base_distance.py).
         metadata: the metadata rows of the n prompts.
+        sizes: the sizes of the n pictures, such as "768x512"; empty if all have the same.
     """
 
     prompts: list[str]
-    images: torch.Tensor
+    images: Pictures
     rewards: torch.Tensor
     terms: dict[str, torch.Tensor]
     measures: dict[str, float] = field(default_factory=dict)
     metadata: list[dict] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
 
     @property
     def columns(self) -> dict[str, torch.Tensor]:
@@ -63,11 +66,13 @@ class Evaluation:
 
     def row(self) -> dict:
         """Returns the means as a row of metrics.jsonl."""
+        by_size = {name: self.rewards[rows].mean().item() for name, rows in rows_by(self.sizes).items()}
         return {
             "kind": "eval",
             "reward": self.rewards.mean().item(),
             "reward_std": self.rewards.std(correction=0).item(),
             "rewards": {name: scores.mean().item() for name, scores in self.terms.items()},
+            **({"reward_by_size": by_size} if by_size else {}),
             **self.measures,
         }
 
@@ -75,6 +80,14 @@ class Evaluation:
         """Returns a caption for each kept picture: its prompt and its score under the first single reward."""
         scores = next(iter(self.terms.values())).tolist()
         return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], scores, strict=False)]
+
+
+def rows_by(values: list[str]) -> dict[str, list[int]]:
+    """Returns the places at which each of the values is."""
+    places: dict[str, list[int]] = {}
+    for place, value in enumerate(values):
+        places.setdefault(value, []).append(place)
+    return places
 
 
 def statistics(scores: torch.Tensor) -> dict[str, float]:
@@ -87,6 +100,7 @@ class _Picture(NamedTuple):
     """The data of picture j that all processes receive. A value that was not asked for is None."""
 
     j: int
+    size: str
     scores: dict[str, float]
     image: torch.Tensor | None
     embedding: torch.Tensor | None
@@ -97,7 +111,7 @@ class Evaluator:
     """Samples pictures for a prompt set and scores them, sharded over the processes.
 
     Args:
-        rollout: samples the pictures.
+        rollouts: sample the pictures, one for each size. Each prompt is drawn in all sizes, one after the other.
         judges: score the pictures.
         num_images: the number n of pictures. Prompts repeat if there are fewer, each time with different noise.
         num_prompts: the number of prompts to use; all prompts if there are fewer, or if it is None.
@@ -109,17 +123,17 @@ class Evaluator:
     """
 
     def __init__(
-        self, rollout: Rollout, judges: Judges, prompts: PromptSet, accelerator: Accelerator, *, num_images: int,
+        self, rollouts: list[Rollout], judges: Judges, prompts: PromptSet, accelerator: Accelerator, *, num_images: int,
         num_prompts: int | None, batch_size: int, decode_chunk: int, seed: int, keep: int, base_distance: bool,
         phases: Phases,
     ):  # fmt: skip
-        self.rollout, self.judges, self.prompts, self.base_distance = rollout, judges, prompts, base_distance
+        self.rollouts, self.judges, self.prompts, self.base_distance = rollouts, judges, prompts, base_distance
         self.accelerator = accelerator
         self.num_images, self.batch_size, self.seed, self.keep = num_images, batch_size, seed, keep
         self.decode_chunk, self.phases = decode_chunk, phases
         # The prompts are shuffled, so that a few pictures of a sorted prompt file still show all kinds of prompts.
         order = torch.randperm(len(prompts), generator=generator(seed, "evaluation order")).tolist()[:num_prompts]
-        self.order = [order[j % len(order)] for j in range(num_images)]
+        self.order = [order[j // len(rollouts) % len(order)] for j in range(num_images)]
 
     @torch.no_grad()
     def __call__(
@@ -134,31 +148,40 @@ class Evaluator:
             on_image: called with (j, picture [3, H, W]) for each picture, on the process that made it.
             should_stop: called by all processes together before each batch. If it returns True, the evaluation ends
                 and returns None.
-            sample: (generators, cond, prompts, metadata) -> final latents; None means the rollout.
+            sample: (generators, cond, prompts, metadata) -> final latents; None means the rollout of each size.
         """
-        size, n, accelerator = self.batch_size, self.num_images, self.accelerator
-        at_once = size * accelerator.num_processes
+        size, accelerator = self.batch_size, self.accelerator
         seed_global(self.seed, "evaluation", accelerator.process_index)
-        sample = sample or (lambda generators, cond, prompts, metadata: self.rollout(generators, cond, None))
-        pictures, compares = [], self.base_distance and bool(adapted_networks(self.rollout.model))
-        for first in tqdm(range(0, n, at_once), "evaluating", leave=False, disable=not accelerator.is_main_process):
+        network = self.rollouts[0]
+        pictures, compares = [], self.base_distance and bool(adapted_networks(network.model))
+        batches = self._batches(size * accelerator.num_processes)
+        for rollout, together in tqdm(batches, "evaluating", leave=False, disable=not accelerator.is_main_process):
             if should_stop():
                 return None
-            start = first + accelerator.process_index * size
-            batch = range(start, min(start + size, n))
+            batch = together[accelerator.process_index * size :][:size]
             # All processes together gather the weights that FSDP2 has sharded. So a process without a picture left
-            # samples the first picture again and discards it.
-            if not batch and not is_sharded(self.rollout.denoiser):
+            # samples a picture again and discards it.
+            if not batch and not is_sharded(network.denoiser):
                 continue
-            for picture in self._batch(batch or range(1), sample, compares and first < NUM_COMPARED)[: len(batch)]:
+            compare = compares and together[0] < NUM_COMPARED
+            for picture in self._batch(rollout, batch or together[:1], sample, compare)[: len(batch)]:
                 if on_image:
                     on_image(picture.j, picture.image)
                 pictures.append(picture if picture.j < self.keep else picture._replace(image=None))
         return self._evaluation(sorted(gather_object(pictures), key=lambda picture: picture.j))
 
+    def _batches(self, at_once: int) -> list[tuple[Rollout, range]]:
+        """Returns the pictures that are made together by all processes, by number, and the chain that makes them.
+
+        They have one size. Picture j has the size j modulo the number of sizes.
+        """
+        count = len(self.rollouts)
+        of_sizes = [(rollout, range(s, self.num_images, count)) for s, rollout in enumerate(self.rollouts)]
+        return [(rollout, js[i : i + at_once]) for rollout, js in of_sizes for i in range(0, len(js), at_once)]
+
     def _evaluation(self, pictures: list[_Picture]) -> Evaluation:
         columns = {name: torch.tensor([p.scores[name] for p in pictures]).double() for name in pictures[0].scores}
-        kept = torch.stack([p.image for p in pictures if p.image is not None])
+        kept = stacked([p.image for p in pictures if p.image is not None])
         places, source = [self.order[p.j] for p in pictures], self.prompts
         prompts, metadata = ([rows[i] for i in places] for rows in (source.prompts, source.metadata))
         embeddings = [p.embedding for p in pictures if p.embedding is not None]
@@ -168,35 +191,39 @@ class Evaluator:
             "base_distance": sum(distances) / len(distances) if distances else None,
         }
         measures = {name: value for name, value in measures.items() if value is not None}
-        return Evaluation(prompts, kept, self.judges.reward.combine(columns), columns, measures, metadata)
+        sizes = [p.size for p in pictures] if len(self.rollouts) > 1 else []
+        return Evaluation(prompts, kept, self.judges.reward.combine(columns), columns, measures, metadata, sizes)
 
-    def _batch(self, batch: range, sample: Sample, compare: bool) -> list[_Picture]:
+    def _batch(self, rollout: Rollout, batch: range, sample: Sample | None, compare: bool) -> list[_Picture]:
         prompts = [self.prompts.prompts[self.order[j]] for j in batch]
         metadata = [self.prompts.metadata[self.order[j]] for j in batch]
-        model = self.rollout.model
+        model, streams = rollout.model, generators(batch, self.seed, "evaluation")
         cond = encode(model, prompts, self.phases)
         base_cond = base_conditioning(model, prompts, cond, self.phases) if compare else None
         with self.phases("denoise"):
-            latents = sample(generators(batch, self.seed, "evaluation"), cond, prompts, metadata)
-            distances = self._distances(batch, latents, cond, base_cond) if compare else [None] * len(batch)
+            latents = sample(streams, cond, prompts, metadata) if sample else rollout(streams, cond, None)
+            distances = [None] * len(batch)
+            if compare:
+                distances = self._distances(rollout, batch, latents, cond, base_cond)
         with self.phases("decode"):
             images = [model.decode(latents[rows]) for rows in chunks(len(batch), self.decode_chunk)]
         scores, embeddings = self.judges.judge(images, prompts, metadata, self.phases)
         rows = [{name: column[row].item() for name, column in scores.items()} for row in range(len(batch))]
         embeddings = [None] * len(batch) if embeddings is None else embeddings.cpu()
-        return [*map(_Picture, batch, rows, torch.cat(images).cpu(), embeddings, distances)]
+        sizes = [size_name(images[0].shape[-2:])] * len(batch)
+        return [*map(_Picture, batch, sizes, rows, torch.cat(images).cpu(), embeddings, distances)]
 
-    def _distances(self, batch: range, latents, cond, base_cond) -> list[float | None]:
+    def _distances(self, rollout: Rollout, batch: range, latents, cond, base_cond) -> list[float | None]:
         """Returns the base distance of each picture that is compared, and None for each other picture.
 
         If FSDP2 has sharded the weights, at least one distance is computed, because all processes gather together.
         """
-        rows = slice(max(sum(j < NUM_COMPARED for j in batch), is_sharded(self.rollout.denoiser)))
+        rows = slice(max(sum(j < NUM_COMPARED for j in batch), is_sharded(rollout.denoiser)))
         noise = generators(batch[rows], self.seed, "base distance")
         distances = torch.empty(0)
         if noise:
             cond, base_cond = select(cond, rows), select(base_cond, rows)
-            distances = chain_distance(self.rollout, latents[rows], cond, noise, base_cond)
+            distances = chain_distance(rollout, latents[rows], cond, noise, base_cond)
         return [d if j < NUM_COMPARED else None for j, d in zip_longest(batch, distances.tolist())]
 
 
@@ -209,20 +236,22 @@ def write_report(evaluation: Evaluation, folder: Path) -> dict:
     names = list(evaluation.terms)
     with open(folder / "scores.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "prompt", "reward", *names])
+        size = ["size"] if evaluation.sizes else []
+        writer.writerow(["image", "prompt", *size, "reward", *names])
         for j, prompt in enumerate(evaluation.prompts):
             scores = [evaluation.terms[name][j].item() for name in names]
-            writer.writerow([f"{j:06d}.png", prompt, evaluation.rewards[j].item(), *scores])
+            writer.writerow(
+                [f"{j:06d}.png", prompt, *evaluation.sizes[j : j + 1], evaluation.rewards[j].item(), *scores]
+            )
     all_scores = {"reward": evaluation.rewards, **evaluation.terms}
-    rows_of: dict[str, list[int]] = {}
-    for j, prompt in enumerate(evaluation.prompts):
-        rows_of.setdefault(prompt, []).append(j)
     summary = {name: statistics(scores) for name, scores in all_scores.items()}
     summary |= evaluation.measures
-    summary["per_prompt"] = {
-        prompt: {name: statistics(scores[rows]) for name, scores in all_scores.items()}
-        for prompt, rows in rows_of.items()
-    }
+    groups = {"per_prompt": evaluation.prompts} | ({"per_size": evaluation.sizes} if evaluation.sizes else {})
+    for group, values in groups.items():
+        summary[group] = {
+            value: {name: statistics(scores[rows]) for name, scores in all_scores.items()}
+            for value, rows in rows_by(values).items()
+        }
     write_json(folder / "summary.json", summary)
     save_grid(evaluation.images, evaluation.labels(), folder / "grid.png")
     return summary

@@ -13,6 +13,15 @@ from PIL.PngImagePlugin import PngInfo
 CONTENTS = "contents"  # A grid's PNG lists its pictures under this key: JSON [[label, [left, top, right, bottom]], …].
 
 
+Pictures = torch.Tensor | list[torch.Tensor]
+"""Pictures in [0, 1]: float [B, 3, H, W], or a list of B pictures [3, H, W] if their sizes differ."""
+
+
+def stacked(images: list[torch.Tensor]) -> Pictures:
+    """Returns pictures as one tensor if all have the same size."""
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
 def to_pil(image: torch.Tensor) -> Image.Image:
     """Returns a float tensor [3, H, W] in [0, 1] as an 8-bit picture; NaN becomes black."""
     pixels = image.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -24,8 +33,8 @@ def save_image(image: torch.Tensor, path: str | os.PathLike) -> None:
     _save_png(to_pil(image), path)
 
 
-def save_grid(images: torch.Tensor, labels: Sequence[str], path: str | os.PathLike, columns: int | None = None) -> None:
-    """Writes pictures [B, 3, H, W] in [0, 1] as one PNG, with ``labels`` under them; see `draw_grid`."""
+def save_grid(images: Pictures, labels: Sequence[str], path: str | os.PathLike, columns: int | None = None) -> None:
+    """Writes B pictures as one PNG, with ``labels`` under them; see `draw_grid`."""
     _save_png(draw_grid(images, labels, columns), path)
 
 
@@ -35,40 +44,38 @@ def read_grid(path: str | os.PathLike) -> list[tuple[str, Image.Image]]:
         return [(label, grid.crop(box)) for label, box in json.loads(grid.info.get(CONTENTS, "[]"))]
 
 
-def save_before_after(
-    before: torch.Tensor, after: torch.Tensor, labels: Sequence[str], path: str | os.PathLike
-) -> None:
-    """Writes two rows of pictures [B, 3, H, W] in [0, 1], ``before`` above ``after``, with one label per column."""
+def save_before_after(before: Pictures, after: Pictures, labels: Sequence[str], path: str | os.PathLike) -> None:
+    """Writes two rows of B pictures, ``before`` above ``after``, with one label per column."""
     texts = [""] * len(before) + list(labels)
-    _save_png(draw_grid(torch.cat([before, after]), texts, len(before), row_titles=("before", "after")), path)
+    _save_png(draw_grid([*before, *after], texts, len(before), row_titles=("before", "after")), path)
 
 
-def save_comparison(rows: Mapping[str, torch.Tensor], labels: Sequence[str], path: str | os.PathLike) -> None:
+def save_comparison(rows: Mapping[str, Pictures], labels: Sequence[str], path: str | os.PathLike) -> None:
     """Writes a row of pictures for each name, 8 at most, with the prompts of the labels under the last row.
 
     Args:
-        rows: the pictures [B, 3, H, W] in [0, 1] of each name.
+        rows: the B pictures of each name.
         labels: the captions of the pictures, as `Evaluation.labels` returns them.
         path: the PNG to write.
     """
     count = min(8, *map(len, rows.values()))
     texts = [""] * count * (len(rows) - 1) + [label.rpartition("\n")[0] for label in labels[:count]]
-    pictures = torch.cat([images[:count] for images in rows.values()])
+    pictures = [image for images in rows.values() for image in images[:count]]
     _save_png(draw_grid(pictures, texts, count, row_titles=tuple(rows)), path)
 
 
 def draw_grid(
-    images: torch.Tensor,
+    images: Pictures,
     labels: Sequence[str],
     columns: int | None = None,
     row_titles: Sequence[str] = (),
     min_side: int = 128,
     max_lines: int = 4,
 ) -> Image.Image:
-    """Draws pictures in a grid on a white background.
+    """Draws pictures in a grid on a white background. Each cell has room for the largest width and height.
 
     Args:
-        images: float [B, 3, H, W] in [0, 1].
+        images: the B pictures.
         labels: B texts, wrapped to the width of a picture.
         columns: the number of pictures per row; by default 8 at most.
         row_titles: the titles on the left of the rows.
@@ -76,14 +83,14 @@ def draw_grid(
         max_lines: the number of wrapped lines that each line of a label may take.
 
     Raises:
-        ValueError: the images have another shape, there are none, or the number of labels differs.
+        ValueError: a picture has another shape, there are none, or the number of labels differs.
     """
-    if images.ndim != 4 or len(images) == 0 or len(labels) != len(images):
-        raise ValueError(f"a grid of pictures {tuple(images.shape)} got {len(labels)} labels")
+    shapes = [tuple(image.shape) for image in images]
+    if not shapes or any(len(shape) != 3 for shape in shapes) or len(labels) != len(images):
+        raise ValueError(f"a grid of pictures {shapes} got {len(labels)} labels")
     columns = min(columns or 8, len(images))
-    height, width = images.shape[-2:]
-    zoom = max(1, math.ceil(min_side / min(height, width)))
-    width, height = width * zoom, height * zoom
+    zoom = max(1, math.ceil(min_side / min(min(shape[1:]) for shape in shapes)))
+    height, width = (zoom * max(shape[axis] for shape in shapes) for axis in (1, 2))
     font = _font(max(12, width // 24))
     line_height = sum(font.getmetrics()) + 1
     gap = 6
@@ -101,8 +108,9 @@ def draw_grid(
             draw.text((gap, top + (height - line_height) // 2), row_titles[r], "black", font)
         for column, j in enumerate(row):
             left = margin + gap + column * (width + gap)
-            canvas.paste(to_pil(images[j]).resize((width, height), Image.Resampling.BICUBIC), (left, top))
-            contents.append([labels[j], [left, top, left + width, top + height]])
+            own = shapes[j][2] * zoom, shapes[j][1] * zoom
+            canvas.paste(to_pil(images[j]).resize(own, Image.Resampling.BICUBIC), (left, top))
+            contents.append([labels[j], [left, top, left + own[0], top + own[1]]])
             for n, line in enumerate(texts[j]):
                 draw.text((left, top + height + gap // 2 + n * line_height), line, "black", font)
         top += height + text_heights[r] + 2 * gap

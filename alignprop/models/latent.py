@@ -1,5 +1,6 @@
 """The code that all families share: it freezes modules, draws noise, decodes with a VAE and saves a LoRA."""
 
+from copy import copy
 from typing import ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from alignprop.models.base import ENCODERS, split_name
 from alignprop.models.loading import load_pipeline
 from alignprop.models.text import TextConditioned
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields.rules import picture_size
+from alignprop.settings.fields.rules import picture_sizes, size_name
 
 
 class LatentDiffusion(TextConditioned):
@@ -18,7 +19,7 @@ class LatentDiffusion(TextConditioned):
         pipeline: a loaded pipeline, or any object with the same parts (models/skeleton.py). Its modules are frozen
             here, and the encoder of the VAE is dropped.
         resolution: the size of the pictures in pixels, a side or "WIDTHxHEIGHT". None is the size that the model was
-            trained for.
+            trained for. Of several sizes with commas it is the one with the most pixels.
         true_cfg_scale: strength of guidance by an empty prompt, for models that use `guidance_scale` for something
             else.
         negative_prompt: the prompt of the unconditional branch.
@@ -64,10 +65,7 @@ class LatentDiffusion(TextConditioned):
         for module in (self.denoiser, self.decoder, *self.text_encoders):
             module.requires_grad_(False).eval()
         self.device = self.denoiser.device
-        size, unit = picture_size(resolution), 2 * self.vae_factor
-        if size and any(side % unit for side in size):
-            raise ConfigError(f"resolution = {resolution} must be a multiple of {unit} in width and height")
-        self.latent_shape = (self.latent_channels(), *self.latent_size(size))
+        self.latent_shape = self._shape_for(picture_sizes(resolution)[0])
 
     @classmethod
     def load(
@@ -139,6 +137,17 @@ class LatentDiffusion(TextConditioned):
         return {}
 
     # ---- the same for most families
+
+    def of_size(self, size: tuple[int, int] | None) -> "LatentDiffusion":
+        model = copy(self)
+        model.latent_shape = self._shape_for(size)
+        return model
+
+    def _shape_for(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+        unit = 2 * self.vae_factor
+        if size and any(side % unit for side in size):
+            raise ConfigError(f"resolution = {size_name(size)} must be a multiple of {unit} in width and height")
+        return self.latent_channels(), *self.latent_size(size)
 
     def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])

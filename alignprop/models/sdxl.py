@@ -11,7 +11,6 @@ class StableDiffusionXL(UNetDiffusion):
 
     prompt_embeds: [B, 77, 2048], the second-to-last hidden states of both text encoders, side by side.
     pooled_prompt_embeds: [B, 1280], the pooled output of the second text encoder.
-    time_ids: [B, 6], the original size, the corner of the crop and the target size, in pixels.
 
     and, if the model has two branches of guidance, negative_prompt_embeds and negative_pooled_prompt_embeds. These are
     zeros or the embeddings of an empty prompt, as the pipeline's configuration says.
@@ -29,16 +28,11 @@ class StableDiffusionXL(UNetDiffusion):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self.device, do_classifier_free_guidance=False
         )
-        return {
-            "prompt_embeds": embeds,
-            "pooled_prompt_embeds": pooled,
-            "time_ids": self._time_ids(len(prompts), pooled),
-        }
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def unconditional(self, cond: Conditioning, negative_prompt: str) -> Conditioning:
         zeros = not negative_prompt and self.pipeline.config.get("force_zeros_for_empty_prompt", True)
-        texts = {name: tensor for name, tensor in cond.items() if name != "time_ids"}
-        return {name: torch.zeros_like(tensor) if zeros else tensor for name, tensor in texts.items()}
+        return {name: torch.zeros_like(tensor) if zeros else tensor for name, tensor in cond.items()}
 
     def blank_conditioning(self, count: int) -> Conditioning:
         first, second = (encoder.config for encoder in self.text_encoders)
@@ -47,11 +41,12 @@ class StableDiffusionXL(UNetDiffusion):
             "prompt_embeds": self._zeros(*embeds),
             "pooled_prompt_embeds": self._zeros(count, second.projection_dim),
         }
-        return self.with_negative(blank) | {"time_ids": self._zeros(count, 6)}
+        return self.with_negative(blank)
 
     def predict(self, latents, timestep, branch: Conditioning) -> torch.Tensor:
         prompt_embeds = branch["prompt_embeds"]
-        added = {"text_embeds": branch["pooled_prompt_embeds"], "time_ids": branch["time_ids"]}
+        pooled = branch["pooled_prompt_embeds"]
+        added = {"text_embeds": pooled, "time_ids": self._time_ids(latents, pooled)}
         given = {"added_cond_kwargs": added, "timestep_cond": branch.get("timestep_cond")}
         return self.denoiser(latents.to(prompt_embeds.dtype), timestep, prompt_embeds, **given).sample
 
@@ -63,7 +58,10 @@ class StableDiffusionXL(UNetDiffusion):
         mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return self.pictures((latents * std / config.scaling_factor + mean).to(self.decoder.dtype))
 
-    def _time_ids(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns the `time_ids` of a picture that was neither scaled nor cropped."""
-        height, width = (side * self.vae_factor for side in self.latent_shape[1:])
-        return like.new_tensor([[height, width, 0, 0, height, width]]).repeat(count, 1)
+    def _time_ids(self, latents: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Returns [B, 6] for pictures that were neither scaled nor cropped, in pixels.
+
+        These are the original size, the corner of the crop and the target size.
+        """
+        height, width = (side * self.vae_factor for side in latents.shape[-2:])
+        return like.new_tensor([[height, width, 0, 0, height, width]]).repeat(len(latents), 1)

@@ -15,7 +15,7 @@ from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.configs import find_config
 from alignprop.publish.run_folder import RunFolder
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields.rules import is_repo_name, picture_size
+from alignprop.settings.fields.rules import is_repo_name, picture_sizes
 from alignprop.settings.fields.sampling import PLAN_FIELDS
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -106,7 +106,7 @@ def _call_options(c: dict) -> dict[str, object]:
     if c.get("negative_prompt"):
         options["negative_prompt"] = json.dumps(c["negative_prompt"], ensure_ascii=False)
     if c.get("resolution"):
-        options |= dict(zip(("height", "width"), picture_size(c["resolution"]), strict=True))
+        options |= dict(zip(("height", "width"), picture_sizes(c["resolution"])[0], strict=True))
     return options
 
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from alignprop.engine.background import Background
 from alignprop.evaluation.evaluate import Evaluation
-from alignprop.evaluation.pictures import plot_curves, save_before_after, save_grid
+from alignprop.evaluation.pictures import Pictures, plot_curves, save_before_after, save_grid
 from alignprop.evaluation.stop_when import MEASURES
 from alignprop.runs.checkpoint import checkpoints_of, clean_up, prune, run_folder_of
 from alignprop.runs.tracking import MetricsLog
@@ -150,11 +150,12 @@ class Records:
             self._draw_before_after(evaluation.images, labels, samples / "before.pt")
         plot_curves([*self.metrics.rows(), row], self.folder / "curves.png")
 
-    def _draw_before_after(self, images: torch.Tensor, labels: list[str], before: Path) -> None:
+    def _draw_before_after(self, images: Pictures, labels: list[str], before: Path) -> None:
         first, first_labels = torch.load(before, weights_only=True)
         pairs = list(zip(first_labels, labels, strict=False))
         # A resumed run may evaluate other prompts, or fewer. Then there is nothing to compare.
-        if first.shape == images.shape and all(prompt(a) == prompt(b) for a, b in pairs):
+        same = [a.shape for a in first] == [b.shape for b in images]
+        if same and all(prompt(a) == prompt(b) for a, b in pairs):
             both = [f"{a} → {b.splitlines()[-1]}" for a, b in pairs]
             save_before_after(first, images, both, self.folder / "before_after.png")
 

@@ -18,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from alignprop.evaluation.pictures import draw_grid
+from alignprop.evaluation.pictures import Pictures, draw_grid
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.json_files import finite
 
@@ -127,8 +126,8 @@ def log_row(accelerator, row: dict) -> None:
     accelerator.log(numbers, step=row["step"])
 
 
-def log_images(accelerator, name: str, images: torch.Tensor, labels: Sequence[str], step: int) -> None:
-    """Sends pictures [B, 3, H, W] in [0, 1] with their labels, as one grid, to every tracker."""
+def log_images(accelerator, name: str, images: Pictures, labels: Sequence[str], step: int) -> None:
+    """Sends pictures with their labels, as one grid, to every tracker."""
     for tracker in accelerator.trackers:
         grid = np.asarray(draw_grid(images, labels))
         if tracker.name == "trackio":  # accelerate's tracker of that name has no pictures

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from alignprop.settings.elsewhere import answer_for
 from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
+from alignprop.settings.fields.rules import picture_sizes
 from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
 from alignprop.settings.options import updates_of_epoch
@@ -157,6 +158,8 @@ def _check_combinations(c: ConfigDict) -> None:
         )
     if c.task == "train" and c.train.prefix_cache > 1 and c.compile:
         raise ConfigError(f"train.prefix_cache = {c.train.prefix_cache} needs compile = False, or 1")
+    if c.task in ("guide", "explore") and len(picture_sizes(c.resolution)) > 1:
+        raise ConfigError(f"resolution = {c.resolution!r} must be one size for task = {c.task!r}")
     if c.guide.window[0] >= c.guide.window[1]:
         raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
     if c.guidance_interval[0] >= c.guidance_interval[1]:

@@ -52,7 +52,7 @@ def first_gradient(trainer: AlignPropTrainer) -> tuple[torch.Tensor, torch.Tenso
     noise = generators(indices, *key, "noise")
     latents, _ = run.rollout.sample(noise, cond, plan, run.rollout.network_calls(plan))
     trainer.weights.zero_grad()
-    trainer.gradient(key, indices, prompts, metadata, plan)
+    trainer.gradient(run.rollout)(key, indices, prompts, metadata, plan)
     gradient = torch.cat([p.grad.flatten().float() for p in trainer.weights.parameters])
     trainer.weights.zero_grad()
     return latents, gradient

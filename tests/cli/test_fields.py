@@ -13,6 +13,7 @@ from alignprop.lora.files import LORA_FILE, save_lora
 from alignprop.lora.scaling import scale_lora
 from alignprop.models import FAMILIES
 from alignprop.runs.checkpoint import checkpoints_of
+from alignprop.settings.fields.rules import picture_sizes
 from scripts.bench.families import GUIDED, config_for, load, rollout_of
 from tests.cli.test_main import flags
 from tests.helpers import warm
@@ -30,6 +31,7 @@ PROMPTS = [
     {"prompt": "two birds", "strength": 1.0, "weight": 0},
 ]
 RATE = 0.05
+SIZES = "24x16,16x24"
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def call(here, family, preset="quickstart", **fields):
     """main.py on the tiny model of a family, towards `my_reward`; what it printed, and the folder of the run."""
     prompts = str(here / "my_prompts.jsonl")
     own = {
-        "reward_fn": "my_reward:strong", "prompt_fn": prompts, "eval_prompt_fn": prompts, "resolution": "24x16",
+        "reward_fn": "my_reward:strong", "prompt_fn": prompts, "eval_prompt_fn": prompts, "resolution": SIZES,
         "true_cfg_scale": GUIDED if family == "flux" else 1.0,
     }  # fmt: skip
     config = config_for(family, here / family, here / "logs", preset, **own | fields)
@@ -69,17 +71,19 @@ def save_random_lora(model, folder):
 
 @torch.no_grad()
 def pictures_of(model, labels):
-    """What an evaluation makes of the prompts in its captions, with the LoRA in the model."""
-    prompts = [label.partition("\n")[0] for label in labels]
-    noise = generators(range(len(prompts)), 0, "evaluation")
-    rollout = rollout_of(model, GUIDED)
-    return model.decode(rollout.sample(noise, model.encode_prompts(prompts))[0])
+    """What an evaluation in two sizes makes of the prompts in its captions, with the LoRA in the model."""
+    pictures = []
+    for j, label in enumerate(labels):
+        rollout = rollout_of(model.of_size(picture_sizes(SIZES)[j % 2]), GUIDED)
+        cond = model.encode_prompts([label.partition("\n")[0]])
+        pictures.append(model.decode(rollout.sample(generators([j], 0, "evaluation"), cond)[0])[0])
+    return pictures
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_every_family(here, family):
     make_family(here / family, family)
-    model = load(family, here / family, resolution="24x16", true_cfg_scale=GUIDED if family == "flux" else 1.0)
+    model = load(family, here / family, resolution=SIZES, true_cfg_scale=GUIDED if family == "flux" else 1.0)
     model.negatives = {PROMPTS[0]["prompt"]: PROMPTS[0]["negative_prompt"]}
     save_random_lora(model, here / "frozen")
     schedule = {"train.learning_rate": RATE, "train.lr_schedule": "linear", "train.lr_warmup_steps": 1}
@@ -88,6 +92,8 @@ def test_in_every_family(here, family):
     pictures, labels = torch.load(run / "samples" / "before.pt", weights_only=True)
     torch.testing.assert_close(pictures, pictures_of(model, labels), rtol=0, atol=1e-5)
     assert [row["lr"] for row in rows_of(run)] == pytest.approx([0, RATE, RATE * 2 / 3, RATE / 3])
+    drawn = [row["resolution"] for row in rows_of(run)]
+    assert sorted(drawn[:2]) == sorted(drawn[2:]) == sorted(SIZES.split(","))
     assert "an epoch is longer than the prompt set" in told and "prompts: 2 of 3 were drawn" in told
     lora = load_file(checkpoints_of(run)[-1] / LORA_FILE)
     assert any(tensor.any() for name, tensor in lora.items() if "lora_B" in name or "lora.up" in name)
@@ -95,16 +101,17 @@ def test_in_every_family(here, family):
         call(here, family, run_name="parts", num_epochs=1, **schedule, **frozen)
         told, parts = call(here, family, run_name="parts", resume_from="latest", **schedule, **frozen)
         assert "after step 2" in told and "num_epochs: 1 → 2" in told
+        assert [row["resolution"] for row in rows_of(parts)] == drawn
         # The schedule of the first part was one of two updates; the second part continues on that of four.
         assert [row["lr"] for row in rows_of(parts)] == pytest.approx([0, RATE, RATE * 2 / 3, RATE / 3])
 
 
 def test_a_negative_prompt_moves_the_pictures_of_its_prompt_alone(here):
     make_family(here / "sd", "sd")
-    _, run = call(here, "sd", "tiny_evaluate", run_name="with", max_vis_images=4)
+    _, run = call(here, "sd", "tiny_evaluate", run_name="with", max_vis_images=4, resolution="24x16")
     without = [{k: v for k, v in row.items() if k != "negative_prompt"} for row in PROMPTS]
     (here / "my_prompts.jsonl").write_text("\n".join(map(json.dumps, without)))
-    _, other = call(here, "sd", "tiny_evaluate", run_name="without", max_vis_images=4)
+    _, other = call(here, "sd", "tiny_evaluate", run_name="without", max_vis_images=4, resolution="24x16")
     found = []
     for folder in (run, other):
         (grid,) = folder.glob("eval/*/grid.png")

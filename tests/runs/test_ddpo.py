@@ -186,7 +186,7 @@ def test_so_are_steps_with_little_noise(ddpo_config):
     noise = DDPOTrainer(ddpo_config()).run.rollout.sampler.s.diagonal()
     assert noise.argmin() == 2
     trainer = DDPOTrainer(ddpo_config(run_name="m", ddpo__min_noise=float(noise[2]) + 1e-6))
-    assert trainer.noisy_steps == [0, 1]
+    assert trainer.noisy_steps(trainer.run.rollout) == [0, 1]
     with pytest.raises(ConfigError, match=r"^ddpo\.min_noise = 3\.0 must be less than the noise of"):
         DDPOTrainer(ddpo_config(ddpo__min_noise=3.0))
 

@@ -224,8 +224,8 @@ def test_training_and_evaluation_with_samplers_of_their_own(toy_config):
     fields = {"sampler": "DPMSolverMultistep", "sampler_options": "use_karras_sigmas=True", "num_epochs": 1}
     trainer = train(toy_config(train__sampler="HeunDiscrete", estimator="full", num_inference_steps=3, **fields))
     run = trainer.run
-    assert run.rollout.sampler.num_steps == 5 and run.evaluator.rollout.sampler.num_steps == 3
-    assert not torch.equal(run.rollout.sampler.timesteps[:3], run.evaluator.rollout.sampler.timesteps)
+    assert run.rollout.sampler.num_steps == 5 and run.evaluator.rollouts[0].sampler.num_steps == 3
+    assert not torch.equal(run.rollout.sampler.timesteps[:3], run.evaluator.rollouts[0].sampler.timesteps)
     row = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[1])
     assert row["kind"] == "train" and row["grad_norm"] > 0
     assert run.config.train.sampler_options == "" and run.config.sampler_options == fields["sampler_options"]
@@ -260,4 +260,4 @@ def test_a_policy_gradient_needs_independent_steps(toy_config):
         DDPOTrainer(toy_config(sampler="EulerDiscrete", **fields))
     trainer = DDPOTrainer(toy_config(sampler="EulerAncestralDiscrete", **fields))
     trainer.train()
-    assert trainer.noisy_steps == [0, 1]  # the last step goes to clean latents
+    assert trainer.noisy_steps(trainer.run.rollout) == [0, 1]  # the last step goes to clean latents

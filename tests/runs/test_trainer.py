@@ -337,7 +337,10 @@ def test_training_may_take_fewer_sampler_steps_than_evaluation(toy_config, monke
     predict = run.model.predict
     monkeypatch.setattr(run.model, "predict", lambda x, t, branch: times.append(int(t)) or predict(x, t, branch))
     run.evaluator()
-    assert sorted(set(times), reverse=True) == run.evaluator.rollout.sampler.timesteps.tolist() and len(set(times)) == 5
+    assert (
+        sorted(set(times), reverse=True) == run.evaluator.rollouts[0].sampler.timesteps.tolist()
+        and len(set(times)) == 5
+    )
     times.clear()
     row = trainer.step()
     assert sorted(set(times), reverse=True) == run.rollout.sampler.timesteps.tolist() and len(set(times)) == 2

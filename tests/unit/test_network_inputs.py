@@ -96,12 +96,9 @@ def test_distilled_guidance_is_the_pipelines(family):
     pipeline = model.pipeline_class()(model.decoder, *between, model.denoiser, model.scheduler, *behind)
     cond = random_conditioning(model, 2)
     assert not any(name.startswith("negative") for name in cond)
-    if family == "sdxl":
-        cond["time_ids"] = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)
-    embeds = {name: tensor for name, tensor in cond.items() if name != "time_ids"}
     latents, pictures = model.init_latents([torch.Generator().manual_seed(seed) for seed in (1, 2)]), []
     for guidance_scale in (1.0, 5.0):
-        expected = run_pipeline(pipeline, latents=latents, guidance_scale=guidance_scale, **embeds)
+        expected = run_pipeline(pipeline, latents=latents, guidance_scale=guidance_scale, **cond)
         assert len(model.branches(cond, guidance_scale)) == 1
         final = sample(model, latents, cond, guidance_scale, pipeline.scheduler.timesteps)
         with torch.no_grad():

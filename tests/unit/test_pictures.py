@@ -13,6 +13,7 @@ from alignprop.evaluation.pictures import (
     save_before_after,
     save_grid,
     save_image,
+    stacked,
 )
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -81,6 +82,18 @@ def test_pictures_are_found_again_in_a_grid_with_their_labels(tmp_path):
         assert picture.size == (128, 128) and picture.getcolors() == [(128 * 128, colour)]
     save_image(flat(RED)[0], tmp_path / "image.png")
     assert read_grid(tmp_path / "image.png") == []
+
+
+def test_pictures_of_several_sizes_keep_their_shapes(tmp_path):
+    wide, high = (torch.ones(3, *size) * torch.tensor([1.0, 0, 0]).view(3, 1, 1) for size in ((20, 40), (40, 20)))
+    save_grid([wide, high, wide], ["wide", "high", ""], tmp_path / "grid.png")
+    (_, first), (label, second), _ = read_grid(tmp_path / "grid.png")
+    assert first.size == (280, 140) and second.size == (140, 280) and label == "high"
+    assert first.getcolors() == [(280 * 140, RED)] and second.getcolors() == [(280 * 140, RED)]
+    save_before_after([wide, high], [high, wide], ["a", "b"], tmp_path / "pair.png")
+    sizes = [picture.size for _, picture in read_grid(tmp_path / "pair.png")]
+    assert sizes == [(280, 140), (140, 280), (140, 280), (280, 140)]
+    assert torch.is_tensor(stacked([wide, wide])) and stacked([wide, high]) == [wide, high]
 
 
 def test_large_pictures_keep_their_pixels():

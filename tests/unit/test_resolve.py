@@ -111,7 +111,7 @@ REFUSED = {
     "sampler": ["", " ", "magic"], "sampler_options": [None, 3, "karras"],
     "train.sampler": ["", "magic"], "train.sampler_options": [3, "karras"],
     "train.prefix_cache": [0, 1.5], "train.prefix_cache_order": [-1, 0.5, 3],
-    "resolution": [8, 512.0, "768x", "768x8", "big", True],
+    "resolution": [8, 512.0, "768x", "768x8", "big", True, "512,8", "512,", (), (512, 8)],
     "pretrained.loras": [None, 3], "negative_prompt": [None, 3], "guidance_interval": [(0.5,), (-0.1, 1), (0.6, 0.4)],
     "guidance_scale": [0.5, math.nan], "eta": [-0.5, 1.5],
     "estimator": [""], "trunc_backprop_timestep": [-1], "truncated_backprop_minmax": [(1,), (0, 1.5), (0, 1, 2)],

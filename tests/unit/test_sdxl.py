@@ -10,7 +10,7 @@ def test_it_keeps_the_protocol():
     embeds, pooled = (3, 77, 16 + 24), (3, 12)
     assert shapes == {
         "prompt_embeds": embeds, "negative_prompt_embeds": embeds, "pooled_prompt_embeds": pooled,
-        "negative_pooled_prompt_embeds": pooled, "time_ids": (3, 6),
+        "negative_pooled_prompt_embeds": pooled,
     }  # fmt: skip
 
 
@@ -18,11 +18,9 @@ def test_pictures_are_the_diffusers_pipelines():
     model = tiny_model(TINY["sdxl"])
     pipeline = model.pipeline_class()(model.decoder, None, None, None, None, model.denoiser, model.scheduler)
     cond = random_conditioning(model, 2)
-    cond["time_ids"] = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)
     latents = model.init_latents([torch.Generator().manual_seed(seed) for seed in (1, 2)])
-    embeds = {name: tensor for name, tensor in cond.items() if name != "time_ids"}
     for guidance_scale in (1.0, 5.0):
-        expected = run_pipeline(pipeline, latents=latents, guidance_scale=guidance_scale, **embeds)
+        expected = run_pipeline(pipeline, latents=latents, guidance_scale=guidance_scale, **cond)
         for joined in (False, True):
             final = sample(model, latents, cond, guidance_scale, pipeline.scheduler.timesteps, joined)
             with torch.no_grad():
@@ -34,7 +32,6 @@ def test_without_guidance_there_is_one_branch():
     cond = random_conditioning(model, 2)
     (conditional,) = model.branches(cond, 1.0)
     unconditional, same = model.branches(cond, 5.0)
-    assert conditional.keys() == unconditional.keys() == {"prompt_embeds", "pooled_prompt_embeds", "time_ids"}
+    assert conditional.keys() == unconditional.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
     assert all(conditional[name] is same[name] is cond[name] for name in conditional)
     assert unconditional["pooled_prompt_embeds"] is cond["negative_pooled_prompt_embeds"]
-    assert unconditional["time_ids"] is cond["time_ids"]

@@ -3,7 +3,7 @@
 import os
 
 from alignprop.settings.fields.field import LORA, TRAINING, Field, needs
-from alignprop.settings.fields.rules import COUNT, NAMES, SIZE, boolean, number, optional, text
+from alignprop.settings.fields.rules import COUNT, NAMES, SIZES, boolean, number, optional, text
 
 _FILES = (".safetensors", ".ckpt")
 SINGLE_FILE = needs("a single file as pretrained.model", lambda c: c.pretrained.model.endswith(_FILES))
@@ -49,9 +49,11 @@ FIELDS = (
         "weights of the model, and training does not change them.",
     ),
     Field(
-        "resolution", None, optional(SIZE),
+        "resolution", None, optional(SIZES),
         "The size of the pictures in pixels: the side of a square, or WIDTHxHEIGHT, for example '768x512'. Stable "
-        "Diffusion needs multiples of 16. None takes the size that the model was trained for.",
+        "Diffusion needs multiples of 16. None takes the size that the model was trained for. Several sizes are "
+        "separated by commas, for example '768x512,512x768'. Then each training step draws one of them, and an "
+        "evaluation draws each of its prompts in all of them.",
     ),
     Field(
         "use_lora", True, boolean(),

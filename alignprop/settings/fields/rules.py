@@ -126,25 +126,46 @@ def option(of: Option) -> Rule:
     return optional(rule) if of.optional else rule
 
 
-def picture_size(value: int | str | None) -> tuple[int, int] | None:
-    """Returns (height, width) of pictures in pixels, from a side or from "WIDTHxHEIGHT"; None for None.
+def picture_sizes(value: int | str | tuple | None) -> list[tuple[int, int] | None]:
+    """Returns the (height, width) of pictures in pixels, the size with the most pixels first; [None] for None.
+
+    Args:
+        value: a side, or "WIDTHxHEIGHT", or several of these, as a sequence or as text with commas.
 
     Raises:
-        ValueError: the value is neither.
+        ValueError: the value is none of these.
     """
     if value is None:
-        return None
-    width, _, height = str(value).lower().partition("x")
-    return int(height or width), int(width)
+        return [None]
+    sizes = []
+    for text in map(str, value if isinstance(value, tuple | list) else str(value).split(",")):
+        width, _, height = text.lower().partition("x")
+        sizes.append((int(height or width), int(width)))
+    return sorted(sizes, key=math.prod, reverse=True)
+
+
+def size_name(size: tuple[int, int]) -> str:
+    """Returns the text for a size (height, width): the side of a square, or "WIDTHxHEIGHT"."""
+    height, width = size
+    return str(width) if width == height else f"{width}x{height}"
 
 
 def _is_size(value: Any) -> bool:
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, tuple | list) else [value]
+    return bool(parts) and all(map(_is_one_size, parts))
+
+
+def _is_one_size(value: Any) -> bool:
     is_text = isinstance(value, str) and re.fullmatch(r"\d+([xX]\d+)?", value.strip(), re.ASCII) is not None
-    return (is_text or _is_integer(value)) and min(picture_size(value) or ()) >= 16
+    return (is_text or _is_integer(value)) and min(picture_sizes(value)[0] or ()) >= 16
 
 
 COUNT = integer(1)
-SIZE = Rule("a side of at least 16 pixels, or WIDTHxHEIGHT, for example '768x512'", _is_size, object)
+SIZES = Rule(
+    "a side of at least 16 pixels, or WIDTHxHEIGHT, or several of these with commas, for example '768x512,512x768'",
+    _is_size,
+    object,
+)
 NAMES = sequence("names of layers", _is_name)
 INTEGERS = sequence("whole numbers", _is_integer, length=2)
 NUMBERS = sequence("finite numbers", _is_finite)
