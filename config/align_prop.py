@@ -143,14 +143,20 @@ def quickstart() -> ConfigDict:
 
 
 def quickstart_fast() -> ConfigDict:
-    """`quickstart` in seconds, by 8 large steps through a chain of 4 steps of UniPC. Longer runs over-optimise."""
+    """`quickstart` in seconds, by 8 large steps through a chain of 4 steps of UniPC.
+
+    The LoRA's factor A counts 16 times as much as with the default `lora_alpha`. So the first steps go far with a small
+    learning rate, and the learning rate falls to 0, so that the last steps repair what the first ones broke.
+    """
     c = quickstart()
     c.estimator = "full"
     c.memory_policy = "roomy"
     c.num_epochs = 1
     c.train.sampler = "UniPCMultistep"
     c.train.num_inference_steps = 4
-    c.train.learning_rate = 1.2e-2
+    c.lora_alpha = 64
+    c.train.learning_rate = 5e-3
+    c.train.lr_schedule = "linear"
     return c
 
 
