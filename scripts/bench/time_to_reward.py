@@ -70,7 +70,7 @@ FAST_IN_TRL = {  # with DDIM, because TRL has no other sampler
     "truncated_backprop_timestep": 0,
 }
 # TRL has neither lora_alpha nor a learning rate that falls. Its factor A starts about 4 times larger than ours, which
-# counts 16 times with lora_alpha = 64. So 2e-2 gives the first step of its LoRA about the size that ours has at 5e-3.
+# counts 4 times in quickstart_fast. So about the same learning rate gives its LoRA first steps of the same size.
 FAST_RATES = (1.2e-2, 2e-2)
 SIDES = (
     Side("TRL, defaults", "trl", 8),
