@@ -127,8 +127,8 @@ def call_hook(hook: Callable[..., Any], evaluation: Any, step: int, tracker: Any
     """Calls `hook(data, step, tracker)` with the kept pictures of an evaluation. If the hook fails, one line says so.
 
     `data` is a dict with
-        "images": the n pictures, float32 [n, 3, H, W] in [0, 1], on the CPU; the hook may change them. If they have
-            several sizes, this is a list of n pictures [3, H, W].
+        "images": the n pictures, float32 [n, 3, H, W] in [0, 1], on the CPU; the hook may change them. In a run
+            with several sizes this is a list of n pictures [3, H, W].
         "prompts", "prompt_metadata": a list of n each.
         "rewards": the reward of the run, float32 [n].
     """

@@ -61,7 +61,7 @@ class PromptStatistics:
         self.rewards: dict[str, deque[float]] = {}
 
     def advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
-        """Keeps the rewards [n], then returns (reward - mean) / standard deviation for each of them; float64 [n]."""
+        """Keeps the rewards [n] of the prompts, then returns (reward - mean) / standard deviation, float64 [n]."""
         rewards = rewards.double().cpu()
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.rewards.setdefault(prompt, deque(maxlen=self.size)).append(reward)
@@ -138,7 +138,7 @@ class DDPOTrainer(TrainingLoop):
             scores[-1] = scores[-1][self._gathered_order()]
         rewards, *terms = torch.cat(scores).T
         limit = c.ddpo.adv_clip_max
-        advantages = self.statistics.advantages(prompts, rewards).clamp(-limit, limit)
+        advantages = self.statistics.advantages(self.of_size(prompts, key), rewards).clamp(-limit, limit)
         updates = []
         for inner in range(c.ddpo.inner_epochs):
             order = torch.randperm(len(blocks), generator=generator(*key, "updates", inner)).tolist()
@@ -153,6 +153,11 @@ class DDPOTrainer(TrainingLoop):
             ratio_mean=ratios, clip_fraction=clipped, approx_kl=divergences,
             samples=self.global_step * total, updates=self.global_step * len(updates),
         )  # fmt: skip
+
+    def of_size(self, prompts: list[str], key: tuple[int, int]) -> list[str]:
+        """Returns the names under which rewards are compared: the prompts, with the size if there are several."""
+        size = self.drawn_size(*key)
+        return [f"{prompt} [{size}]" for prompt in prompts] if size else prompts
 
     @torch.no_grad()
     def sample(self, key: tuple[int, int | str], indices: torch.Tensor) -> tuple[list[Samples], torch.Tensor]:

@@ -168,15 +168,15 @@ class TrainingLoop:
             started: `now()` at the beginning of the step.
             others: further entries of the row.
         """
-        sizes, step = picture_sizes(self.config.resolution), self.global_step - 1
-        drawn = {"resolution": size_name(sizes[self._drawn_size(self.config.seed, step)])} if len(sizes) > 1 else {}
+        step, mean = self.global_step - 1, rewards.mean().item()
+        size = self.drawn_size(self.config.seed, step)
         seconds, cpu_seconds = (round(b - a, 3) for a, b in zip(started, now(), strict=True))
         return {
             "kind": "train",
             "step": self.global_step,
             "epoch": step // self.config.train.steps_per_epoch,
-            **drawn,
-            "reward": rewards.mean().item(),
+            "reward": mean,
+            **({"reward_by_size": {size: mean}} if size else {}),
             "reward_std": rewards.std(correction=0).item(),
             "rewards": {name: scores.mean().item() for name, scores in terms.items()},
             **others,
@@ -192,10 +192,18 @@ class TrainingLoop:
         A trial step has the largest pictures.
         """
         seed, step = key
-        return self.run.rollout if isinstance(step, str) else self.run.rollouts[self._drawn_size(seed, step)]
+        return self.run.rollout if isinstance(step, str) else self.run.rollouts[self._place_of_size(seed, step)]
 
-    def _drawn_size(self, seed: int, step: int) -> int:
-        """Returns which size is drawn; in as many steps as there are sizes, each is drawn once."""
+    def drawn_size(self, seed: int, step: int) -> str:
+        """Returns the size that a step draws, such as "768x512"; "" if the run has only one size."""
+        sizes = picture_sizes(self.config.resolution)
+        return size_name(sizes[self._place_of_size(seed, step)]) if len(sizes) > 1 else ""
+
+    def _place_of_size(self, seed: int, step: int) -> int:
+        """Returns the place of the drawn size in `run.rollouts`.
+
+        Steps come in rounds. A round has as many steps as there are sizes, and draws each size once, in random order.
+        """
         count = len(self.run.rollouts)
         turn, place = divmod(step, count)
         return int(torch.randperm(count, generator=generator(seed, turn, "sizes"))[place])

@@ -81,9 +81,12 @@ def build_run(
     judges = build_judges(c, eval_prompts, reward_function)
     if needs_gradient:
         require_differentiable(judges.reward)
-    model = model or load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
-    if len(picture_sizes(c.resolution)) > 1 and not hasattr(model, "of_size"):
-        raise ConfigError(f"resolution = {c.resolution!r} needs a model with `of_size` (models/base.py), or one size")
+    if model is None:
+        model = load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
+    elif c.resolution is not None:
+        if not hasattr(model, "of_size"):
+            raise ConfigError(f"resolution = {c.resolution!r} needs a model with `of_size` (models/base.py), or None")
+        model = model.of_size(picture_sizes(c.resolution)[0])
     merge_frozen(model, frozen)
     if negatives and not hasattr(model, "negatives"):
         raise ConfigError("the column negative_prompt needs a model with `negatives` (models/base.py)")
@@ -113,6 +116,8 @@ def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:
             f"largest size that divides a step of {c.train.total_batch_size} samples on "
             f"{run.accelerator.num_processes} process(es)"
         )
+    if len(sizes := picture_sizes(c.resolution)) > 1:
+        run.say("picture sizes, width x height: " + ", ".join(f"{width}x{height}" for height, width in sizes))
     if c.init_lora and run.checkpoint and c.task == "train":
         run.say(f"init_lora = {c.init_lora!r} is not used: the run continues from a checkpoint")
     for option in ("clip_sample", "thresholding"):
@@ -212,15 +217,15 @@ class Run:
 
     def sampling(self, guidance_scale: float) -> Rollout:
         """Returns the sampling chain of evaluations, with another strength of guidance."""
-        (rollout,) = self._rollouts(training=False, guidance_scale=guidance_scale)
-        return rollout
+        return self._rollout(self.model, training=False, guidance_scale=guidance_scale)
 
     def try_judges(self, needs_gradient: bool) -> None:
-        """Has two pictures of noise judged, so that a broken reward is found before the first evaluation."""
-        with self.residency("decode"), torch.no_grad():
-            images = self.model.decode(self.model.init_latents(generators(range(2), self.config.seed, "trial")))
+        """Has two pictures of noise judged in each size, so that a broken reward is found before an evaluation."""
         prompts, metadata = draw_prompts(self.eval_prompts, self.config.seed, 0, range(2))
-        self.judges.try_on(images, prompts, metadata, needs_gradient, self.residency)
+        for model in (rollout.model for rollout in self.rollouts):
+            with self.residency("decode"), torch.no_grad():
+                images = model.decode(model.init_latents(generators(range(2), self.config.seed, "trial")))
+            self.judges.try_on(images, prompts, metadata, needs_gradient, self.residency)
 
     def open_folder(self, step: int) -> None:
         """Prepares the run folder for a run that has made `step` steps, and starts the trackers."""
@@ -288,7 +293,7 @@ class Run:
         if training and self.config.algorithm == "align_prop":
             other["prefix_cache"] = build_prefix_cache(self.model.denoiser, **prefix_cache_options(self.config))
         sizes = picture_sizes(self.config.resolution)
-        models = [self.model] if len(sizes) == 1 else map(self.model.of_size, sizes)
+        models = map(self.model.of_size, sizes) if len(sizes) > 1 else [self.model]
         return [self._rollout(model, training, **other) for model in models]
 
     def _rollout(self, model: Model, training: bool, **other) -> Rollout:

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_sharded
-from alignprop.evaluation.judges import Judges, diversity
-from alignprop.evaluation.pictures import Pictures, save_grid, stacked
+from alignprop.evaluation.judges import Judges, diversity, rows_by
+from alignprop.evaluation.pictures import Pictures, save_grid
 from alignprop.lora.adapters import adapted_networks
 from alignprop.method.base_distance import base_conditioning, chain_distance
 from alignprop.method.rollout import Rollout
@@ -41,13 +41,13 @@ class Evaluation:
 
     Attributes:
         prompts: the prompts of the n pictures.
-        images: the first pictures, float [min(n, keep), 3, H, W] in [0, 1]; a list of them if their sizes differ.
+        images: the first pictures, float [min(n, keep), 3, H, W] in [0, 1]; a list if the run has several sizes.
         rewards: the scores under the reward of interest, float64 [n].
         terms: the scores under each single reward, by its name, float64 [n].
         measures: the measures of all pictures together, as far as they were measured: "diversity"
             (evaluation/judges.py) and "base_distance" (method/base_distance.py).
         metadata: the metadata rows of the n prompts.
-        sizes: the sizes of the n pictures, such as "768x512"; empty if all have the same.
+        sizes: the sizes of the n pictures, such as "768x512"; empty if the run has only one size.
     """
 
     prompts: list[str]
@@ -80,14 +80,6 @@ class Evaluation:
         """Returns a caption for each kept picture: its prompt and its score under the first single reward."""
         scores = next(iter(self.terms.values())).tolist()
         return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], scores, strict=False)]
-
-
-def rows_by(values: list[str]) -> dict[str, list[int]]:
-    """Returns the places at which each of the values is."""
-    places: dict[str, list[int]] = {}
-    for place, value in enumerate(values):
-        places.setdefault(value, []).append(place)
-    return places
 
 
 def statistics(scores: torch.Tensor) -> dict[str, float]:
@@ -152,8 +144,7 @@ class Evaluator:
         """
         size, accelerator = self.batch_size, self.accelerator
         seed_global(self.seed, "evaluation", accelerator.process_index)
-        network = self.rollouts[0]
-        pictures, compares = [], self.base_distance and bool(adapted_networks(network.model))
+        pictures, compares = [], self.base_distance and bool(adapted_networks(self.rollouts[0].model))
         batches = self._batches(size * accelerator.num_processes)
         for rollout, together in tqdm(batches, "evaluating", leave=False, disable=not accelerator.is_main_process):
             if should_stop():
@@ -161,7 +152,7 @@ class Evaluator:
             batch = together[accelerator.process_index * size :][:size]
             # All processes together gather the weights that FSDP2 has sharded. So a process without a picture left
             # samples a picture again and discards it.
-            if not batch and not is_sharded(network.denoiser):
+            if not batch and not is_sharded(rollout.denoiser):
                 continue
             compare = compares and together[0] < NUM_COMPARED
             for picture in self._batch(rollout, batch or together[:1], sample, compare)[: len(batch)]:
@@ -171,9 +162,9 @@ class Evaluator:
         return self._evaluation(sorted(gather_object(pictures), key=lambda picture: picture.j))
 
     def _batches(self, at_once: int) -> list[tuple[Rollout, range]]:
-        """Returns the pictures that are made together by all processes, by number, and the chain that makes them.
+        """Returns pairs of a chain and the numbers of the pictures that all processes together make with it at once.
 
-        They have one size. Picture j has the size j modulo the number of sizes.
+        These pictures have one size. Picture j has the size j modulo the number of sizes.
         """
         count = len(self.rollouts)
         of_sizes = [(rollout, range(s, self.num_images, count)) for s, rollout in enumerate(self.rollouts)]
@@ -181,18 +172,21 @@ class Evaluator:
 
     def _evaluation(self, pictures: list[_Picture]) -> Evaluation:
         columns = {name: torch.tensor([p.scores[name] for p in pictures]).double() for name in pictures[0].scores}
-        kept = stacked([p.image for p in pictures if p.image is not None])
+        kept = [p.image for p in pictures if p.image is not None]
         places, source = [self.order[p.j] for p in pictures], self.prompts
         prompts, metadata = ([rows[i] for i in places] for rows in (source.prompts, source.metadata))
         embeddings = [p.embedding for p in pictures if p.embedding is not None]
         distances = [p.distance for p in pictures if p.distance is not None]
+        sizes = [p.size for p in pictures] if len(self.rollouts) > 1 else []
+        alike = list(zip(prompts, sizes, strict=True)) if sizes else prompts
         measures = {
-            "diversity": diversity(torch.stack(embeddings), prompts) if embeddings else None,
+            "diversity": diversity(torch.stack(embeddings), alike) if embeddings else None,
             "base_distance": sum(distances) / len(distances) if distances else None,
         }
         measures = {name: value for name, value in measures.items() if value is not None}
-        sizes = [p.size for p in pictures] if len(self.rollouts) > 1 else []
-        return Evaluation(prompts, kept, self.judges.reward.combine(columns), columns, measures, metadata, sizes)
+        # The copies do not keep the rest of their batch in memory.
+        images = [image.clone() for image in kept] if sizes else torch.stack(kept)
+        return Evaluation(prompts, images, self.judges.reward.combine(columns), columns, measures, metadata, sizes)
 
     def _batch(self, rollout: Rollout, batch: range, sample: Sample | None, compare: bool) -> list[_Picture]:
         prompts = [self.prompts.prompts[self.order[j]] for j in batch]
@@ -228,7 +222,7 @@ class Evaluator:
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> dict:
-    """Writes scores.csv (a row per picture), summary.json (statistics overall and per prompt) and grid.png.
+    """Writes scores.csv (a row per picture), summary.json (statistics overall, per prompt and per size) and grid.png.
 
     Returns:
         The content of summary.json.

@@ -1,6 +1,6 @@
 """The judges of a run's pictures: the reward of interest, rewards that are only measured, and diversity."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from alignprop.evaluation.stop_when import MEASURES
 from alignprop.models.base import Phases
 from alignprop.prompts import PromptSet
+from alignprop.settings.fields.rules import picture_sizes
 from rewards import REWARDS, WeightedReward, as_reward, build_reward, options_name, parse_spec, try_reward
 from rewards.towers import ClipTower, load_clip
 
@@ -129,31 +130,38 @@ def measured(config: ConfigDict, prompts: PromptSet, reward_function=None) -> li
     return list(dict.fromkeys(["reward", *named, *(name for name in MEASURES if has[name])]))
 
 
-def diversity(embeddings: torch.Tensor, prompts: list[str]) -> float | None:
+def diversity(embeddings: torch.Tensor, prompts: Sequence[Hashable]) -> float | None:
     """Returns the mean of 1 - cosine over all pairs of pictures of a prompt, averaged over the prompts with a pair.
 
     Args:
         embeddings: the unit vectors [n, D] of the pictures.
-        prompts: the prompts of the n pictures.
+        prompts: the prompts of the n pictures, or what else tells which pictures are compared, such as (prompt, size).
 
     Returns:
         A number from 0 (all pictures of a prompt are the same) to 2; None if no prompt has two pictures.
     """
-    rows_of: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows_of.setdefault(prompt, []).append(row)
     distances = []
-    for rows in (rows for rows in rows_of.values() if len(rows) > 1):
+    for rows in (rows for rows in rows_by(prompts).values() if len(rows) > 1):
         # The square of the sum contains each pair twice, and each vector paired with itself.
         n, of_sum = len(rows), embeddings[rows].double().sum(dim=0).square().sum()
         distances.append(1 - (of_sum - n) / (n * (n - 1)))
     return torch.stack(distances).mean().item() if distances else None
 
 
+def rows_by(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    """Returns the positions of each value."""
+    positions: dict[Hashable, list[int]] = {}
+    for position, value in enumerate(values):
+        positions.setdefault(value, []).append(position)
+    return positions
+
+
 def _is_diverse(c: ConfigDict, prompts: PromptSet | None) -> bool:
-    """Whether an evaluation measures diversity: it is asked for, and some prompt repeats."""
+    """Whether an evaluation measures diversity: it is asked for, and some prompt repeats in the same size."""
+    sizes = picture_sizes(c.resolution)
     known = c.num_eval_images if prompts is None else len(prompts)
-    return c.eval_diversity and c.num_eval_images > min(c.num_eval_prompts or known, known)
+    used = min(c.num_eval_prompts or known, known, c.num_eval_images // max(len(sizes), 1))
+    return c.eval_diversity and c.num_eval_images > used * max(len(set(sizes)), 1)
 
 
 def _tower(c: ConfigDict, reward: WeightedReward, extra: WeightedReward | None, build_tower) -> ClipTower:

@@ -17,11 +17,6 @@ Pictures = torch.Tensor | list[torch.Tensor]
 """Pictures in [0, 1]: float [B, 3, H, W], or a list of B pictures [3, H, W] if their sizes differ."""
 
 
-def stacked(images: list[torch.Tensor]) -> Pictures:
-    """Returns pictures as one tensor if all have the same size."""
-    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
-
-
 def to_pil(image: torch.Tensor) -> Image.Image:
     """Returns a float tensor [3, H, W] in [0, 1] as an 8-bit picture; NaN becomes black."""
     pixels = image.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -169,8 +164,13 @@ def plot_curves(rows: Sequence[dict], path: str | os.PathLike) -> None:
     names = list(dict.fromkeys(name for row in held_out for name in row.get("rewards") or {}))
     adjoint = next((row for row in reversed(train) if row.get("adjoint_norm")), None)
 
-    curves = [("training reward", "optimizer step", *_series(train, "reward"))]
-    curves += [("held-out reward", "optimizer step", *_series(held_out, "reward"))]
+    curves = []
+    for title, kind in (("training reward", train), ("held-out reward", held_out)):
+        by_size = [{"step": row["step"], **row["reward_by_size"]} for row in kind if "reward_by_size" in row]
+        sizes = sorted({size for row in by_size for size in row} - {"step"})
+        if kind is held_out or not sizes:  # a training step has only one of the sizes
+            curves.append((title, "optimizer step", *_series(kind, "reward")))
+        curves += [(f"{title}, {size}", "optimizer step", *_series(by_size, size)) for size in sizes]
     if len(names) > 1:  # A single one is the reward itself, which already has a panel.
         parts = [{"step": row["step"], **(row.get("rewards") or {})} for row in held_out]
         curves += [(f"held-out {name}", "optimizer step", *_series(parts, name)) for name in names]

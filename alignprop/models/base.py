@@ -97,11 +97,8 @@ class Model(Protocol):
     def schedule(self, num_inference_steps: int) -> dict:
         """Returns the further arguments of the scheduler's `set_timesteps` (method/samplers.py)."""
 
-    def of_size(self, size: tuple[int, int] | None) -> "Model":
-        """Returns this model for pictures of (height, width) pixels; both have the same networks and conditioning.
-
-        None is the size that the model was trained for. Only a run with several sizes calls this.
-        """
+    def of_size(self, size: tuple[int, int]) -> "Model":
+        """Returns this model for pictures of (height, width) pixels; both have the same networks and conditioning."""
 
     def init_latents(self, generators: list[torch.Generator]) -> torch.Tensor:
         """Draws x[0], float32 latents [B, ...]; sample b is drawn from the b-th generator."""

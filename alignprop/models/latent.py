@@ -19,7 +19,7 @@ class LatentDiffusion(TextConditioned):
         pipeline: a loaded pipeline, or any object with the same parts (models/skeleton.py). Its modules are frozen
             here, and the encoder of the VAE is dropped.
         resolution: the size of the pictures in pixels, a side or "WIDTHxHEIGHT". None is the size that the model was
-            trained for. Of several sizes with commas it is the one with the most pixels.
+            trained for. Of several sizes with commas it is the one with the most pixels; the others are only checked.
         true_cfg_scale: strength of guidance by an empty prompt, for models that use `guidance_scale` for something
             else.
         negative_prompt: the prompt of the unconditional branch.
@@ -65,7 +65,7 @@ class LatentDiffusion(TextConditioned):
         for module in (self.denoiser, self.decoder, *self.text_encoders):
             module.requires_grad_(False).eval()
         self.device = self.denoiser.device
-        self.latent_shape = self._shape_for(picture_sizes(resolution)[0])
+        self.latent_shape, *_ = map(self._shape_for, picture_sizes(resolution) or [None])
 
     @classmethod
     def load(
@@ -138,7 +138,7 @@ class LatentDiffusion(TextConditioned):
 
     # ---- the same for most families
 
-    def of_size(self, size: tuple[int, int] | None) -> "LatentDiffusion":
+    def of_size(self, size: tuple[int, int]) -> "LatentDiffusion":
         model = copy(self)
         model.latent_shape = self._shape_for(size)
         return model

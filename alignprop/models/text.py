@@ -28,7 +28,7 @@ class TextConditioned:
     def __init__(self):
         self.negatives: dict[str, str] = {}
         self._remembered: dict[str, Conditioning] = {}
-        self._warned = False
+        self._warned: list[str] = []  # shared with the same model for other sizes, like `_remembered`
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Calls the text encoders; returns the conditioning of B prompts, without the negative_… part."""
@@ -116,8 +116,8 @@ class TextConditioned:
         longest = max(counts)
         if longest <= limit or self._warned or os.environ.get("RANK", "0") != "0":
             return
-        self._warned = True
         shown = textwrap.shorten(prompts[counts.index(longest)], 60, placeholder=" …")
+        self._warned.append(shown)
         # The reported counts leave out the tokens that mark beginning and end, because the user did not write them.
         marks = len(tokenizer("").input_ids)
         tqdm.write(

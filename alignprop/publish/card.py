@@ -92,7 +92,7 @@ def usage(run: RunFolder, repo: str, prompts: list[str]) -> str:
 
 
 def _call_options(c: dict) -> dict[str, object]:
-    """Returns the arguments with which the pipeline makes pictures as the run does."""
+    """Returns the arguments with which the pipeline makes pictures as the run does, in the largest of its sizes."""
     try:
         family = find_config(c["pretrained.model"], c.get("pretrained.revision"))["family"]
     except ConfigError:  # The model is a single file, or is on another machine.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from alignprop.settings.elsewhere import answer_for
 from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
-from alignprop.settings.fields.rules import picture_sizes
+from alignprop.settings.fields.rules import picture_sizes, size_name
 from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
 from alignprop.settings.options import updates_of_epoch
@@ -76,6 +76,9 @@ def _derive(c: ConfigDict) -> None:
     for name in ("model", "config", "vae"):
         if c.pretrained[name]:
             c.pretrained[name] = os.path.expanduser(c.pretrained[name])
+    if len(sizes := picture_sizes(c.resolution)) > 1:
+        with c.ignore_type():  # it may have been a sequence
+            c.resolution = ",".join(map(size_name, sizes))
     if c.lora_alpha is None:
         c.lora_alpha = float(c.lora_rank)
     # The command line may give "to_q,to_v" as one word.
@@ -158,8 +161,10 @@ def _check_combinations(c: ConfigDict) -> None:
         )
     if c.task == "train" and c.train.prefix_cache > 1 and c.compile:
         raise ConfigError(f"train.prefix_cache = {c.train.prefix_cache} needs compile = False, or 1")
-    if c.task in ("guide", "explore") and len(picture_sizes(c.resolution)) > 1:
+    count = max(len(picture_sizes(c.resolution)), 1)
+    if c.task in ("guide", "explore") and count > 1:
         raise ConfigError(f"resolution = {c.resolution!r} must be one size for task = {c.task!r}")
+    _check_multiple("num_eval_images", c.num_eval_images, count, f"the {count} sizes of resolution = {c.resolution!r}")
     if c.guide.window[0] >= c.guide.window[1]:
         raise ConfigError(f"guide.window = {tuple(c.guide.window)} must be (from, to) with from < to")
     if c.guidance_interval[0] >= c.guidance_interval[1]:

@@ -24,6 +24,7 @@ from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import check_base
 from alignprop.settings.errors import ConfigError
+from alignprop.settings.fields.rules import picture_sizes, size_name
 from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve, save_config
@@ -152,7 +153,12 @@ def compare_policies(config, gpu_memory: float | None = None) -> list[Forecast]:
     c = resolve(config, 1)
     size = gpu_memory * GIB if gpu_memory else gpu_bytes()
     build, forecasts, done = skeletons(c), {}, {}
-    print(f"{c.pretrained.model}, {c.reward_fn}, {c.mixed_precision}, {c.train.num_inference_steps} steps", flush=True)
+    sizes = picture_sizes(c.resolution)
+    largest = f", the largest pictures, {size_name(sizes[0])}" if len(sizes) > 1 else ""
+    print(
+        f"{c.pretrained.model}, {c.reward_fn}, {c.mixed_precision}, {c.train.num_inference_steps} steps{largest}",
+        flush=True,
+    )
     names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
     for name, memory, capacity in tqdm(candidates(c, 1, names), "planning", leave=False):
         if name not in forecasts or (size and not forecasts[name].fits(size)):

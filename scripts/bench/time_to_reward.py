@@ -75,7 +75,7 @@ FAST_RATES = (1.2e-2, 2e-2)
 SIDES = (
     Side("TRL, defaults", "trl", 8),
     Side("TRL, learning rate 4e-3", "trl", 4, {"train_learning_rate": 4e-3}),
-    Side("TRL, learning rate 1.2e-2", "trl", 3, {"train_learning_rate": 1.2e-2}),
+    Side("TRL, learning rate 1.2e-2", "trl", 1, {"train_learning_rate": 1.2e-2}),
     Side("ours, quickstart", "ours", 8, preset="quickstart"),
     Side("ours, quickstart_fast", "ours", 1, preset="quickstart_fast"),
     *(

@@ -92,7 +92,7 @@ def test_in_every_family(here, family):
     pictures, labels = torch.load(run / "samples" / "before.pt", weights_only=True)
     torch.testing.assert_close(pictures, pictures_of(model, labels), rtol=0, atol=1e-5)
     assert [row["lr"] for row in rows_of(run)] == pytest.approx([0, RATE, RATE * 2 / 3, RATE / 3])
-    drawn = [row["resolution"] for row in rows_of(run)]
+    drawn = [next(iter(row["reward_by_size"])) for row in rows_of(run)]
     assert sorted(drawn[:2]) == sorted(drawn[2:]) == sorted(SIZES.split(","))
     assert "an epoch is longer than the prompt set" in told and "prompts: 2 of 3 were drawn" in told
     lora = load_file(checkpoints_of(run)[-1] / LORA_FILE)
@@ -101,7 +101,7 @@ def test_in_every_family(here, family):
         call(here, family, run_name="parts", num_epochs=1, **schedule, **frozen)
         told, parts = call(here, family, run_name="parts", resume_from="latest", **schedule, **frozen)
         assert "after step 2" in told and "num_epochs: 1 → 2" in told
-        assert [row["resolution"] for row in rows_of(parts)] == drawn
+        assert [next(iter(row["reward_by_size"])) for row in rows_of(parts)] == drawn
         # The schedule of the first part was one of two updates; the second part continues on that of four.
         assert [row["lr"] for row in rows_of(parts)] == pytest.approx([0, RATE, RATE * 2 / 3, RATE / 3])
 

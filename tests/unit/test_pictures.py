@@ -13,7 +13,6 @@ from alignprop.evaluation.pictures import (
     save_before_after,
     save_grid,
     save_image,
-    stacked,
 )
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -93,7 +92,6 @@ def test_pictures_of_several_sizes_keep_their_shapes(tmp_path):
     save_before_after([wide, high], [high, wide], ["a", "b"], tmp_path / "pair.png")
     sizes = [picture.size for _, picture in read_grid(tmp_path / "pair.png")]
     assert sizes == [(280, 140), (140, 280), (140, 280), (280, 140)]
-    assert torch.is_tensor(stacked([wide, wide])) and stacked([wide, high]) == [wide, high]
 
 
 def test_large_pictures_keep_their_pixels():
@@ -210,6 +208,16 @@ def test_other_measures_have_their_panels(tmp_path, drawn):
     plot_curves(rows, tmp_path / "curves.png")
     assert list(drawn[0]) == ["held-out reward", "held-out diversity", "held-out base distance"]
     np.testing.assert_array_equal(drawn[0]["held-out base distance"], ([0, 2], [0, 2]))
+
+
+def test_each_size_has_a_curve(tmp_path, drawn):
+    rows = [eval_row(0, 5.0, aesthetic=5.0) | {"reward_by_size": {"16": 4.0, "24x16": 6.0}}]
+    rows += [train_row(step, reward) | {"reward_by_size": {size: reward}} for step, reward, size in [
+        (1, 5.0, "16"), (2, 7.0, "24x16"), (3, 6.0, "16")]]  # fmt: skip
+    plot_curves(rows, tmp_path / "curves.png")
+    titles = ["training reward, 16", "training reward, 24x16", "held-out reward", "held-out reward, 16"]
+    assert list(drawn[0])[:5] == [*titles, "held-out reward, 24x16"]
+    np.testing.assert_array_equal(drawn[0]["training reward, 16"], ([1, 3], [5.0, 6.0]))
 
 
 def test_a_single_held_out_reward_is_drawn_once(tmp_path, drawn):

@@ -41,17 +41,19 @@ FIELDS = (
     Field(
         "num_eval_images", 32, COUNT,
         "The number of pictures in an evaluation. If there are more pictures than prompts, prompts repeat with other "
-        "noise.",
+        "noise. If resolution names several sizes, each size has an equal part of the pictures, so the number must be "
+        "a multiple of theirs.",
         (EVALUATION,),
     ),
     Field(
         "num_eval_prompts", 16, optional(COUNT),
-        "The number of different prompts in an evaluation. None takes all prompts of eval_prompt_fn.", (EVALUATION,),
+        "The number of different prompts in an evaluation, if there are as many pictures in each size. None takes all "
+        "prompts of eval_prompt_fn.", (EVALUATION,),
     ),
     Field(
         "eval_diversity", True, boolean(),
-        "If True, an evaluation measures how much the pictures of one prompt differ, as 1 - cosine in the embedding "
-        "space of clip.model. This needs more pictures than prompts.", (EVALUATION,),
+        "If True, an evaluation measures how much the pictures of one prompt and size differ, as 1 - cosine in the "
+        "embedding space of clip.model. This needs more pictures than prompts, in each size.", (EVALUATION,),
     ),
     Field(
         "eval_base_distance", True, boolean(),

@@ -126,8 +126,8 @@ def option(of: Option) -> Rule:
     return optional(rule) if of.optional else rule
 
 
-def picture_sizes(value: int | str | tuple | None) -> list[tuple[int, int] | None]:
-    """Returns the (height, width) of pictures in pixels, the size with the most pixels first; [None] for None.
+def picture_sizes(value: int | str | tuple[int | str, ...] | None) -> list[tuple[int, int]]:
+    """Returns the (height, width) of pictures in pixels, the size with the most pixels first; [] for None.
 
     Args:
         value: a side, or "WIDTHxHEIGHT", or several of these, as a sequence or as text with commas.
@@ -136,8 +136,8 @@ def picture_sizes(value: int | str | tuple | None) -> list[tuple[int, int] | Non
         ValueError: the value is none of these.
     """
     if value is None:
-        return [None]
-    sizes = []
+        return []
+    sizes: list[tuple[int, int]] = []
     for text in map(str, value if isinstance(value, tuple | list) else str(value).split(",")):
         width, _, height = text.lower().partition("x")
         sizes.append((int(height or width), int(width)))
@@ -157,7 +157,7 @@ def _is_size(value: Any) -> bool:
 
 def _is_one_size(value: Any) -> bool:
     is_text = isinstance(value, str) and re.fullmatch(r"\d+([xX]\d+)?", value.strip(), re.ASCII) is not None
-    return (is_text or _is_integer(value)) and min(picture_sizes(value)[0] or ()) >= 16
+    return (is_text or _is_integer(value)) and min(picture_sizes(value)[0]) >= 16
 
 
 COUNT = integer(1)
