@@ -168,6 +168,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
         "optimizer": f"{c['train.optimizer']}, {_learning_rate(c)}",
         "trained": trained,
         "sampling": _sampling(c),
+        "picture sizes": str(c.get("resolution") or ""),
         "precision": c["mixed_precision"].replace("no", "fp32"),
         "seed": str(c["seed"]),
         "versions": ", ".join(f"{name.removeprefix('versions.')} {value}" for name, value in versions.items()),

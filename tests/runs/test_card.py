@@ -240,6 +240,12 @@ def test_the_pipeline_is_called_for_pictures_like_the_runs(tmp_path):
     assert "guidance_scale=3.5, true_cfg_scale=2.0, negative_prompt='')" in code
 
 
+def test_a_card_names_the_sizes_and_calls_the_pipeline_for_the_largest(tmp_path):
+    run = read_run(make_run(tmp_path / "r", config=preset(resolution="768x512,256")))
+    assert "height=512, width=768)" in usage(run, "me/toy", [])
+    assert "768x512,256" in model_card(run, "me/toy", [])
+
+
 # ---- what is no run
 
 
