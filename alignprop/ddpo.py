@@ -138,7 +138,7 @@ class DDPOTrainer(TrainingLoop):
             scores[-1] = scores[-1][self._gathered_order()]
         rewards, *terms = torch.cat(scores).T
         limit = c.ddpo.adv_clip_max
-        advantages = self.statistics.advantages(self.of_size(prompts, key), rewards).clamp(-limit, limit)
+        advantages = self.statistics.advantages(self.compared_as(prompts, key), rewards).clamp(-limit, limit)
         updates = []
         for inner in range(c.ddpo.inner_epochs):
             order = torch.randperm(len(blocks), generator=generator(*key, "updates", inner)).tolist()
@@ -154,7 +154,7 @@ class DDPOTrainer(TrainingLoop):
             samples=self.global_step * total, updates=self.global_step * len(updates),
         )  # fmt: skip
 
-    def of_size(self, prompts: list[str], key: tuple[int, int]) -> list[str]:
+    def compared_as(self, prompts: list[str], key: tuple[int, int]) -> list[str]:
         """Returns the names under which rewards are compared: the prompts, with the size if there are several."""
         size = self.drawn_size(*key)
         return [f"{prompt} [{size}]" for prompt in prompts] if size else prompts

@@ -81,12 +81,9 @@ def build_run(
     judges = build_judges(c, eval_prompts, reward_function)
     if needs_gradient:
         require_differentiable(judges.reward)
-    if model is None:
-        model = load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
-    elif c.resolution is not None:
-        if not hasattr(model, "of_size"):
-            raise ConfigError(f"resolution = {c.resolution!r} needs a model with `of_size` (models/base.py), or None")
-        model = model.of_size(picture_sizes(c.resolution)[0])
+    model = _in_largest_size(model, c) if model else load_model(
+        c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c)
+    )  # fmt: skip
     merge_frozen(model, frozen)
     if negatives and not hasattr(model, "negatives"):
         raise ConfigError("the column negative_prompt needs a model with `negatives` (models/base.py)")
@@ -105,6 +102,19 @@ def build_run(
     run.use(on_main(lambda: choose_policy(c, model, judges, accelerator, run.say)))
     run.try_judges(needs_gradient)
     return run
+
+
+def _in_largest_size(model: Model, c: ConfigDict) -> Model:
+    """Returns a model that the user gave, for the largest pictures of `resolution`.
+
+    Raises:
+        ConfigError: the model has only its own size.
+    """
+    if c.resolution is None:
+        return model
+    if not hasattr(model, "of_size"):
+        raise ConfigError(f"resolution = {c.resolution!r} needs a model with `of_size` (models/base.py), or None")
+    return model.of_size(picture_sizes(c.resolution)[0])
 
 
 def _tell_what_differs(run: "Run", asked: ConfigDict) -> None:

@@ -3,7 +3,7 @@
 # the first call sets up.
 #
 #   bash scripts/test.sh          everything
-#   bash scripts/test.sh --fast   only the tests of single modules, in about two minutes
+#   bash scripts/test.sh --fast   only the unit tests, in about two minutes
 #
 # Further options are pytest's, such as -k rollout, or -n 0 for a single process.
 set -euo pipefail

@@ -106,7 +106,11 @@ def export_lora(
 
 
 def _check_numbers(scale: float, mix_with, mixing_coef: float | None) -> float:
-    """Checks the numbers of an export, and returns the share of the first checkpoint."""
+    """Returns the share of the first checkpoint in a mixture, after checking the numbers of an export.
+
+    Raises:
+        ConfigError: a share is given without a mixture, a number is not finite, or the scale is 0.
+    """
     if mixing_coef is not None and not mix_with:
         raise ConfigError(f"mixing_coef = {mixing_coef} needs mix_with, a second checkpoint")
     share = 0.5 if mixing_coef is None else mixing_coef

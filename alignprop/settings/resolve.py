@@ -76,9 +76,9 @@ def _derive(c: ConfigDict) -> None:
     for name in ("model", "config", "vae"):
         if c.pretrained[name]:
             c.pretrained[name] = os.path.expanduser(c.pretrained[name])
-    if len(sizes := picture_sizes(c.resolution)) > 1:
-        with c.ignore_type():  # it may have been a sequence
-            c.resolution = ",".join(map(size_name, sizes))
+    if not isinstance(c.resolution, int | None):
+        with c.ignore_type():  # it may be a sequence, which a run that continues would call a change
+            c.resolution = ",".join(map(size_name, picture_sizes(c.resolution)))
     if c.lora_alpha is None:
         c.lora_alpha = float(c.lora_rank)
     # The command line may give "to_q,to_v" as one word.

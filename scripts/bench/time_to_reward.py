@@ -69,8 +69,8 @@ FAST_IN_TRL = {  # with DDIM, because TRL has no other sampler
     "truncated_backprop_rand": False,
     "truncated_backprop_timestep": 0,
 }
-# TRL has neither lora_alpha nor a learning rate that falls. Its factor A starts about 4 times larger than ours, which
-# counts 4 times in quickstart_fast. So about the same learning rate gives its LoRA first steps of the same size.
+# TRL has neither lora_alpha nor a learning rate that falls. Its factor A starts about 4 times as large as ours, and
+# lora_alpha makes ours count 4 times in quickstart_fast. So the first steps have the same size at the same rate.
 FAST_RATES = (1.2e-2, 2e-2)
 SIDES = (
     Side("TRL, defaults", "trl", 8),

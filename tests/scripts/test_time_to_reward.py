@@ -201,6 +201,10 @@ def test_our_fields_exist_and_theirs_say_the_same():
     theirs = time_to_reward.FAST_IN_TRL
     assert theirs["sample_num_steps"] == c.train.num_inference_steps
     assert c.estimator == "full" and theirs["truncated_backprop_timestep"] == 0
+    given = [side.overrides for side in time_to_reward.SIDES if side.of == "trl, ours"]
+    assert len(given) > 1 and all(overrides.items() >= theirs.items() for overrides in given)
+    rates = [overrides["train_learning_rate"] for overrides in given]
+    assert c.train.learning_rate <= min(rates)  # which is ours in the first step, and falls afterwards
 
 
 # ---- both sides and the referee on a random-weight model

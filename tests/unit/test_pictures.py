@@ -84,14 +84,16 @@ def test_pictures_are_found_again_in_a_grid_with_their_labels(tmp_path):
 
 
 def test_pictures_of_several_sizes_keep_their_shapes(tmp_path):
-    wide, high = (torch.ones(3, *size) * torch.tensor([1.0, 0, 0]).view(3, 1, 1) for size in ((20, 40), (40, 20)))
-    save_grid([wide, high, wide], ["wide", "high", ""], tmp_path / "grid.png")
-    (_, first), (label, second), _ = read_grid(tmp_path / "grid.png")
-    assert first.size == (280, 140) and second.size == (140, 280) and label == "high"
-    assert first.getcolors() == [(280 * 140, RED)] and second.getcolors() == [(280 * 140, RED)]
+    wide, high = flat(RED)[0][:, :20, :40], flat(GREEN)[0][:, :40, :20]
+    save_grid([wide, high], ["wide", "high"], tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        boxes = colour_blocks(grid)
+    sizes = [(right - left, bottom - top) for left, top, right, bottom in (boxes[RED], boxes[GREEN])]
+    assert sizes == [(280, 140), (140, 280)]
+    found = read_grid(tmp_path / "grid.png")
+    assert [(label, picture.size) for label, picture in found] == list(zip(("wide", "high"), sizes, strict=True))
     save_before_after([wide, high], [high, wide], ["a", "b"], tmp_path / "pair.png")
-    sizes = [picture.size for _, picture in read_grid(tmp_path / "pair.png")]
-    assert sizes == [(280, 140), (140, 280), (140, 280), (280, 140)]
+    assert [picture.size for _, picture in read_grid(tmp_path / "pair.png")] == [*sizes, *sizes[::-1]]
 
 
 def test_large_pictures_keep_their_pixels():

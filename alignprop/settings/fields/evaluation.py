@@ -41,14 +41,14 @@ FIELDS = (
     Field(
         "num_eval_images", 32, COUNT,
         "The number of pictures in an evaluation. If there are more pictures than prompts, prompts repeat with other "
-        "noise. If resolution names several sizes, each size has an equal part of the pictures, so the number must be "
-        "a multiple of theirs.",
+        "noise. If resolution names several sizes, each size gets an equal part of the pictures, and the number of "
+        "sizes must divide the number of pictures.",
         (EVALUATION,),
     ),
     Field(
         "num_eval_prompts", 16, optional(COUNT),
-        "The number of different prompts in an evaluation, if there are as many pictures in each size. None takes all "
-        "prompts of eval_prompt_fn.", (EVALUATION,),
+        "The number of different prompts in an evaluation. If each size has fewer pictures, fewer prompts are used. "
+        "None takes all prompts of eval_prompt_fn.", (EVALUATION,),
     ),
     Field(
         "eval_diversity", True, boolean(),
