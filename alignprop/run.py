@@ -21,6 +21,7 @@ from alignprop.evaluation.stop_when import parse_stop_when, reason_to_stop, valu
 from alignprop.lora.frozen import merge_frozen, parse_loras
 from alignprop.lora.scaling import linear_schedule
 from alignprop.memory.planner import Choice, choose_policy
+from alignprop.memory.quantize import check_formats, quantize
 from alignprop.memory.residency import Residency, phases_of
 from alignprop.method.prefix_cache import build_prefix_cache
 from alignprop.method.rollout import Rollout
@@ -63,6 +64,7 @@ def build_run(
         raise ConfigError("mixed_precision = 'fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
     if c.task == "train":
         check_package(c.train.optimizer)
+    check_formats(c)
     log_with = parse_log_with(c.log_with)
     eval_prompts = _load_eval_prompts(c, prompts)
     sets = [one for one in (eval_prompts, prompts) if isinstance(one, PromptSet) and one.name != FROM_FUNCTION]
@@ -90,6 +92,7 @@ def build_run(
     model.negatives = negatives
     model.device = accelerator.device
     base = base_model(c.pretrained.model, model.denoiser)
+    quantize(model, judges, c, accelerator.device if accelerator.device.type == "cuda" else None)
     for path, named_by in ((checkpoint, "resume_from"), (start, "init_lora")):
         if path:
             check_base(path, base, named_by)

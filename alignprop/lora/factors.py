@@ -185,8 +185,8 @@ def check_modules(network, weights: LoraWeights, what: str = "model") -> None:
     Raises:
         ConfigError: a factor has no layer in the network, or has another shape.
     """
-    layers = {name: getattr(layer, "weight", None) for name, layer in network.named_modules()}
-    absent = [m for m in weights.modules if layers.get(m) is None or layers[m].dim() < 2]
+    shapes = {name: _weight_shape(layer) for name, layer in network.named_modules()}
+    absent = [m for m in weights.modules if len(shapes.get(m, ())) < 2]
     if absent:
         keys, unmatched = 2 * len(weights.modules), 2 * len(absent)
         raise ConfigError(
@@ -194,10 +194,16 @@ def check_modules(network, weights: LoraWeights, what: str = "model") -> None:
             f"example those of {absent[0]!r} — is it from another base model?"
         )
     for module in weights.modules:
-        outputs, inputs, *kernel = shape = layers[module].shape
+        outputs, inputs, *kernel = shape = shapes[module]
         a, b = weights.tensors[f"{module}.lora_A.weight"], weights.tensors[f"{module}.lora_B.weight"]
         if a.shape[1:] != (inputs, *kernel) or b.shape != (outputs, a.shape[0], *(1 for _ in kernel)):
             raise ConfigError(
                 f"LoRA: {module!r} is {'×'.join(map(str, shape))} in this {what}; the file's factors are "
                 f"{list(b.shape)} and {list(a.shape)} — is it from another base model?"
             )
+
+
+def _weight_shape(layer) -> tuple[int, ...]:
+    """Returns the shape of a layer's weight, without unpacking a packed one; () if the layer has no weight."""
+    shape = getattr(layer, "weight_shape", None)
+    return tuple(shape or getattr(getattr(layer, "weight", None), "shape", ()))

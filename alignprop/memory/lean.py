@@ -25,6 +25,8 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from alignprop.models.packed import FrozenConv2d
+
 
 def make_lean(module: nn.Module) -> None:
     """Makes the layers of `module` lean, in place.
@@ -71,26 +73,7 @@ def _conv2d(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     unusual = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
     if unusual or not _keeps_less(x, layer.weight, layer.bias):
         return nn.Conv2d.forward(layer, x)
-    return _Conv2d.apply(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-
-class _Conv2d(Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, *options):
-        # The weight is not saved by `save_for_backward`, because a checkpoint recomputes everything before the last
-        # tensor that is saved so. With this weight it would recompute the convolution.
-        ctx.weight, ctx.options, ctx.shape = weight, options, x.shape
-        return F.conv2d(x, weight, bias, *options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        weight, (stride, padding, dilation, groups) = ctx.weight, ctx.options
-        # A transposed convolution computes this gradient. In cuDNN it is the same kernel, in the layout of `grad` and
-        # the weight. `aten.convolution_backward` needs an input only for its shape, but copies it on a CPU.
-        sizes = zip(ctx.shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-        left_over = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in sizes]
-        return F.conv_transpose2d(grad, weight, None, stride, padding, left_over, groups, dilation), *[None] * 6
+    return FrozenConv2d.apply(x, layer)
 
 
 # ---- norms, whose output can be recomputed

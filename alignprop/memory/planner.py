@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from alignprop.evaluation.judges import Judges, build_judges
 from alignprop.memory.accounting import on_meta
 from alignprop.memory.forecast import CONTEXT, GIB, Forecast, forecast
+from alignprop.memory.quantize import quantize
 from alignprop.memory.simulation import Build
 from alignprop.models.base import Model
 from alignprop.models.configs import find_config, find_tower_config
@@ -60,7 +61,9 @@ def skeletons(config: ConfigDict) -> Build:
         )
         if not config.use_lora:
             model.denoiser.float()
-        return model, build_judges(config, None, build=_skeleton_reward, build_tower=_skeleton_tower)
+        judges = build_judges(config, None, build=_skeleton_reward, build_tower=_skeleton_tower)
+        quantize(model, judges, config)
+        return model, judges
 
     return build
 
@@ -97,7 +100,9 @@ def candidates(config: ConfigDict, num_processes: int, names=tuple(POLICIES)) ->
         values = {k: v for k, v in config.memory.to_dict().items() if v is not None}
         memory = MemoryPolicy(**{**vars(POLICIES[name]), **values})
         trains_all = config.task == "train" and not config.use_lora
-        if memory.residency == "phase" and (memory.keep_steps or trains_all):
+        if memory.residency != "all" and (memory.keep_steps or trains_all):
+            continue
+        if memory.residency == "stream" and config.compile:
             continue
         # With few samples per call a GPU loses more time than kept graphs save.
         few = 4 if name == "roomy" and len(capacities) > 1 else 1

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from alignprop.evaluation.judges import Judges
+from alignprop.memory.streaming import Stream
 from alignprop.models.base import Model
 
 
@@ -16,7 +17,8 @@ class Residency:
     The phases are "encode" (prompts to embeddings), "denoise" (the rollout), "decode" (VAE and reward), "sweep" and
     "compare" (network calls with gradient), and "measure" (rewards that are only measured). The modules of "encode" and
     "measure" are seldom used, and leave the device when another phase begins. The modules of the other phases do so
-    only if `residency` is "phase". Nothing moves between two phases with the same modules.
+    only if `residency` is "phase" or "stream". Nothing moves between two phases with the same modules. With "stream"
+    the weights of large layers never come as a whole: each is brought for the call that needs it (streaming.py).
 
     Only frozen tensors move. Their values also stay on the host, so leaving the device costs nothing. They are copied
     to the device once each time that their phase begins.
@@ -24,12 +26,13 @@ class Residency:
     Args:
         device: the device on which modules compute.
         phases: the modules of each phase. A module may be in several phases.
-        residency: "all" or "phase".
+        residency: "all", "phase" or "stream".
         copy: whether to copy even if host and device are the same, so that an account sees modules come and go.
 
     Attributes:
         phase: the phase that has its modules on the device; "" before the first phase.
         leaving: the phases whose modules leave the device when another phase begins.
+        stream: brings the weights of large layers; None unless `residency` is "stream".
     """
 
     def __init__(
@@ -37,7 +40,8 @@ class Residency:
     ):
         self.device, self.copy = device, copy
         self.phases = {phase: list(modules) for phase, modules in phases.items()}
-        self.leaving = set(self.phases) if residency == "phase" else {"encode", "measure"}
+        self.leaving = {"encode", "measure"} if residency == "all" else set(self.phases)
+        self._moved = 0
         self.phase = self._inside = ""
         self._on_host: list[tuple[torch.Tensor, torch.Tensor]] = []
         for phase, modules in self.phases.items():
@@ -47,6 +51,14 @@ class Residency:
             elif device.type == "cuda":  # an earlier policy may have left the modules there
                 for tensor in _frozen(modules):
                     tensor.data = tensor.data.cpu()
+
+        networks = {id(module): module for modules in self.phases.values() for module in modules}
+        self.stream = Stream(device, networks.values()) if residency == "stream" else None
+
+    @property
+    def moved(self) -> int:
+        """The bytes that have been copied from the host to the device."""
+        return self._moved + (self.stream.moved if self.stream else 0)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -82,6 +94,7 @@ class Residency:
             if host.device.type == "cpu" and self.device.type == "cuda" and not host.is_pinned():
                 host = host.pin_memory()  # copying from pinned memory is several times faster
             tensor.data = host.to(self.device, non_blocking=True, copy=self.copy)
+            self._moved += host.nbytes
             self._on_host.append((tensor, host))
 
 

@@ -11,6 +11,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.base import ENCODERS
+from alignprop.models.denoiser_file import FIELD as DENOISER
+from alignprop.models.denoiser_file import load_denoiser
+from alignprop.models.prequantized import adopt_parts
 from alignprop.models.said import follow, only_variant, said_by
 from alignprop.models.whole import refuse_gaps, set_precision, whole_parts
 from alignprop.settings.errors import ConfigError
@@ -71,7 +74,8 @@ def family_of(name: str, revision: str | None = None, config: str | None = None)
 
 
 def load_pipeline(
-    cls, name: str, *, revision=None, variant=None, config=None, dtype=torch.float32, full=False, vae=None, without=()
+    cls, name: str, *, revision=None, variant=None, config=None, dtype=torch.float32, full=False, vae=None, without=(),
+    denoiser=None,
 ):  # fmt: skip
     """Loads a diffusers pipeline with the modules that training needs.
 
@@ -87,13 +91,14 @@ def load_pipeline(
         full: whether the denoiser's weights are trained. They then stay float32 whatever `dtype` is.
         vae: hub name or folder of another VAE for the model.
         without: names of the components to leave out (`optional` in latent.py).
+        denoiser: a denoiser of its own, instead of the pipeline's (denoiser_file.py).
 
     Raises:
         ConfigError: nothing can be loaded under that name, or a component cannot be left out.
     """
+    own = own_denoiser(cls, name, revision, denoiser, stored := torch.float32 if full else dtype)
     left_out = cls.modules_of(without)
-    options = {part: None for part in (*cls.unused, *left_out)} | cls.load_options
-    stored = torch.float32 if full else dtype
+    options = {name: None for name in (*cls.unused, *left_out, *own)} | cls.load_options
     try:
         check_reachable(name, revision)
         with whole_parts():
@@ -107,9 +112,11 @@ def load_pipeline(
                 pipeline = cls.pipeline_class().from_pretrained(
                     name, revision=revision, variant=variant, dtype=stored, **options
                 )
+        pipeline.register_modules(**own)
         refuse_gaps(pipeline)
     except Exception as error:
         raise could_not_load("pretrained.model", name, error) from error
+    adopt_parts(pipeline, dtype, full)
     fit_tokenizers(pipeline, name, left_out)
     if vae is not None:
         pipeline.vae = load_vae(vae, pipeline.vae)
@@ -120,6 +127,30 @@ def load_pipeline(
         if module is not None and module.dtype != precision:
             set_precision(module, precision)
     return pipeline
+
+
+def own_denoiser(cls, name: str, revision, denoiser: str | None, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Returns the denoiser that replaces the pipeline's, by its name in the pipeline; empty if none does.
+
+    Raises:
+        ConfigError: it cannot be loaded, or the pipeline is a single file.
+    """
+    if denoiser is None:
+        return {}
+    if Path(name).suffix in SINGLE_FILE:
+        raise ConfigError(f"{DENOISER} = {denoiser!r} needs a pipeline as pretrained.model, and {name!r} is a file")
+    try:
+        index = _index(name, revision)
+    except Exception as error:
+        raise could_not_load("pretrained.model", name, error) from error
+    part = "unet" if "unet" in index else "transformer"
+    try:
+        with whole_parts():
+            return {part: load_denoiser(denoiser, index[part][1], part, name, dtype)}
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise could_not_load(DENOISER, denoiser, error) from error
 
 
 def fit_tokenizers(pipeline, name: str, left_out) -> None:

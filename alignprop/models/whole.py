@@ -58,11 +58,12 @@ def refuse_gaps(pipeline) -> None:
 
 
 def set_precision(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Converts a network to `dtype`, except the layers that its class keeps in float32.
+    """Converts a network to `dtype`, except packed weights and the layers that its class keeps in float32.
 
     T5, for example, has layers that overflow in float16.
     """
     kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        if tensor.is_floating_point() and not any(part in kept for part in name.split(".")):
+        parts = name.split(".")
+        if tensor.is_floating_point() and not parts[-1].startswith("packed_") and not set(parts) & set(kept):
             tensor.data = tensor.data.to(dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alignprop.models.packed import Packed
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.json_files import write_json
 
@@ -68,9 +69,11 @@ def damage_of(checkpoint: Path) -> str:
 
 def base_model(name: str, denoiser: torch.nn.Module) -> dict:
     """Returns what identifies a base model among others of the same shape: its name, and one weight of some tensors."""
-    tensors = [p.detach() for _, p in sorted(denoiser.named_parameters()) if p.dim() > 1]
-    chosen = tensors[:: max(1, len(tensors) // 32)][:32]
-    values = torch.stack([t.flatten()[t.numel() // 2].float() for t in chosen]).tolist()
+    packed = {f"{name}.weight": m for name, m in denoiser.named_modules() if isinstance(m, Packed)}
+    names = sorted([name for name, p in denoiser.named_parameters() if p.dim() > 1] + [*packed])
+    chosen = names[:: max(1, len(names) // 32)][:32]
+    weights = [packed[name].weight if name in packed else denoiser.get_parameter(name).detach() for name in chosen]
+    values = torch.stack([w.flatten()[w.numel() // 2].float() for w in weights]).tolist()
     return {"name": name, "weights": [float(f"{value:.4g}") for value in values]}
 
 

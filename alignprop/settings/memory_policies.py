@@ -14,7 +14,8 @@ class MemoryPolicy:
         keep_steps: for this many last active steps the graph of the rollout is kept, and the sweep needs no new call.
         block_checkpointing: the denoiser's blocks recompute their activations in the backward pass.
         decoder_checkpointing: the VAE's resnets recompute their activations in the backward pass, one by one.
-        residency: "all" keeps all modules on the device, "phase" only those that the current phase uses.
+        residency: "all" keeps all modules on the device, "phase" only those that the current phase uses, and "stream"
+            only the weight of the layer that computes and of the next one.
         lean: frozen layers save only what their own backward pass needs.
     """
 
@@ -40,6 +41,7 @@ POLICIES = {
     "balanced": _FRUGAL,
     "small": replace(_FRUGAL, residency="phase"),
     "smallest": replace(_FRUGAL, residency="phase", block_checkpointing=True),
+    "streaming": replace(_FRUGAL, residency="stream", block_checkpointing=True),
 }
 
 

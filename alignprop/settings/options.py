@@ -21,6 +21,7 @@ def model_options(config: ConfigDict) -> dict[str, Any]:
         "variant": source.variant,
         "config": source.config,
         "vae": source.vae,
+        "denoiser": source.denoiser,
         "without": components_left_out(c),
         "full": not c.use_lora,
         "resolution": c.resolution,

@@ -150,6 +150,10 @@ def _check_fields(c: ConfigDict) -> None:
 def _check_combinations(c: ConfigDict) -> None:
     if c.task == "train" and c.kl_coeff and not c.use_lora:
         raise ConfigError(f"kl_coeff = {c.kl_coeff} needs use_lora = True: without its adapter the model is the base")
+    if c.pretrained.quantize and not c.use_lora:
+        raise ConfigError(
+            f"pretrained.quantize = {c.pretrained.quantize!r} needs use_lora = True: only frozen weights can be packed"
+        )
     if c.train_text_encoder and not c.use_lora:
         raise ConfigError("train_text_encoder = True needs use_lora = True: a text encoder is trained by a LoRA only")
     if c.train_text_encoder and c.algorithm == "ddpo":
@@ -192,15 +196,18 @@ def _check_combinations(c: ConfigDict) -> None:
 
 def _check_memory(c: ConfigDict) -> None:
     memory = c.memory
-    if memory.residency != "phase":
+    if memory.residency in (None, "all"):
         return
+    where = f"memory.residency = {memory.residency!r}"
     if memory.keep_steps:
         raise ConfigError(
-            f"memory.keep_steps = {memory.keep_steps} must be 0 where memory.residency = 'phase': kept graphs would "
+            f"memory.keep_steps = {memory.keep_steps} must be 0 where {where}: kept graphs would "
             "hold the weights that leave the device"
         )
-    if not c.use_lora and c.task == "train":
-        raise ConfigError("memory.residency = 'phase' needs use_lora = True: only frozen weights can leave the device")
+    if not c.use_lora and (c.task == "train" or memory.residency == "stream"):
+        raise ConfigError(f"{where} needs use_lora = True: only frozen weights can leave the device")
+    if memory.residency == "stream" and c.compile:
+        raise ConfigError(f"{where} needs compile = False")
 
 
 def _check_multiple(field: str, value: int, unit: int, unit_name: str) -> None:

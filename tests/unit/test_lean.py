@@ -181,7 +181,7 @@ def forbid(monkeypatch):
     def fail(*_):
         raise AssertionError("not plain")
 
-    for name in ("_Conv2d", "_Silu", "_Times", "_Geglu", "_Recomputed"):
+    for name in ("FrozenConv2d", "_Silu", "_Times", "_Geglu", "_Recomputed"):
         monkeypatch.setattr(getattr(lean, name), "forward", fail)
     monkeypatch.setattr(lean, "_with_recipe", fail)
 

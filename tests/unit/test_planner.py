@@ -31,11 +31,11 @@ def accelerator():
 
 
 REWARD = Judges(build_reward("tests.helpers.toy_rewards:redness"))
-SIZES = {"roomy": 90.0, "fast": 20.0, "lean": 12.0, "balanced": 8.0, "small": 5.0, "smallest": 3.0}
+SIZES = {"roomy": 90.0, "fast": 20.0, "lean": 12.0, "balanced": 8.0, "small": 5.0, "smallest": 3.0, "streaming": 1.0}
 
 
 @pytest.mark.parametrize(("gpu", "chosen"), [
-    (100, "roomy"), (24, "fast"), (21, "lean"), (12, "balanced"), (6.3, "small"), (2, "smallest"),
+    (100, "roomy"), (24, "fast"), (21, "lean"), (12, "balanced"), (6.3, "small"), (4.5, "smallest"), (2, "streaming"), (1, "streaming"),
 ])  # fmt: skip
 def test_the_fastest_that_fits_is_chosen(toy_config, accelerator, monkeypatch, gpu, chosen):
     monkeypatch.setattr(planner, "forecast", of_size(lambda policy, capacity: SIZES[policy]))
@@ -99,6 +99,8 @@ def test_policies_that_move_modules_are_not_for_whole_denoisers_nor_for_kept_gra
     whole = candidates(resolve(toy_config(use_lora=False), 1), 1)
     assert [n for n, _, _ in whole] == ["roomy", "fast", "lean", "balanced"]
     assert [n for n, _, _ in candidates(resolve(toy_config(memory__keep_steps=1), 1), 1)][-1] == "balanced"
+    assert [n for n, _, _ in candidates(resolve(toy_config(), 1), 1)][-1] == "streaming"
+    assert [n for n, _, _ in candidates(resolve(toy_config(compile=True), 1), 1)][-1] == "smallest"
 
 
 def test_fitting_leaves_room_for_what_is_not_counted():

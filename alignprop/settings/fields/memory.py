@@ -51,10 +51,11 @@ FIELDS = (
         (GRADIENTS, ALIGN_PROP),
     ),
     Field(
-        "memory.residency", None, optional(choice("all", "phase")),
-        "Which modules are on the device: 'all' of them, or only those that the current 'phase' of a step uses. With "
+        "memory.residency", None, optional(choice("all", "phase", "stream")),
+        "Which weights are on the device: 'all' of them, or only those that the current 'phase' of a step uses. With "
         "'phase' the sweep needs 0.7 GiB less and the decode 1.6 GiB less, and each micro-batch moves 2.3 GiB. "
-        "Training with 'phase' needs use_lora = True.",
+        "With 'stream' the weights stay on the host, and each large layer's weight comes for every call of the layer, "
+        "while the layer before it computes. Both need use_lora = True.",
     ),
     Field(
         "memory.lean", None, optional(boolean()),

@@ -3,7 +3,7 @@
 import os
 
 from alignprop.settings.fields.field import LORA, TRAINING, Field, needs
-from alignprop.settings.fields.rules import COUNT, NAMES, SIZES, boolean, number, optional, text
+from alignprop.settings.fields.rules import COUNT, NAMES, QUANTIZED, SIZES, boolean, number, optional, text
 
 _FILES = (".safetensors", ".ckpt")
 SINGLE_FILE = needs("a single file as pretrained.model", lambda c: c.pretrained.model.endswith(_FILES))
@@ -35,6 +35,24 @@ FIELDS = (
         "pretrained.vae", None, optional(text()),
         "The hub name or folder of a VAE that replaces the model's own, such as an SDXL VAE that was made for fp16. "
         "None keeps the model's own VAE.",
+    ),
+    Field(
+        "pretrained.denoiser", None, optional(text()),
+        "The denoiser that replaces the model's own: a .gguf or .safetensors file with its weights alone, a folder, or "
+        "a hub name, also of a file ('user/name/file.gguf'). Weights that the file quantises stay so. None keeps the "
+        "model's own denoiser.", (PIPELINE,),
+    ),
+    Field(
+        "pretrained.quantize", "", QUANTIZED,
+        "The format in which the frozen weights of the denoiser are kept, so that it needs less memory: 'int8' and "
+        "'fp8' take 8 bits for each weight, 'int4' and 'nf4' take about 4. The weights are put into the format when "
+        "they are loaded, and unpacked layer by layer in each network call. The LoRA stays float32, and an export "
+        "merges it into the unquantised weights. 'nf4' needs the package bitsandbytes. docs/memory.md compares the "
+        "formats. If the field is empty, the weights stay as they are. It needs use_lora = True.",
+    ),
+    Field(
+        "pretrained.quantize_text_encoders", "", QUANTIZED,
+        "The same for the text encoders, of which T5 is the largest part of many models.",
     ),
     Field(
         "pretrained.without", "", text(empty=True),

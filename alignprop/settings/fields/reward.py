@@ -5,7 +5,7 @@ import os
 from ml_collections import ConfigDict
 
 from alignprop.settings.fields.field import ALIGN_PROP, TRAINING, Effect, Field, needs
-from alignprop.settings.fields.rules import choice, number, optional, text
+from alignprop.settings.fields.rules import QUANTIZED, choice, number, optional, text
 from alignprop.settings.fields.rules import option as option_rule
 from rewards.registry import REWARDS, options_name, options_of
 
@@ -32,6 +32,11 @@ LOSS = (
         "loss_target", None, optional(number()),
         "The target or the ceiling of the loss, in units of the reward. 'target' and 'ceiling' cannot use None.",
         (*_TRAINED, TARGET),
+    ),
+    Field(
+        "quantize_rewards", "", QUANTIZED,
+        "The format in which the frozen weights of the rewards and of the diversity measure are kept, as in "
+        "pretrained.quantize. Scores then differ a little from those of the unquantised reward.",
     ),
     Field(
         "reward_combine", "sum", choice("sum", "mean", "min"),

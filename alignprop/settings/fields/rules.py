@@ -166,6 +166,7 @@ SIZES = Rule(
     _is_size,
     object,
 )
+QUANTIZED = choice("", "int8", "fp8", "int4", "nf4")
 NAMES = sequence("names of layers", _is_name)
 INTEGERS = sequence("whole numbers", _is_integer, length=2)
 NUMBERS = sequence("finite numbers", _is_finite)

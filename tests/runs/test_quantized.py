@@ -1,0 +1,137 @@
+"""Runs whose frozen weights are packed, or come from the host layer by layer."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignprop.lora.files import LORA_FILE, read_lora
+from alignprop.memory.planner import forecast, skeletons
+from alignprop.models import formats, packed
+from alignprop.models.packed import Packed, PackedConv2d, PackedLinear
+from alignprop.publish.export import export_lora
+from alignprop.settings.errors import ConfigError
+from alignprop.settings.memory_policies import POLICIES
+from alignprop.settings.resolve import resolve
+from config.align_prop import TINY
+from tests.helpers.training import train, weights
+from tests.runs.test_forecast import real_cost
+
+ALL = {f"pretrained__{name}": "int8" for name in ("quantize", "quantize_text_encoders")}
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """The layers of the smallest models are packed as well."""
+    monkeypatch.setattr(packed, "NARROWEST", 8)
+
+
+def packed_layers(network):
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, Packed)}
+
+
+def assert_equal_weights(ours, theirs):
+    assert all(map(torch.equal, weights(ours), weights(theirs)))
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_a_forecast_counts_the_bytes_of_a_format(toy_config, name):
+    """Bytes within 5 %, on the bundled model with its reward, all networks packed."""
+    config = toy_config(
+        pretrained__model=str(TINY / "pipeline"), reward_fn="aesthetic", eval_reward_fn="", estimator="full",
+        num_inference_steps=2, per_gpu_capacity=1, train__total_batch_size=1, train__total_samples_per_epoch=1,
+        memory_policy="balanced", pretrained__quantize=name, pretrained__quantize_text_encoders=name,
+        quantize_rewards=name,
+    )  # fmt: skip
+    c = resolve(config, 1)
+    ours = forecast(skeletons(c), c, "balanced", POLICIES["balanced"], 1)
+    trainer = train(config)
+    run = trainer.run
+    for network in (run.model.denoiser, *run.model.text_encoders, run.reward):
+        assert packed_layers(network)
+    assert not packed_layers(run.model.decoder)
+    real, flops = real_cost(trainer)
+    assert ours.peak == pytest.approx(real, rel=0.05)
+    assert ours.flops == pytest.approx(flops, rel=0.01)
+
+
+def test_the_fields_pack_the_networks_that_they_name(toy_config, narrow):
+    trainer = train(toy_config(pretrained__quantize="int4", num_epochs=1))
+    layers = packed_layers(trainer.run.model.denoiser).values()
+    assert {type(layer) for layer in layers} == {PackedLinear, PackedConv2d}
+    assert not any(packed_layers(encoder) for encoder in trainer.run.model.text_encoders)
+    assert all(p.dtype == torch.float32 for p in trainer.weights.parameters)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(toy_config, narrow):
+    options = dict(**ALL, run_name="whole", save_freq=1)
+    whole = train(toy_config(**options))
+    train(toy_config(**options | {"run_name": "parts", "num_epochs": 1}))
+    parts = train(toy_config(**options | {"run_name": "parts", "resume_from": "latest"}))
+    assert_equal_weights(parts, whole)
+
+
+def test_a_checkpoint_goes_on_with_another_format_of_its_base(toy_config, narrow):
+    train(toy_config(**ALL, run_name="a", num_epochs=1))
+    trainer = train(toy_config(run_name="a", resume_from="latest"))  # without quantisation
+    assert not packed_layers(trainer.run.model.denoiser)
+
+
+def test_an_export_merges_into_the_weights_that_were_not_quantised(toy_config, pipeline_folder, narrow, tmp_path):
+    trainer = train(toy_config(pretrained__quantize="int4", train__learning_rate=0.1))
+    checkpoint = max(trainer.run.folder.glob("checkpoints/*"))
+    export_lora(checkpoint, tmp_path / "merged", "merged", base=str(pipeline_folder))
+    lora = read_lora(checkpoint / LORA_FILE if (checkpoint / LORA_FILE).exists() else checkpoint)
+    file = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(pipeline_folder / file), load_file(tmp_path / "merged" / file)
+    for module in lora.modules:
+        expected = before[f"{module}.weight"] + lora.delta(module)
+        torch.testing.assert_close(after[f"{module}.weight"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_networks_without_wide_layers_are_one_line(toy_config):
+    with pytest.raises(ConfigError, match=r"^quantize_rewards = 'int8' has nothing to pack"):
+        train(toy_config(quantize_rewards="int8"))
+
+
+def test_a_format_names_the_package_that_it_needs(toy_config, monkeypatch):
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    with pytest.raises(ConfigError, match=r"pretrained\.quantize = 'nf4' needs the package bitsandbytes: pip install"):
+        train(toy_config(pretrained__quantize="nf4"))
+
+
+def test_trained_weights_are_not_packed(toy_config):
+    with pytest.raises(ConfigError, match=r"pretrained\.quantize = 'int8' needs use_lora = True"):
+        train(toy_config(pretrained__quantize="int8", use_lora=False))
+
+
+# ---- weights that stream
+
+
+@pytest.mark.parametrize("quantized", [{}, ALL], ids=["plain", "int8"])
+def test_streaming_changes_no_bit_of_a_run(toy_config, narrow, quantized):
+    options = dict(train_text_encoder=True, kl_coeff=0.5, **quantized)
+    expected = train(toy_config(memory_policy="smallest", run_name="a", **options))
+    trainer = train(toy_config(memory_policy="streaming", run_name="b", **options))
+    assert_equal_weights(trainer, expected)
+    for network in (trainer.run.model.denoiser, trainer.run.model.decoder, *trainer.run.model.text_encoders):
+        layers = packed_layers(network)
+        assert layers and all(layer.host for layer in layers.values())
+    assert trainer.run.residency.moved > sum(t.nbytes for n in layers.values() for t in n.host.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_lora": False}, r"memory\.residency = 'stream' needs use_lora = True"),
+        ({"compile": True}, r"memory\.residency = 'stream' needs compile = False"),
+        ({"memory__keep_steps": 1}, r"memory\.keep_steps = 1 must be 0 where memory\.residency = 'stream'"),
+    ],
+)  # fmt: skip
+def test_what_streaming_cannot_do_is_one_line(toy_config, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        train(toy_config(memory__residency="stream", **fields))
