@@ -14,54 +14,15 @@ from alignprop.memory.lean import make_lean
 from alignprop.models import packed
 from alignprop.models.formats import FORMATS, GGUF, Plain
 from alignprop.models.packed import PackedConv2d, PackedLinear, pack, packable
-from alignprop.models.skeleton import build_module
 from alignprop.settings.fields.rules import QUANTIZED
+from tests.helpers.shaped import flux_shaped, gradients, normal, random_network, sdxl_shaped
 
 BITS = {"int8": 8, "fp8": 8, "int4": 4.5, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
-# Flux-shaped and SDXL-shaped, with layers that are wide enough to be packed.
-FLUX = {
-    "_class_name": "FluxTransformer2DModel", "in_channels": 4, "num_layers": 1, "num_single_layers": 1,
-    "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32,
-    "guidance_embeds": True, "axes_dims_rope": (8, 12, 12),
-}  # fmt: skip
-SDXL = {
-    "_class_name": "UNet2DConditionModel", "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
-    "norm_num_groups": 4, "cross_attention_dim": 32, "attention_head_dim": 2, "transformer_layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+FLUX, SDXL = flux_shaped(heads=2, layers=1), sdxl_shaped(width=32, layers=1)
 
 
 def unpacked(name, weight):
     return FORMATS[name].unpack(FORMATS[name].pack(weight), weight.shape, weight.dtype)
-
-
-def call(network, x):
-    if x.dim() == 4:
-        return network(x, 7, normal(2, 5, 32, seed=3)).sample
-    once = torch.full((2,), 0.5)
-    ids = torch.arange(3.0 * x.shape[1]).view(-1, 3), torch.zeros(5, 3)
-    return network(x, normal(2, 5, 32, seed=3), normal(2, 32, seed=4), once, *ids, guidance=once).sample
-
-
-def random_network(facts):
-    """A frozen network of random weights, and an input."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = build_module(facts, torch.float32, "cpu").requires_grad_(False).eval()
-    return network, normal(2, 9, 4, seed=1) if facts is FLUX else normal(2, 4, 8, 8, seed=1)
-
-
-def gradients(network, x):
-    """The output, and the gradients of the input and of what is trained."""
-    x = x.clone().requires_grad_()
-    y = call(network, x)
-    trained = trainable_parameters(network)
-    found = torch.autograd.grad(y, [x, *trained.values()], normal(*y.shape, seed=2))
-    return y.detach(), torch.cat([g.flatten() for g in found])
 
 
 # ---- formats

@@ -35,7 +35,8 @@ SIZES = {"roomy": 90.0, "fast": 20.0, "lean": 12.0, "balanced": 8.0, "small": 5.
 
 
 @pytest.mark.parametrize(("gpu", "chosen"), [
-    (100, "roomy"), (24, "fast"), (21, "lean"), (12, "balanced"), (6.3, "small"), (4.5, "smallest"), (2, "streaming"), (1, "streaming"),
+    (100, "roomy"), (24, "fast"), (21, "lean"), (12, "balanced"), (6.3, "small"), (4.5, "smallest"), (2, "streaming"),
+    (1, "streaming"),
 ])  # fmt: skip
 def test_the_fastest_that_fits_is_chosen(toy_config, accelerator, monkeypatch, gpu, chosen):
     monkeypatch.setattr(planner, "forecast", of_size(lambda policy, capacity: SIZES[policy]))
