@@ -20,6 +20,7 @@ from alignprop.evaluation.judges import Judges, build_judges, measured
 from alignprop.evaluation.stop_when import parse_stop_when, reason_to_stop, values
 from alignprop.lora.frozen import merge_frozen, parse_loras
 from alignprop.lora.scaling import linear_schedule
+from alignprop.memory.checkpointing import decode_in_tiles
 from alignprop.memory.planner import Choice, choose_policy
 from alignprop.memory.quantize import check_formats, quantize
 from alignprop.memory.residency import Residency, phases_of
@@ -215,6 +216,7 @@ class Run:
         """Builds everything that depends on the memory policy and the size of a micro-batch."""
         c, memory = self.config, choice.memory
         check_policy(self.accelerator, memory, c.compile, c.channels_last)
+        decode_in_tiles(self.model.decoder, memory.decode_tiles)
         self.residency.leave()  # modules that an earlier choice has on the device go back to the host
         self.choice = choice
         self.residency = Residency(self.accelerator.device, phases_of(self.model, self.judges), memory.residency)

@@ -48,6 +48,7 @@ class Account(TorchDispatchMode):
         peaks: the highest value of `bytes` in each phase. Storages left from an earlier phase are included.
         flops: the floating point operations in each phase. Each multiply-add of matrix products, convolutions and
             attention counts as two; other operations do not count.
+        operators: the number of operators in each phase, each of which costs the host some time.
     """
 
     def __init__(self, device_type: str):
@@ -56,6 +57,7 @@ class Account(TorchDispatchMode):
         self.bytes = 0
         self.peaks: dict[str, int] = {}
         self.flops: dict[str, int] = {}
+        self.operators: dict[str, int] = {}
         self._phase = ""
         self._storages: dict[int, tuple[int, weakref.ref]] = {}  # address: (size, weak reference)
 
@@ -106,13 +108,14 @@ class Account(TorchDispatchMode):
         if torch.is_inference_mode_enabled():  # there `linear` is not split up, and would count as nothing
             raise RuntimeError("an Account cannot see into torch.inference_mode(); use torch.no_grad()")
         # An output that shares the storage of an input is a view of it, or is the input itself, changed in place.
-        inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in _arguments([args, kwargs], [])}
         out = run_on_meta(func, args, kwargs, inputs) if self.device_type == "meta" else func(*args, **kwargs)
-        outputs = [t for t in tree_iter(out) if isinstance(t, torch.Tensor) and t.device.type == self.device_type]
+        outputs = [t for t in _arguments(out, []) if t.device.type == self.device_type]
         for tensor in outputs:
             address = tensor.untyped_storage()._cdata
             if address in self._storages or address not in inputs:
                 self._count(tensor)
+        self.operators[self._phase] = self.operators.get(self._phase, 0) + 1
         formula = _FORMULAS.get(func._overloadpacket)
         if formula and outputs:
             self.flops[self._phase] = self.flops.get(self._phase, 0) + formula(*args, **kwargs, out_val=out)
@@ -136,6 +139,19 @@ class Account(TorchDispatchMode):
 
     def _note_peak(self) -> None:
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.bytes)
+
+
+def _arguments(thing, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Adds to `found` the tensors in an argument of an operator, and returns it; faster than torch's `tree_iter`."""
+    if isinstance(thing, torch.Tensor):
+        found.append(thing)
+    elif isinstance(thing, (list, tuple)):
+        for item in thing:
+            _arguments(item, found)
+    elif isinstance(thing, dict):
+        for item in thing.values():
+            _arguments(item, found)
+    return found
 
 
 def _tensors(things) -> Iterator[torch.Tensor]:

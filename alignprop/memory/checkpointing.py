@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alignprop.memory.lean import make_lean
 from alignprop.models.base import Model
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
 
 
@@ -20,6 +21,34 @@ def apply_policy(model: Model, policy: MemoryPolicy) -> None:
         checkpoint_blocks(model.denoiser)
     if policy.decoder_checkpointing:
         checkpoint_layers(model.decoder)
+
+
+def decode_in_tiles(decoder: nn.Module, side: int) -> None:
+    """Makes a VAE decode pictures in tiles, whose activations are held one tile at a time in the backward pass.
+
+    diffusers divides the latents into overlapping tiles, decodes each, and blends a quarter of each side. A tile sees
+    nothing beyond its border, and its norms take their statistics from the tile alone. So pictures differ a little from
+    those of a whole decode, everywhere, and most at the seams.
+
+    Args:
+        decoder: a diffusers VAE.
+        side: the side of a tile in pixels; 0 decodes the whole picture at once.
+
+    Raises:
+        ConfigError: the VAE cannot decode in tiles, or the side is too small for it.
+    """
+    if not side:
+        if getattr(decoder, "use_tiling", False):
+            decoder.use_tiling = False
+        return
+    if not hasattr(decoder, "tile_latent_min_size"):
+        raise ConfigError(f"memory.decode_tiles = {side} must be 0: a {type(decoder).__name__} has no tiles")
+    factor = 2 ** (len(decoder.config.block_out_channels) - 1)
+    if side < 4 * factor:  # a tile shares a quarter of its latents with the next one
+        raise ConfigError(f"memory.decode_tiles = {side} must be 0, or at least {4 * factor} for this model")
+    decoder.use_tiling, decoder.tile_latent_min_size = True, side // factor
+    decoder.tile_sample_min_size = side // factor * factor
+    _checkpoint([decoder.decoder])
 
 
 def checkpoint_blocks(denoiser: nn.Module) -> None:

@@ -40,12 +40,18 @@ class Forecast:
             reward, with their backward pass), "sweep", "compare" (with the base model, for `kl_coeff`), "update", and
             "measure" (the rewards that only an evaluation measures).
         flops: floating point operations per sample, on average over the plan that the estimator draws.
+        operators: the number of operators per sample.
+        moved: the bytes of weights that come from the host when phases begin, per sample.
+        streamed: the bytes of single weights that come from the host for each call, per sample.
     """
 
     policy: str
     capacity: int
     peaks: dict[str, int]
     flops: float
+    operators: float = 0.0
+    moved: float = 0.0
+    streamed: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -111,7 +117,33 @@ def forecast(
         peaks[phase] += chain.most_waiting * kept[0].latents * capacity
     if recomputed is not kept:
         peaks["sweep"] = max(peaks["sweep"], recomputed[-1].peaks["sweep"])
-    return Forecast(policy, capacity, peaks, flops)
+    rollout_calls, active_calls = _mean_calls(plan, calls), plan.active.double().sum(dim=0).mean().item()
+    counts = {"denoise": rollout_calls, "sweep": active_calls}
+    operators = _linear([short.operators for short in recomputed[:2]], counts)
+    streamed = _linear([short.streamed for short in recomputed[:2]], counts)
+    entered = sum(kept[0].moved.get(phase, 0) for phase in ("decode", "sweep"))
+    return Forecast(policy, capacity, peaks, flops, operators / samples, entered / capacity, streamed / samples)
+
+
+def _linear(shorts: list[dict[str, int]], counts: dict[str, float]) -> float:
+    """Returns the sum over the phases of a step, of something that two short steps with 1 and 2 network calls have.
+
+    Args:
+        shorts: its amount by phase, in both short steps.
+        counts: the number of network calls in phases that have several.
+    """
+    one, two = shorts
+    amounts = (
+        one.get(phase, 0) + (two.get(phase, 0) - one.get(phase, 0)) * (counts.get(phase, 1) - 1)
+        for phase in ("denoise", "decode", "sweep", "compare")
+    )
+    return sum(amounts)
+
+
+def _mean_calls(plan: GradientPlan, calls: torch.Tensor) -> float:
+    """Returns the network calls of the rollout, on average over the samples, as parts of one with all branches."""
+    last = plan.exit_step.clamp(max=len(plan.active) - 1)
+    return calls.cumsum(dim=0).gather(0, last[None]).mean().item() + plan.copies
 
 
 def _chain(build: Build, config: ConfigDict, done: dict) -> Sampler:
@@ -165,8 +197,7 @@ def _flops(
         kept_n = min(n, from_rollout)
         sweeps.append((from_rollout - kept_n) * kept_lowest + kept_n * kept_call)
         sweeps.append((k - from_rollout - (n - kept_n)) * lowest + (n - kept_n) * call)
-    last = plan.exit_step.clamp(max=len(plan.active) - 1)
-    rollout_calls = calls.cumsum(dim=0).gather(0, last[None]).mean().item() + plan.copies
+    rollout_calls = _mean_calls(plan, calls)
     one_call = kept[0].flops["denoise"] / (1 + plan.copies)
     others = kept[0].flops["decode"] + kept[0].flops.get("compare", 0)
     return rollout_calls * one_call + others + active_share.item() * sum(sweeps) / plan.active.shape[1]

@@ -1,6 +1,6 @@
 """Chooses a memory policy by forecasts of its cost, from a loaded model or from its configuration files alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from alignprop.evaluation.judges import Judges, build_judges
 from alignprop.memory.accounting import on_meta
 from alignprop.memory.forecast import CONTEXT, GIB, Forecast, forecast
+from alignprop.memory.gpus import Gpu, seconds_per_sample
 from alignprop.memory.quantize import quantize
 from alignprop.memory.simulation import Build
 from alignprop.models.base import Model
@@ -175,14 +176,33 @@ def next_choice(config: ConfigDict, num_processes: int, choice: Choice, reason: 
     return rest[0]
 
 
-def table(forecasts: list[Forecast], total_batch_size: int, gpu: float | None) -> str:
-    """Returns a table with one line per forecast, which says whether it fits in `gpu` bytes unless that is None."""
-    lines = [f"{'policy':10} {'capacity':>8} {'peak GiB':>9}  {'where':8} {'TFLOP/sample':>12} {'TFLOP/step':>12}"]
+def table(forecasts: list[Forecast], total_batch_size: int, size: float | None, gpu: Gpu | None = None) -> str:
+    """Returns a table with one line per forecast.
+
+    Args:
+        forecasts: the forecasts.
+        total_batch_size: the samples of an optimizer step.
+        size: the bytes of a GPU. If given, each line says whether the forecast fits.
+        gpu: a GPU for which the seconds are predicted.
+    """
+    head = f"{'policy':10} {'capacity':>8} {'peak GiB':>9}  {'where':8} {'TFLOP/sample':>12} {'TFLOP/step':>12}"
+    lines = [f"{head} {'GiB moved/sample':>16}" + (f" {'s/sample':>9}" if gpu else "")]
     for f in forecasts:
-        fits = "" if gpu is None else "  fits" if f.fits(gpu) else "  does not fit"
-        cost = f"{f.flops / 1e12:12.4g} {f.flops * total_batch_size / 1e12:12.4g}"
-        lines.append(f"{f.policy:10} {f.capacity:8} {f.peak / GIB:9.2f}  {f.phase:8} {cost}{fits}")
+        fits = "" if size is None else "  fits" if f.fits(size) else "  does not fit"
+        cost = f"{f.flops / 1e12:12.4g} {f.flops * total_batch_size / 1e12:12.4g} {(f.moved + f.streamed) / GIB:16.4g}"
+        seconds = f" {seconds_per_sample(f, gpu):9.3g}" if gpu else ""
+        lines.append(f"{f.policy:10} {f.capacity:8} {f.peak / GIB:9.2f}  {f.phase:8} {cost}{seconds}{fits}")
     return "\n".join(lines)
+
+
+def fastest_for(forecasts: list[Forecast], gibs: Iterable[float] = (8, 12, 16, 24, 48, 80)) -> str:
+    """Returns a line that names, for GPUs of some sizes in GiB, the first of the forecasts that fits."""
+    found = []
+    for gib in gibs:
+        best = next((f for f in forecasts if f.fits(gib * GIB)), None)
+        capacity = f" with {best.capacity}" if best and len({f.capacity for f in forecasts}) > 1 else ""
+        found.append(f"{gib:g}: {best.policy}{capacity}" if best else f"{gib:g}: none")
+    return "The fastest by the GiB of a GPU: " + ", ".join(found)
 
 
 def gpu_bytes() -> int | None:

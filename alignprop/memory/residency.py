@@ -33,6 +33,7 @@ class Residency:
         phase: the phase that has its modules on the device; "" before the first phase.
         leaving: the phases whose modules leave the device when another phase begins.
         stream: brings the weights of large layers; None unless `residency` is "stream".
+        moved: the bytes that have come to the device at the beginning of phases.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Residency:
         self.device, self.copy = device, copy
         self.phases = {phase: list(modules) for phase, modules in phases.items()}
         self.leaving = {"encode", "measure"} if residency == "all" else set(self.phases)
-        self._moved = 0
+        self.moved = 0
         self.phase = self._inside = ""
         self._on_host: list[tuple[torch.Tensor, torch.Tensor]] = []
         for phase, modules in self.phases.items():
@@ -56,9 +57,9 @@ class Residency:
         self.stream = Stream(device, networks.values()) if residency == "stream" else None
 
     @property
-    def moved(self) -> int:
-        """The bytes that have been copied from the host to the device."""
-        return self._moved + (self.stream.moved if self.stream else 0)
+    def streamed(self) -> int:
+        """The bytes of single weights that have come to the device."""
+        return self.stream.moved if self.stream else 0
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -94,7 +95,7 @@ class Residency:
             if host.device.type == "cpu" and self.device.type == "cuda" and not host.is_pinned():
                 host = host.pin_memory()  # copying from pinned memory is several times faster
             tensor.data = host.to(self.device, non_blocking=True, copy=self.copy)
-            self._moved += host.nbytes
+            self.moved += host.nbytes
             self._on_host.append((tensor, host))
 
 

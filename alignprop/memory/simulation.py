@@ -3,6 +3,7 @@
 It calls the code of a real run.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from alignprop.engine.seeding import generators
 from alignprop.evaluation.judges import Judges
 from alignprop.memory.accounting import Account
-from alignprop.memory.checkpointing import apply_policy
+from alignprop.memory.checkpointing import apply_policy, decode_in_tiles
 from alignprop.memory.residency import Residency, phases_of
 from alignprop.method.chain import Sampler
 from alignprop.method.gradient import RewardGradient
@@ -36,6 +37,9 @@ class ShortStep(NamedTuple):
     Attributes:
         peaks: the most bytes on the device, by phase.
         flops: floating point operations, by phase. "predicted" is a network call that the prefix cache predicts.
+        operators: the number of operators, by phase.
+        moved: bytes of modules that come to the device when a phase begins, by phase.
+        streamed: bytes of weights that come during a phase, by phase.
         latents: bytes of the latents of a sample.
         picture: bytes of the picture of a sample.
         waiting: bytes of all tensors that a sample holds while another chunk of samples is processed.
@@ -44,6 +48,9 @@ class ShortStep(NamedTuple):
 
     peaks: dict[str, int]
     flops: dict[str, int]
+    operators: dict[str, int]
+    moved: dict[str, int]
+    streamed: dict[str, int]
     latents: int
     picture: int
     waiting: int
@@ -66,14 +73,18 @@ def simulate(
         copies: the number of copies of each sample (method/plans.py).
     """
     model, judges = build()
+    decode_in_tiles(model.decoder, memory.decode_tiles)
     device = model.device = torch.device("meta")
     residency = Residency(device, phases_of(model, judges), memory.residency, copy=True)
-    account = Account("meta")
+    account, moved, streamed = Account("meta"), Counter(), Counter()
 
     @contextmanager
     def phases(phase: str) -> Iterator[None]:
+        before = residency.moved, residency.streamed
         with account.phase(phase), residency(phase):
             yield
+        moved[phase] += residency.moved - before[0]
+        streamed[phase] += residency.streamed - before[1]
 
     with account:
         account.track(*(m for phase in residency.phases.keys() - residency.leaving for m in residency.phases[phase]))
@@ -112,7 +123,8 @@ def simulate(
     peaks = dict(account.peaks)
     peaks["denoise"] = max(peaks.pop(phase, 0) for phase in ("denoise", "full", "predicted"))
     return ShortStep(
-        peaks, account.flops, latent_bytes, picture_bytes, cond_bytes + 3 * latent_bytes, branches
+        peaks, account.flops, account.operators, moved, streamed, latent_bytes, picture_bytes,
+        cond_bytes + 3 * latent_bytes, branches,
     )  # fmt: skip
 
 

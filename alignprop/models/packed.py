@@ -4,6 +4,7 @@ A packed layer keeps for the backward pass neither its input nor its weight: the
 weight, which is made again. So one unpacked weight at a time is all that a format adds to the memory of a network.
 """
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -141,9 +142,19 @@ def pack(layers: Iterable[nn.Module], fmt: Format, device: torch.device | None =
     """
     for layer in layers:
         weight = layer._parameters.pop("weight").detach()
-        packed = fmt.pack(weight if device is None else weight.to(device))
+        packed = _pack_meta(fmt, weight.shape, weight.dtype) if weight.is_meta else fmt.pack(weight.to(device))
         packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}
         replace_weight(layer, fmt, packed, weight.shape, weight.dtype)
+
+
+def _pack_meta(fmt: Format, shape: torch.Size, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns tensors without data like those that a weight is packed into."""
+    return {name: torch.empty_like(tensor) for name, tensor in _packed_likeness(fmt, shape, dtype).items()}
+
+
+@functools.cache  # a planner packs the same weights again and again, and operators on meta tensors are slow
+def _packed_likeness(fmt: Format, shape: torch.Size, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return fmt.pack(torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def replace_weight(

@@ -18,12 +18,13 @@ from alignprop.settings.fields.field import Field
 from alignprop.settings.resolve import check_name
 from alignprop.settings.warnings import warnings_for
 
+KNOWN_GPUS = ("h100", "a100", "4090", "3090", "4060ti")  # memory/gpus.py describes them
 PRESET = "config/align_prop.py:quickstart"
 _NONES: list[str] = []  # the fields to which the command line gives None
 
 
 def define_flags(argv: list[str]) -> None:
-    """Defines `--config`, `--plan` and `--gpu_memory`.
+    """Defines `--config`, `--plan`, `--gpu_memory` and `--gpu`.
 
     Args:
         argv: `sys.argv`, in which ml_collections looks for overrides. It is changed in place: each --flagfile is
@@ -44,6 +45,7 @@ def define_flags(argv: list[str]) -> None:
         config_flags.DEFINE_config_file("config", PRESET, "Configuration file and preset to run.")
         flags.DEFINE_bool("plan", False, "Print what training will cost with each memory policy, and end.")
         flags.DEFINE_float("gpu_memory", None, "With --plan: GiB of the GPU to plan for.", lower_bound=0.1)
+        flags.DEFINE_enum("gpu", None, KNOWN_GPUS, "With --plan: the GPU to plan for, with seconds.")
 
 
 def with_files(argv: list[str]) -> list[str]:
@@ -123,8 +125,9 @@ def check_flags(arguments: list[str], config: ConfigDict) -> None:
     plan, gpu_memory = flags.FLAGS.plan, flags.FLAGS.gpu_memory
     if len(arguments) > 1:
         raise ConfigError(f"{arguments[1]!r} is not a flag; options look like --config.seed=1")
-    if gpu_memory and not plan:
-        raise ConfigError("--gpu_memory needs --plan")
+    for name in ("gpu_memory", "gpu"):
+        if flags.FLAGS[name].value and not plan:
+            raise ConfigError(f"--{name} needs --plan")
     if gpu_memory and not math.isfinite(gpu_memory):
         raise ConfigError(f"--gpu_memory = {gpu_memory} must be a finite number of GiB")
     if plan and config.task != "train":

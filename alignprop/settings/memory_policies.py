@@ -1,4 +1,7 @@
-"""Memory policies, which trade speed for memory. They change gradients and pictures only by rounding."""
+"""Memory policies, which trade speed for memory. They change gradients and pictures only by rounding.
+
+The exception is `decode_tiles`, which no policy sets.
+"""
 
 from dataclasses import dataclass, fields, replace
 
@@ -10,6 +13,7 @@ class MemoryPolicy:
     Attributes:
         sweep_chunk: the samples in one network call, in the rollout and in the sweep. 0 is the whole micro-batch.
         decode_chunk: the samples in one VAE decode, one reward and their backward pass. 0 is the whole micro-batch.
+        decode_tiles: the side in pixels of the tiles in which the VAE decodes. 0 decodes a picture as a whole.
         guidance_batching: "joint" computes both branches of classifier-free guidance in one call, "split" one by one.
         keep_steps: for this many last active steps the graph of the rollout is kept, and the sweep needs no new call.
         block_checkpointing: the denoiser's blocks recompute their activations in the backward pass.
@@ -21,6 +25,7 @@ class MemoryPolicy:
 
     sweep_chunk: int = 0
     decode_chunk: int = 0
+    decode_tiles: int = 0
     guidance_batching: str = "joint"
     keep_steps: int = 0
     block_checkpointing: bool = False

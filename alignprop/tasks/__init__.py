@@ -18,7 +18,8 @@ from alignprop.lora.scaling import scale_lora
 from alignprop.lora.soups import mix
 from alignprop.memory.checkpointing import apply_policy
 from alignprop.memory.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
-from alignprop.memory.planner import candidates, gpu_bytes, skeletons, table
+from alignprop.memory.gpus import GPUS
+from alignprop.memory.planner import candidates, fastest_for, gpu_bytes, skeletons, table
 from alignprop.method.reward_guidance import RewardGuidance, Timed
 from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import find_checkpoint
@@ -140,19 +141,22 @@ def guide(config, reward_function=None, model=None) -> Path:
     return folder
 
 
-def compare_policies(config, gpu_memory: float | None = None) -> list[Forecast]:
+def compare_policies(config, gpu_memory: float | None = None, gpu: str | None = None) -> list[Forecast]:
     """Prints what training will cost with each memory policy, and the fastest that fits. Needs no GPU and no weights.
 
     Args:
         config: an unresolved configuration.
-        gpu_memory: the memory of the GPU in GiB. None: that of the GPU in this machine, if it has one.
+        gpu_memory: the memory of the GPU in GiB. None: that of `gpu`, or of the GPU in this machine, if it has one.
+        gpu: the name of a GPU in memory/gpus.py, for which seconds are predicted.
 
     Raises:
         ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
     """
     c = resolve(config, 1)
-    size = gpu_memory * GIB if gpu_memory else gpu_bytes()
-    build, forecasts, done = skeletons(c), {}, {}
+    named = GPUS[gpu] if gpu else None
+    gib = gpu_memory or (named.gib if named else None)
+    size = gib * GIB if gib else gpu_bytes()
+    build, found, done = skeletons(c), [], {}
     sizes = picture_sizes(c.resolution)
     largest = f", the largest pictures, {size_name(sizes[0])}" if len(sizes) > 1 else ""
     print(
@@ -161,14 +165,19 @@ def compare_policies(config, gpu_memory: float | None = None) -> list[Forecast]:
     )
     names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
     for name, memory, capacity in tqdm(candidates(c, 1, names), "planning", leave=False):
-        if name not in forecasts or (size and not forecasts[name].fits(size)):
-            forecasts[name] = forecast(build, c, name, memory, capacity, done)
-    print(table(list(forecasts.values()), c.train.total_batch_size, size))
+        of_policy = [f for f in found if f.policy == name]
+        if not size or not any(f.fits(size) for f in of_policy):
+            found.append(forecast(build, c, name, memory, capacity, done))
+    last = {f.policy: f for f in found}  # with a size, the first capacity that fits, or the smallest
+    forecasts = list(last.values()) if size else found
+    print(table(forecasts, c.train.total_batch_size, size, named))
     print(
         f"Not in these peaks: the CUDA context, about {CONTEXT / GIB:g} GiB, workspaces, up to {MARGIN:.0%}, and "
         "rewards of your own. 'fits' leaves room for the first two."
     )
-    fitting = [f for f in forecasts.values() if size and f.fits(size)]
+    if not size:
+        print(fastest_for(forecasts))
+    fitting = [f for f in forecasts if size and f.fits(size)]
     if fitting:
         best = fitting[0]
         print(
@@ -177,7 +186,7 @@ def compare_policies(config, gpu_memory: float | None = None) -> list[Forecast]:
         )
     elif size:
         print(f"None fits {size / GIB:g} GiB.")
-    return list(forecasts.values())
+    return forecasts
 
 
 def _new_folder(run: Run, name: str) -> Path:

@@ -1,5 +1,6 @@
 """Every combination of memory settings gives the gradient of plain autograd, and the same pictures."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -9,14 +10,19 @@ import torch
 from alignprop.engine.seeding import generator, generators
 from alignprop.lora.adapters import trained_parameters
 from alignprop.memory.accounting import Account
-from alignprop.memory.checkpointing import apply_policy
+from alignprop.memory.checkpointing import apply_policy, checkpoint_layers, decode_in_tiles
+from alignprop.memory.lean import make_lean
 from alignprop.memory.planner import Choice
 from alignprop.method import estimators
 from alignprop.method.guidance import GuidedDenoiser
+from alignprop.models.loading import load_model
 from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import draw_prompts
+from alignprop.run import build_run
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, chunks
 from alignprop.trainer import AlignPropTrainer
+from config.align_prop import TINY
 from scripts.bench.families import encode_with_graph
 
 STEPS, BATCH = 2, 2
@@ -154,3 +160,72 @@ def test_applying_a_policy_twice_changes_nothing(make_trainer):
 def test_chunks(count, size, sizes):
     assert [len(range(count)[part]) for part in chunks(count, size)] == sizes
     assert [j for part in chunks(count, size) for j in range(count)[part]] == list(range(count))
+
+
+# ---- a decode in tiles, which is an approximation
+
+
+@pytest.fixture
+def vae():
+    """The bundled VAE, and smooth latents of a picture that is four times as wide and high as its own."""
+    model = load_model(str(TINY / "pipeline"))
+    channels = model.latent_shape[0]
+    coarse = torch.randn(1, channels, 8, 8, generator=generator("tiles"))
+    return model, torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bicubic")
+
+
+def decoded(model, latents):
+    """(picture, gradient, bytes at most) of a decode with its backward pass."""
+    latents = latents.clone().requires_grad_()
+    with Account("cpu") as account:
+        picture = model.decode(latents)
+        picture.square().mean().backward()
+    return picture.detach(), latents.grad, account.peak
+
+
+def test_tiles_take_less_memory_and_their_pictures_differ_a_little(vae):
+    model, latents = vae
+    make_lean(model.decoder)
+    checkpoint_layers(model.decoder)
+    whole, gradient, peak = decoded(model, latents)
+    decode_in_tiles(model.decoder, 128)
+    picture, tiled_gradient, tiled_peak = decoded(model, latents)
+    assert tiled_peak < 0.35 * peak
+    assert 0 < (picture - whole).abs().mean() < 0.03
+    assert 0.9 < torch.cosine_similarity(tiled_gradient.flatten(), gradient.flatten(), dim=0) < 1
+    decode_in_tiles(model.decoder, 0)
+    again, *_ = decoded(model, latents)
+    assert torch.equal(again, whole)
+
+
+def test_the_gradient_through_tiles_is_that_of_plain_autograd(vae):
+    model, latents = vae
+    plain = copy.deepcopy(model.decoder)
+    decode_in_tiles(model.decoder, 64)
+    plain.use_tiling, plain.tile_latent_min_size, plain.tile_sample_min_size = True, 16, 64
+    _, gradient, _ = decoded(model, latents)
+    model.decoder = plain
+    _, expected, _ = decoded(model, latents)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_pictures_of_one_tile_are_decoded_whole(vae):
+    model, latents = vae
+    whole = model.decode(latents)
+    decode_in_tiles(model.decoder, 256)
+    assert torch.equal(model.decode(latents), whole)
+
+
+def test_what_cannot_be_tiled_is_one_line(vae):
+    model, _ = vae
+    with pytest.raises(ConfigError, match=r"^memory\.decode_tiles = 15 must be 0, or at least 16 for this model"):
+        decode_in_tiles(model.decoder, 15)
+    with pytest.raises(ConfigError, match=r"^memory\.decode_tiles = 64 must be 0: a Linear has no tiles"):
+        decode_in_tiles(torch.nn.Linear(1, 1), 64)
+
+
+def test_an_evaluation_has_the_tiles_of_training(toy_config):
+    options = dict(resolution=64, memory__decode_tiles=32)
+    for config in (toy_config(**options), toy_config("evaluate", **options)):
+        decoder = build_run(config).model.decoder
+        assert decoder.use_tiling and decoder.tile_sample_min_size == 32

@@ -144,7 +144,7 @@ REFUSED = {
     "prompt_fn": [""], "eval_prompt_fn": [None], "eval_freq": [-1], "resume_from_2": [""],
     "mixing_coef_1": [(), ("0.5",), (math.nan,), (math.inf, 0.0)], "allow_extrapolation": [2],
     "soup_mode": ["mean"], "num_eval_images": [0], "max_vis_images": [-3], "num_epochs": [0, True],
-    "memory_policy": ["tiny"], "memory.sweep_chunk": [-1], "memory.decode_chunk": [1.5],
+    "memory_policy": ["tiny"], "memory.sweep_chunk": [-1], "memory.decode_chunk": [1.5], "memory.decode_tiles": [-8],
     "memory.guidance_batching": ["both"], "memory.keep_steps": [-1], "memory.block_checkpointing": [1],
     "memory.decoder_checkpointing": ["yes"], "memory.residency": ["cpu"], "memory.lean": [0],
     "per_gpu_capacity": [0, "most", 2.0], "train.num_inference_steps": [0], "train.total_batch_size": [0],

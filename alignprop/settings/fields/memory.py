@@ -27,6 +27,12 @@ FIELDS = (
         "leaves a GPU partly idle. With 1 the decode needs 3.3 instead of 6.5 GiB.",
     ),
     Field(
+        "memory.decode_tiles", None, optional(integer(0)),
+        "The side in pixels of the overlapping tiles in which the VAE decodes large pictures one by one, with "
+        "and without gradient. This is an approximation: pictures differ a little from those of a whole decode "
+        "(docs/memory.md). 0, the value of every policy, decodes the whole picture.",
+    ),
+    Field(
         "memory.guidance_batching", None, optional(choice("joint", "split")),
         "How the two branches of guidance are computed: 'joint' makes one network call for both, and 'split' makes two "
         "calls of half the size, one after the other. With 'split' the sweep needs 4.3 instead of 6.4 GiB.",

@@ -1,0 +1,44 @@
+"""Common GPUs, and the seconds that a forecast takes on them.
+
+A step waits for the slowest of three things: the host, which launches the operators one by one; the matrix units; and
+the bus, over which streamed weights come. On an H100 Stable Diffusion 1.5 and SDXL with the policy "balanced" waited
+for the host (docs/gpu.md): 16.6 and 14.3 microseconds an operator. So their prediction is off by 7 and 8 %. Nothing
+else has been compared with a measurement yet.
+"""
+
+from dataclasses import dataclass
+
+from alignprop.memory.forecast import Forecast
+
+LAUNCH = 15.4e-6  # seconds of the host for an operator with its Python code
+SHARE = 0.6  # the share of a large matrix product's speed that networks are assumed to reach
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Attributes:
+        gib: its memory in GiB.
+        flops: the FLOP/s of a large matrix product in bf16, with sums in float32.
+        bus: the bytes per second from pinned memory of the host.
+    """
+
+    gib: float
+    flops: float
+    bus: float
+
+
+GPUS = {  # from the makers' data sheets, except the first two figures of the H100, which were measured
+    "h100": Gpu(79.2, 783e12, 50e9),
+    "a100": Gpu(79.2, 280e12, 25e9),
+    "4090": Gpu(23.5, 165e12, 25e9),
+    "3090": Gpu(23.5, 71e12, 25e9),
+    "4060ti": Gpu(15.6, 44e12, 13e9),
+}
+
+
+def seconds_per_sample(forecast: Forecast, gpu: Gpu) -> float:
+    """Returns the predicted seconds of a training step for each of its samples."""
+    computing = max(forecast.operators * LAUNCH, forecast.flops / (gpu.flops * SHARE))
+    return max(computing, forecast.streamed / gpu.bus) + forecast.moved / gpu.bus
