@@ -31,13 +31,19 @@ ROWS = [
     {"model": "sdxl", "policy": "balanced", "chunk": 1, "active": 1},
     {"model": "sd15", "policy": "balanced", "chunk": 4, "active": 50},
     {"model": "sd15", "policy": "smallest", "chunk": 1, "active": 50, "limit_gib": 4.0},
+    {"model": "flux", "policy": "balanced", "chunk": 1, "active": 1, "steps": 10, "quantize": "int8"},
+    {"model": "flux", "policy": "streaming", "chunk": 1, "active": 1, "steps": 10, "quantize": "int4"},
+    {"model": "flux", "policy": "smallest", "chunk": 1, "active": 1, "steps": 10, "quantize": "nf4"},
     {"model": "sdxl", "policy": "lean", "chunk": 1, "active": 1},
     {"model": "sdxl", "policy": "balanced", "chunk": 1, "active": 50},
     {"model": "sd15", "policy": "lean", "chunk": 4, "active": 1},
     {"model": "sd15", "policy": "lean", "chunk": 4, "active": 50},
     {"model": "sdxl", "policy": "lean", "chunk": 1, "active": 50},
 ]
-TINY = [{"model": "tiny", "policy": p, "chunk": 1, "active": 2, "steps": 2} for p in ("balanced", "lean")]
+TINY = [
+    {"model": "tiny", "policy": "balanced", "chunk": 1, "active": 2, "steps": 2},
+    {"model": "tiny", "policy": "streaming", "chunk": 1, "active": 2, "steps": 2, "quantize": "int8"},
+]
 START = 60.0  # the expected seconds of a row, until a row of the same model has been measured
 
 
@@ -144,7 +150,7 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
 
 def flags(row: dict) -> list[str]:
     named = {"--models": "model", "--policies": "policy", "--chunks": "chunk", "--active": "active", "--steps": "steps"}
-    named |= {"--limit_gib": "limit_gib"}
+    named |= {"--limit_gib": "limit_gib", "--quantize": "quantize"}
     return ["--variants=", *(f"{flag}={row[name]}" for flag, name in named.items() if name in row)]
 
 
@@ -202,7 +208,7 @@ def cells(row: dict) -> list[str]:
         return ["tests of CUDA", *[""] * 7, row.get("error") or row.get("skipped") or row["result"]]
     remark = row.get("error") or row.get("skipped") or ""
     limit = f"held to {row['limit_gib']:g} GiB" if "limit_gib" in row else ""
-    case = [row["model"], row["policy"], str(row["chunk"]), str(row["active"])]
+    case = [f"{row['model']} {row.get('quantize', '')}".strip(), row["policy"], str(row["chunk"]), str(row["active"])]
     measured = ["", "", "", ""]
     planned = row.get("forecast") or {}
     if planned:

@@ -27,6 +27,8 @@ from alignprop.settings.memory_policies import MemoryPolicy
 from alignprop.settings.options import gradient_options, prefix_cache_options, rollout_options
 from alignprop.weights import TrainedWeights
 
+LONGEST = 512  # the tokens to which every family's pipeline cuts a prompt, if its encoder could read more
+
 Build = Callable[[], tuple[Model, Judges]]
 """Makes the model and its judges on the meta device. Each call makes new ones, because a policy changes its model."""
 
@@ -197,7 +199,7 @@ def encode(text_encoders: list[torch.nn.Module], samples: int, backward: bool = 
         backward: whether to back-propagate through the encoders that have an adapter.
     """
     for encoder in text_encoders:
-        length = getattr(encoder.config, "max_position_embeddings", 512)
+        length = min(getattr(encoder.config, "max_position_embeddings", LONGEST), LONGEST)
         with torch.set_grad_enabled(backward):
             output = encoder(torch.zeros(samples, length, dtype=torch.long, device=encoder.device))[0]
         if output.requires_grad:

@@ -20,7 +20,11 @@ from rewards.combine import WeightedReward
 from rewards.preprocess import ClipPreprocess
 from rewards.towers import ClipTower
 
-MODELS = {**{name: hub for name, (hub, _) in cost.MODELS.items()}, "tiny": str(TINY / "pipeline")}
+MODELS = {
+    **{name: hub for name, (hub, _) in cost.MODELS.items()},
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "tiny": str(TINY / "pipeline"),
+}
 PLAIN, VARIANTS = "", ("channels_last", "compile", "channels_last+compile")
 
 
@@ -35,6 +39,7 @@ class Case:
         active: The number of sampler steps with gradient, which are the last ones.
         steps: The number of sampler steps.
         variant: PLAIN, or one of VARIANTS.
+        quantize: The format of the frozen weights of the denoiser, as in the field pretrained.quantize.
     """
 
     model: str
@@ -43,6 +48,7 @@ class Case:
     active: int
     steps: int = 50
     variant: str = PLAIN
+    quantize: str = ""
 
     def configuration(self) -> ConfigDict:
         """Returns the unresolved configuration, with one micro-batch per optimizer step."""
@@ -50,6 +56,7 @@ class Case:
         c.num_inference_steps, c.trunc_backprop_timestep = self.steps, self.steps - self.active
         c.memory_policy, c.memory.sweep_chunk, c.memory.decode_chunk = self.policy, 0, 0
         c.channels_last, c.compile = (option in self.variant.split("+") for option in ("channels_last", "compile"))
+        c.pretrained.quantize = self.quantize
         c.train.max_skipped_steps = 10**6  # random weights may overflow; such a step takes as long
         if self.model == "tiny":
             c.mixed_precision, c.aesthetic.dtype, c.aesthetic.clip = "no", "float32", str(TINY / "clip")

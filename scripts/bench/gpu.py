@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +41,7 @@ import torch  # noqa: E402 (it comes after the line above, which sets environmen
 from tqdm import tqdm  # noqa: E402
 
 from alignprop.memory.forecast import GIB, Forecast  # noqa: E402
+from alignprop.models.formats import FORMATS  # noqa: E402
 from alignprop.settings.memory_policies import POLICIES  # noqa: E402
 from scripts.bench.tables import markdown  # noqa: E402
 
@@ -139,13 +140,25 @@ def fastest(gib: float, model: str, steps: int) -> Case:
 
 def table(rows: list[dict], forecasts: list[Forecast], flops_per_second: float) -> str:
     """Returns a Markdown table of what was measured."""
-    header = ["model", "policy", "chunk", "K", "variant", "s/sample", "peak GiB", "forecast", "reserved", "outside"]
+    header = [
+        "model",
+        "policy",
+        "chunk",
+        "K",
+        "variant",
+        "format",
+        "s/sample",
+        "peak GiB",
+        "forecast",
+        "reserved",
+        "outside",
+    ]
     lines = [cells(row, f, flops_per_second) for row, f in zip(rows, forecasts, strict=True)]
     return markdown([*header, "TFLOP/s"], lines)
 
 
 def cells(row: dict, forecast: Forecast, flops_per_second: float) -> list[str]:
-    case = [str(row[name]) for name in ("model", "policy", "chunk", "active", "variant")]
+    case = [str(row.get(name, "")) for name in ("model", "policy", "chunk", "active", "variant", "quantize")]
     planned = f"{forecast.peak / GIB:.2f}"
     if "error" in row:
         return [*case, row["error"], "", planned, "", "", ""]
@@ -163,7 +176,9 @@ def report(measured: dict) -> str:
     """Returns the table of what was measured, next to forecasts that are made now."""
     done, names = {model: {} for model in MODELS}, [field.name for field in fields(Case)]
     rows = tqdm(measured["rows"], "forecasts", leave=False, disable=None)
-    forecasts = [expected(Case(**{name: row[name] for name in names}), done[row["model"]]) for row in rows]
+    forecasts = [
+        expected(Case(**{name: row[name] for name in names if name in row}), done[row["model"]]) for row in rows
+    ]
     found = measured["facts"]
     context = "" if found["context"] is None else f", its context {found['context'] / GIB:.2f} GiB"
     pace = f"a large matrix product {found['flops_per_second'] / 1e12:.4g} TFLOP/s"
@@ -177,6 +192,7 @@ def main() -> None:
         print(report(json.loads(options.table.read_text())))
         return
     chosen = cases(options.models, options.policies, options.chunks, options.active, options.steps, options.variants)
+    chosen = [replace(case, quantize=options.quantize) for case in chosen]
     if options.forecast:
         done: dict = {}
         forecasts = [expected(case, done) for case in chosen]
@@ -223,6 +239,7 @@ def parse() -> argparse.Namespace:
     several("--active", "1,50", int)
     several("--variants", ",".join(VARIANTS), allowed=VARIANTS)
     parser.add_argument("--steps", type=int, default=50, help="sampler steps; default 50")
+    parser.add_argument("--quantize", default="", choices=("", *FORMATS), help="format of the denoiser's weights")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each case; default 3")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     parser.add_argument("--limit_gib", type=float, help="hold PyTorch to that much; measures one case, see above")

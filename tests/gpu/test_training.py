@@ -6,6 +6,7 @@ from accelerate.state import AcceleratorState
 
 from alignprop.engine.seeding import generator
 from alignprop.memory.planner import Choice
+from alignprop.models import packed
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.trainer import AlignPropTrainer
 from tests.gpu.conftest import ON_CPU
@@ -53,6 +54,22 @@ def test_modules_that_leave_come_back_as_they_were(toy_config, device):
     trainer.run.residency.leave()
     frozen = [p for p in trainer.run.model.denoiser.parameters() if not p.requires_grad]
     assert {p.device.type for p in frozen} == {"cpu"} and (ON_CPU or all(p.is_pinned() for p in frozen))
+
+
+@pytest.mark.parametrize("name", ["", "int8", "fp8", "int4", "nf4"])
+def test_weights_that_stream_and_packed_weights(toy_config, monkeypatch, name):
+    """Streaming changes no bit; a format's gradient is near that of float32."""
+    if name == "nf4":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(packed, "NARROWEST", 8)
+    options = dict(estimator="full", eval_reward_fn="", eval_diversity=False, allow_tf32=False)
+    expected = gradient(AlignPropTrainer(toy_config(run_name="plain", memory_policy="smallest", **options)))
+    resident, streaming = (
+        gradient(AlignPropTrainer(toy_config(run_name=p, memory_policy=p, pretrained__quantize=name, **options)))
+        for p in ("smallest", "streaming")
+    )
+    assert relative(streaming, resident) < 1e-5  # kernels of a GPU may sum in another order
+    assert relative(resident, expected) < {"": 1e-5, "int8": 0.05, "fp8": 0.3}.get(name, 0.9)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -25,8 +25,13 @@ def options(tmp_path, **changes):
 
 
 def test_the_rows_are_those_that_are_asked_for():
-    """Each model at K = 1 and 50 in both policies, and all 50 steps within 4 GiB; both models at K = 1 first."""
-    cases = {(r["model"], r["policy"], r["active"]) for r in ROWS if "limit_gib" not in r}
+    """Each model at K = 1 and 50 in both policies, and all 50 steps within 4 GiB; both models at K = 1 first.
+
+    FLUX has packed weights, on the device and streaming.
+    """
+    packed = {(r["model"], r["policy"], r["quantize"]) for r in ROWS if "quantize" in r}
+    assert packed == {("flux", "balanced", "int8"), ("flux", "streaming", "int4"), ("flux", "smallest", "nf4")}
+    cases = {(r["model"], r["policy"], r["active"]) for r in ROWS if not {"limit_gib", "quantize"} & r.keys()}
     assert cases == {(m, p, k) for m in ("sd15", "sdxl") for p in ("balanced", "lean") for k in (1, 50)}
     assert [r["limit_gib"] for r in ROWS if "limit_gib" in r] == [4.0]
     assert [r["model"] for r in ROWS[:2]] == ["sd15", "sdxl"]
@@ -58,7 +63,7 @@ def test_a_row_that_would_not_end_in_time_is_not_begun(tmp_path, monkeypatch):
 def test_what_a_row_is_expected_to_take():
     before = [{**ROWS[0], "wall_seconds": 40.0}]
     assert expected_seconds(ROWS[1], before) == START  # another model
-    assert expected_seconds(ROWS[6], before) == 40.0
+    assert expected_seconds(ROWS[9], before) == 40.0
     assert expected_seconds(ROWS[2], before) == 60.0  # more steps with gradient
 
 
@@ -117,7 +122,7 @@ def test_an_error_in_a_row_is_the_commands(tmp_path, monkeypatch, capsys):
         check_gpu.main()
     monkeypatch.setattr(sys, "argv", ["check_gpu.py", f"--table={tmp_path / 'out.json'}"])
     check_gpu.main()
-    assert capsys.readouterr().out.count("| tiny | lean | 1 | 2 |  |  |  |  | out of memory |") == 2
+    assert capsys.readouterr().out.count("| tiny int8 | streaming | 1 | 2 |  |  |  |  | out of memory |") == 2
 
 
 def test_without_a_gpu_it_says_what_to_do():

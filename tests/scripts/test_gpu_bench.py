@@ -151,13 +151,13 @@ ROW = asdict(Case("sd15", "fast", 4, 50, 50, "compile"))
 def test_a_row_has_the_median_of_a_sample_and_its_share_of_the_devices_pace():
     row = {**ROW, "seconds": [9.0, 2.0, 1.0], "peak": 3 * GIB, "reserved": 4 * GIB, "outside": GIB // 2}
     assert cells(row, FORECAST, 8e12) == [
-        "sd15", "fast", "4", "50", "compile", "0.5", "3.00", "2.00 (+50.0%)", "4.00", "0.50", "2 (25%)",
+        "sd15", "fast", "4", "50", "compile", "", "0.5", "3.00", "2.00 (+50.0%)", "4.00", "0.50", "2 (25%)",
     ]  # fmt: skip
 
 
 def test_a_row_without_memory_and_a_row_that_did_not_fit():
-    assert cells({**ROW, "seconds": [4.0]}, FORECAST, 1e12)[5:] == ["1", "", "2.00", "", "", "1 (100%)"]
-    assert cells({**ROW, "error": "out of memory"}, FORECAST, 1e12)[5:] == ["out of memory", "", "2.00", "", "", ""]
+    assert cells({**ROW, "seconds": [4.0]}, FORECAST, 1e12)[6:] == ["1", "", "2.00", "", "", "1 (100%)"]
+    assert cells({**ROW, "error": "out of memory"}, FORECAST, 1e12)[6:] == ["out of memory", "", "2.00", "", "", ""]
     lines = table([{**ROW, "seconds": [4.0]}, {**ROW, "error": "out of memory"}], [FORECAST] * 2, 1e12).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
 
