@@ -12,6 +12,7 @@ from alignprop.memory.accounting import Account, on_meta
 from alignprop.memory.planner import forecast, skeletons
 from alignprop.memory.simulation import simulate
 from alignprop.method.prefix_cache import blocks_of
+from alignprop.models import packed
 from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import load_prompts
 from alignprop.settings.errors import ConfigError
@@ -242,3 +243,26 @@ def test_a_full_fine_tuning_needs_more_than_a_lora(toy_config, pipeline_folder):
         short_step = simulate(skeletons(config), config, POLICIES["fast"], 2, prompts=1, steps=1, copies=0)
         peaks.append(max(short_step.peaks.values()))
     assert peaks[1] > peaks[0]
+
+
+@pytest.mark.parametrize("residency", ["phase", "stream"])
+def test_a_forecast_of_the_bytes_that_move(small, monkeypatch, tmp_path, residency):
+    """Exact for modules; a layer that streams may come once more, or once less, at the ends of a phase."""
+    (tmp_path / "one.txt").write_text("a cat\n")  # whose encoding is remembered
+    monkeypatch.setattr(packed, "NARROWEST", 8)
+    memory = MemoryPolicy(sweep_chunk=1, decode_chunk=1, residency=residency)
+    config = small(num_inference_steps=4, prompt_fn=str(tmp_path / "one.txt"))
+    with config.unlocked():
+        config.memory_policy = "fast"
+        config.memory.update(vars(memory))
+    c = resolve(config, 1)
+    ours = forecast(skeletons(c), c, "x", memory, CAPACITY)
+    trainer = AlignPropTrainer(config)
+    trainer.step()
+    run = trainer.run
+    before = run.residency.moved, run.residency.streamed
+    trainer.step()
+    moved, streamed = run.residency.moved - before[0], run.residency.streamed - before[1]
+    assert ours.moved * CAPACITY == pytest.approx(moved, rel=0.01)
+    assert ours.streamed * CAPACITY == pytest.approx(streamed, rel=0.03)
+    assert (streamed > 0) == (residency == "stream") and moved > 0

@@ -9,8 +9,10 @@ from accelerate.utils import DistributedType
 
 from alignprop.evaluation.judges import Judges
 from alignprop.memory import planner
-from alignprop.memory.planner import GIB, Forecast, candidates, choose_policy, table
+from alignprop.memory.gpus import GPUS, LAUNCH, SHARE, Gpu, seconds_per_sample
+from alignprop.memory.planner import GIB, Forecast, candidates, choose_policy, fastest_for, table
 from alignprop.models.sd import StableDiffusion
+from alignprop.settings.command_line import KNOWN_GPUS
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve
 from rewards import as_reward, build_reward
@@ -117,3 +119,32 @@ def test_the_table_has_a_line_for_each():
         ["small", "2", "3.00", "decode", "2", "16"], ["fast", "4", "9.00", "sweep", "1", "8"],
     ]  # fmt: skip
     assert lines[0].endswith("  fits") and lines[1].endswith("does not fit")
+
+
+def test_the_table_has_what_moves_and_the_seconds_on_a_named_gpu():
+    f = Forecast("streaming", 1, {"decode": GIB}, 1e12, operators=1e5, moved=GIB, streamed=2 * GIB)
+    head, line = table([f], 8, None, GPUS["4090"]).splitlines()
+    assert head.split()[-2:] == ["moved/sample", "s/sample"]
+    assert line.split()[-2:] == ["3", f"{seconds_per_sample(f, GPUS['4090']):.3g}"]
+    assert table([f], 8, None).splitlines()[0].split()[-1] == "moved/sample"
+
+
+def test_a_step_waits_for_the_slowest_of_host_matrix_units_and_bus():
+    gpu = Gpu(gib=8.0, flops=1e12, bus=1e9)
+    step = Forecast("x", 1, {"sweep": GIB}, flops=6e11, operators=1e4, moved=1e8, streamed=5e8)
+    assert seconds_per_sample(step, gpu) == pytest.approx(6e11 / (SHARE * 1e12) + 0.1)
+    assert seconds_per_sample(replace(step, operators=1e6), gpu) == pytest.approx(1e6 * LAUNCH + 0.1)
+    assert seconds_per_sample(replace(step, streamed=5e9), gpu) == pytest.approx(5.0 + 0.1)
+
+
+def test_the_command_line_knows_the_gpus():
+    assert tuple(GPUS) == KNOWN_GPUS
+
+
+def test_the_fastest_policy_for_each_size_of_a_gpu():
+    forecasts = [Forecast(p, 2, {"sweep": size * GIB}, 1.0) for p, size in (("fast", 20), ("small", 7), ("x", 6))]
+    assert fastest_for(forecasts, (4, 8, 24, 80)) == (
+        "The fastest by the GiB of a GPU: 4: none, 8: x, 24: fast, 80: fast"
+    )
+    forecasts.append(Forecast("x", 1, {"sweep": 2 * GIB}, 1.0))
+    assert fastest_for(forecasts, (4, 8)) == "The fastest by the GiB of a GPU: 4: x with 1, 8: x with 2"
