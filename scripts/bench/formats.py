@@ -7,9 +7,9 @@ For each format the first table has, relative to float32 weights, the error of t
 cosine and the ratio of norms of the gradient with respect to the input and to a LoRA. The networks are random ones with
 the shapes of FLUX's and of SDXL's denoiser, and the bundled model's.
 
-The second table has the held-out reward during preset `quickstart_fast` with the denoiser and the text encoder in each
-format, and the independent judge's measures at the end: the mean over the seeds, with its standard error. The rewards
-and the judge are not quantised.
+The second table has the reward of the pictures in training and of held-out pictures, with preset `quickstart_fast` and
+the denoiser and the text encoder in each format, and the independent judge's measures at the end: the mean over the
+seeds, with its standard error. The rewards and the judge are not quantised.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from config.align_prop import TINY, get_config
 from scripts.bench.tables import markdown
 from tests.helpers.shaped import flux_shaped, gradients, normal, random_network, sdxl_shaped
 
-SHOWN = (0, 2, 4, 6, 8, 10)  # the optimizer steps of the evaluations
+SHOWN = (1, 2, 4, 6, 8, 10)  # the optimizer steps whose reward is shown
+JUDGE = "rewards.tiny_judge:"
 
 
 def networks():
@@ -91,27 +92,28 @@ def compare_gradients() -> list[dict]:
 
 
 def align(kind: str, seed: int, folder: str) -> list[dict]:
-    """Returns the rows of the evaluations of a training run."""
+    """Returns the rows of the optimizer steps and of the evaluations of a training run."""
     config = get_config("quickstart_fast")
     named = {f"pretrained.{name}": kind for name in ("quantize", "quantize_text_encoders")}
     own = {"seed": seed, "log_dir": folder, "run_name": f"{kind or 'plain'}_{seed}", "log_with": ""}
-    short = {"num_epochs": 5, "train.total_samples_per_epoch": 16, "eval_freq": 1}  # the same steps, more evaluations
-    config.update_from_flattened_dict({**named, **own, **short})
+    config.update_from_flattened_dict({**named, **own})
     trainer = AlignPropTrainer(config)
     trainer.train()
-    rows = map(json.loads, (trainer.run.folder / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row["kind"] == "eval"]
+    return [json.loads(line) for line in (trainer.run.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def table_of(runs: dict[str, list[list[dict]]]) -> str:
-    """Returns the table of held-out rewards, and of the judge's measures at the end."""
+    """Returns the table of the rewards in training, the held-out rewards, and the judge's measures at the end."""
     lines = []
     for kind, seeds in runs.items():
-        at = [{row["step"]: row for row in rows} for rows in seeds]
-        shown = [mean([rows[step]["reward"] for rows in at]) for step in SHOWN]
-        last = [[rows[SHOWN[-1]]["rewards"][f"rewards.tiny_judge:{m}"] for rows in at] for m in ("rating", "obedience")]
-        lines.append([kind or "float32", *shown, *map(mean, last)])
-    return markdown(["format", *(f"step {step}" for step in SHOWN), "rating", "obedience"], lines)
+        steps = [{row["step"]: row["reward"] for row in rows if row["kind"] == "train"} for rows in seeds]
+        ends = [[row for row in rows if row["kind"] == "eval"] for rows in seeds]
+        found = [[of_seed[step] for of_seed in steps] for step in SHOWN]
+        found += [[evaluations[end]["reward"] for evaluations in ends] for end in (0, -1)]
+        found += [[e[-1]["rewards"][JUDGE + measure] for e in ends] for measure in ("rating", "obedience")]
+        lines.append([kind or "float32", *map(mean, found)])
+    named = [f"step {step}" for step in SHOWN]
+    return markdown(["format", *named, "held-out before", "after", "rating", "obedience"], lines)
 
 
 def mean(values: list[float]) -> str:

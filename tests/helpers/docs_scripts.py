@@ -71,6 +71,7 @@ SMALLER = {
 # Minutes however small they are made: which tests call their main(), with stand-ins for what takes so long.
 ELSEWHERE = {
     "scripts/bakeoff/run.py": "tests/scripts/test_bakeoff.py",
+    "scripts/bench/formats.py": "tests/scripts/test_formats.py",
     "scripts/bench/gpu.py": "tests/scripts/test_gpu_bench.py",
     "scripts/bench/prefix_cache.py": "tests/scripts/test_prefix_cache.py",
     "scripts/bench/samplers.py": "tests/scripts/test_samplers.py",

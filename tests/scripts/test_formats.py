@@ -16,8 +16,9 @@ def small_networks():
 
 def small_preset(name):
     config = get_config(name)
-    small = {"num_eval_images": 2, "per_gpu_capacity": 2, "max_vis_images": 1, "train.num_inference_steps": 2}
-    config.update_from_flattened_dict(small | {"num_inference_steps": 2})
+    small = {"num_eval_images": 2, "max_vis_images": 1, "train.num_inference_steps": 2, "num_inference_steps": 2}
+    few = {"per_gpu_capacity": 2, "train.total_batch_size": 2, "train.total_samples_per_epoch": 4}
+    config.update_from_flattened_dict(small | few)
     return config
 
 
@@ -35,20 +36,27 @@ def test_gradients_alone(monkeypatch, capsys):
 def test_an_alignment_on_each_format(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(formats, "networks", lambda: ())
     monkeypatch.setattr(formats, "get_config", small_preset)
+    monkeypatch.setattr(formats, "SHOWN", (1, 2))
     out = tmp_path / "out.json"
     words = ["--seeds", "1", "--formats", "", "int8", "--json", str(out)]
     monkeypatch.setattr(sys, "argv", ["formats.py", *words])
     formats.main()
     runs = json.loads(out.read_text())["runs"]
-    plain, packed = runs[""][0], runs["int8"][0]
-    assert [row["step"] for row in plain] == [row["step"] for row in packed] == list(formats.SHOWN)
-    assert plain[-1]["reward"] != packed[-1]["reward"] and abs(plain[0]["reward"] - packed[0]["reward"]) < 1
+    rewards = [[(row["kind"], row["step"], row["reward"]) for row in runs[kind][0]] for kind in ("", "int8")]
+    for rows in rewards:
+        assert [row[:2] for row in rows] == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
+    assert all(0 < abs(a[2] - b[2]) < 1 for a, b in zip(*rewards, strict=True))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][-2:] == ["float32", "int8"]
 
 
 def test_the_table_has_means_and_their_errors():
-    judged = {"rewards.tiny_judge:rating": 5.0, "rewards.tiny_judge:obedience": 1.0}
-    seeds = [[{"step": s, "reward": r, "rewards": judged} for s in formats.SHOWN] for r in (1.0, 3.0)]
-    line = formats.table_of({"": seeds}).splitlines()[-1]
-    assert [c.strip() for c in line.split("|")[2:-1]] == ["2.00 ± 1.00"] * 6 + ["5.00 ± 0.00", "1.00 ± 0.00"]
+    judged = {formats.JUDGE + "rating": 5.0, formats.JUDGE + "obedience": 1.0}
+
+    def rows(reward):
+        evaluations = [{"kind": "eval", "step": s, "reward": reward + s, "rewards": judged} for s in (0, 10)]
+        return evaluations + [{"kind": "train", "step": s, "reward": reward} for s in formats.SHOWN]
+
+    line = formats.table_of({"": [rows(1.0), rows(3.0)]}).splitlines()[-1]
+    in_training, judged = ["2.00 ± 1.00"] * len(formats.SHOWN), ["5.00 ± 0.00", "1.00 ± 0.00"]
+    assert [c.strip() for c in line.split("|")[2:-1]] == [*in_training, "2.00 ± 1.00", "12.00 ± 1.00", *judged]
