@@ -326,7 +326,8 @@ class Run:
 
         Weights that are trained whole are float32 in every run. Frozen weights compute in their own precision.
         """
-        is_whole = next(self.model.denoiser.parameters()).dtype == torch.float32
+        own = (p for name, p in self.model.denoiser.named_parameters() if "lora_" not in name)
+        is_whole = next(own).dtype == torch.float32
         return self.accelerator.autocast() if is_whole else nullcontext()
 
 

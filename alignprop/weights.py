@@ -17,6 +17,7 @@ from alignprop.lora.adapters import add_adapter, get_adapter, start_from, traine
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import check_finite, read_lora, save_lora
 from alignprop.models.base import Model
+from alignprop.models.packed import Packed
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.options import updates_of_epoch
 
@@ -218,8 +219,13 @@ def load_denoiser(denoiser, folder: Path) -> None:
     """Loads the weights of a denoiser that was trained whole, as diffusers' `save_pretrained` wrote them.
 
     Raises:
-        ConfigError: the weights do not fit this denoiser, or are not finite.
+        ConfigError: the weights do not fit this denoiser, or are not finite, or the denoiser's weights are packed.
     """
+    if any(isinstance(module, Packed) for module in denoiser.modules()):
+        raise ConfigError(
+            f"{str(folder)!r} has full weights, which need pretrained.quantize = '' and a memory.residency other than "
+            "'stream'"
+        )
     tensors = {}
     denoiser.float()  # it was trained in float32
     try:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from alignprop.models.packed import Packed
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
 
@@ -93,7 +94,12 @@ def shard(accelerator: Accelerator, denoiser: torch.nn.Module, optimizer: torch.
 
     Returns:
         The prepared optimizer, which has the denoiser's new parameters.
+
+    Raises:
+        ConfigError: the denoiser's weights are packed.
     """
+    if any(isinstance(module, Packed) for module in denoiser.modules()):
+        raise ConfigError("FSDP2 cannot spread quantised weights; leave pretrained.quantize empty, or use MULTI_GPU")
     configured = accelerator.state.fsdp_plugin  # accelerate has one plugin for the whole process
     plugin = accelerator.state.fsdp_plugin = copy(configured)
     if any(not p.requires_grad for p in denoiser.parameters()):

@@ -3,6 +3,7 @@
 import torch
 
 from alignprop.models.base import Model
+from alignprop.models.packed import Packed
 from alignprop.settings.errors import ConfigError
 
 
@@ -18,10 +19,14 @@ def compile_blocks(denoiser: torch.nn.Module, backend: str = "inductor") -> None
     The denoiser's adapter and memory policy must be in place before.
 
     Raises:
-        ConfigError: diffusers names no repeated blocks for this denoiser.
+        ConfigError: diffusers names no repeated blocks for this denoiser, or its weights are packed.
     """
     if not getattr(denoiser, "_repeated_blocks", None):
         raise ConfigError(f"compile = True: {type(denoiser).__name__} has no repeated blocks that diffusers compiles")
+    if any(isinstance(module, Packed) for module in denoiser.modules()):
+        raise ConfigError(
+            "compile = True: the denoiser is quantised; its unpacked weights would be kept for the gradient"
+        )
     # A block is traced again for each of its widths and resolutions, with and without gradient, and for one and for
     # several samples. Under torch's default limit of 8 the last of these variants would silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

@@ -9,6 +9,7 @@ from alignprop.lora.fetch import fetch_lora, is_hub_name
 from alignprop.lora.files import read_lora
 from alignprop.lora.networks import adaptable_networks
 from alignprop.models.base import Model
+from alignprop.models.packed import Packed
 from alignprop.settings.errors import ConfigError
 
 FIELD = "pretrained.loras"
@@ -39,7 +40,7 @@ def merge_frozen(model: Model, loras: list[tuple[str, float]]) -> None:
         loras: (file, folder or hub name, strength) of each LoRA.
 
     Raises:
-        ConfigError: a LoRA cannot be found or read, or is for another model.
+        ConfigError: a LoRA cannot be found or read, or is for another model, or the model's files are quantised.
     """
     networks = adaptable_networks(model)
     for name, strength in loras:
@@ -50,5 +51,8 @@ def merge_frozen(model: Model, loras: list[tuple[str, float]]) -> None:
             path = fetch_lora(name, FIELD)
         for part, lora in split(model, read_lora(path, model)).items():
             for module in lora.modules:
-                weight = networks[part].get_submodule(module).weight
+                layer = networks[part].get_submodule(module)
+                if isinstance(layer, Packed):
+                    raise ConfigError(f"{FIELD}: {name!r} cannot be merged into weights whose files are quantised")
+                weight = layer.weight
                 weight.copy_(weight.float() + strength * lora.delta(module).to(weight.device))

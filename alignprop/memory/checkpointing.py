@@ -35,7 +35,7 @@ def decode_in_tiles(decoder: nn.Module, side: int) -> None:
         side: the side of a tile in pixels; 0 decodes the whole picture at once.
 
     Raises:
-        ConfigError: the VAE cannot decode in tiles, or the side is too small for it.
+        ConfigError: the VAE cannot decode in tiles, or not in tiles of this side.
     """
     if not side:
         if getattr(decoder, "use_tiling", False):
@@ -44,10 +44,9 @@ def decode_in_tiles(decoder: nn.Module, side: int) -> None:
     if not hasattr(decoder, "tile_latent_min_size"):
         raise ConfigError(f"memory.decode_tiles = {side} must be 0: a {type(decoder).__name__} has no tiles")
     factor = 2 ** (len(decoder.config.block_out_channels) - 1)
-    if side < 4 * factor:  # a tile shares a quarter of its latents with the next one
-        raise ConfigError(f"memory.decode_tiles = {side} must be 0, or at least {4 * factor} for this model")
-    decoder.use_tiling, decoder.tile_latent_min_size = True, side // factor
-    decoder.tile_sample_min_size = side // factor * factor
+    if side % (4 * factor):  # a tile shares a quarter of its latents with the next one
+        raise ConfigError(f"memory.decode_tiles = {side} must be a multiple of {4 * factor} for this model")
+    decoder.use_tiling, decoder.tile_latent_min_size, decoder.tile_sample_min_size = True, side // factor, side
     _checkpoint([decoder.decoder])
 
 

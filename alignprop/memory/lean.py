@@ -92,7 +92,7 @@ def _ada_layer_norm(layer, x: torch.Tensor, *args, **kwargs) -> tuple[torch.Tens
     """Calls a diffusers layer that returns x normalised and modulated in one or two ways, and later modulations."""
     norm = partial(type(layer).forward, layer)
     outputs = norm(x, *args, **kwargs)
-    if _keeps_less(x, layer.linear.weight):
+    if _keeps_less(x, *layer.linear.parameters()):
         for i, y in enumerate(outputs):
             if y.shape == x.shape:
                 _with_recipe(y, lambda x, i=i: norm(x, *args, **kwargs)[i], x)

@@ -51,7 +51,7 @@ def _named(config: ConfigDict) -> dict[str, str]:
 
 
 def _quantize(networks: list[nn.Module], name: str, field: str, device: torch.device | None) -> None:
-    layers = [layer for network in networks for layer in packable(network)]
+    layers = {id(layer): layer for network in networks for layer in packable(network)}  # networks may share layers
     if not layers:
         raise ConfigError(f"{field} = {name!r} has nothing to pack: there is no wide linear layer or convolution")
-    pack(layers, find_format(name, field), device)
+    pack(layers.values(), find_format(name, field), device)

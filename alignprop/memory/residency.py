@@ -82,6 +82,8 @@ class Residency:
         for tensor, host in self._on_host:
             tensor.data = host
         self._on_host, self.phase = [], ""
+        if self.stream:
+            self.stream.wait()
 
     def _enter(self, phase: str) -> None:
         stays = self.phase and self.phases[phase] == self.phases[self.phase]

@@ -55,6 +55,11 @@ class Stream:
             self._send(following)
         return self._here[1]
 
+    def wait(self) -> None:
+        """Waits for the copy under way, if any. Only then may the slots be given up."""
+        if self._copies:
+            self._copies.synchronize()
+
     def _send(self, layer: Packed) -> None:
         """Begins to copy a layer's tensors into slot 1."""
         if not self._slots:

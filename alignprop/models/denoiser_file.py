@@ -16,7 +16,7 @@ FILES = (".gguf", ".safetensors", ".ckpt")
 
 
 def load_denoiser(name: str, kind: str, part: str, config: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Loads a denoiser; weights that its files quantise stay so, in packed layers (packed.py).
+    """Loads a denoiser. Weights in GGUF's and bitsandbytes' formats stay packed (packed.py); fp8 becomes `dtype`.
 
     Args:
         name: a file with the weights of the denoiser alone, or the folder or hub name of a denoiser or a pipeline. A
@@ -75,5 +75,8 @@ def _scaled(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         extra = {*scales.values(), *(n for n in names if n.endswith((".scale_input", ".input_scale", "scaled_fp8")))}
         weights = {name: file.get_tensor(name) for name in sorted(names - extra)}
         for name, scale in scales.items():
-            weights[name] = (weights[name].float() * file.get_tensor(scale).float()).to(dtype)
+            factor = file.get_tensor(scale).float()
+            if factor.dim() == 1 and factor.numel() > 1:  # one for each output channel
+                factor = factor.view(-1, *[1] * (weights[name].dim() - 1))
+            weights[name] = (weights[name].float() * factor).to(dtype)
     return weights

@@ -153,6 +153,11 @@ def _base_of(checkpoint: Path, form: str) -> tuple[str, str | None]:
     name, config = pretrained.get("model"), pretrained.get("config")
     if not name:
         raise ConfigError(f"--base is needed: {str(checkpoint)!r} is in no run folder that names its model")
+    if (denoiser := pretrained.get("denoiser")) and form == "merged":
+        raise ConfigError(
+            f"--base must name a pipeline folder with the weights of pretrained.denoiser = {denoiser!r}, on which the "
+            "run trained its LoRA"
+        )
     if Path(name).suffix not in (".safetensors", ".ckpt"):
         return name, pretrained.get("revision")
     if config and form != "merged":

@@ -154,6 +154,11 @@ def _check_combinations(c: ConfigDict) -> None:
         raise ConfigError(
             f"pretrained.quantize = {c.pretrained.quantize!r} needs use_lora = True: only frozen weights can be packed"
         )
+    if c.pretrained.quantize and c.task == "train" and c.compile:
+        raise ConfigError(
+            f"compile = True needs pretrained.quantize = '', which is {c.pretrained.quantize!r}: torch.compile would "
+            "keep the unpacked weights for the backward pass"
+        )
     if c.train_text_encoder and not c.use_lora:
         raise ConfigError("train_text_encoder = True needs use_lora = True: a text encoder is trained by a LoRA only")
     if c.train_text_encoder and c.algorithm == "ddpo":

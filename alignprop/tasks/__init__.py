@@ -163,6 +163,10 @@ def compare_policies(config, gpu_memory: float | None = None, gpu: str | None = 
         f"{c.pretrained.model}, {c.reward_fn}, {c.mixed_precision}, {c.train.num_inference_steps} steps{largest}",
         flush=True,
     )
+    if c.pretrained.denoiser:
+        print(
+            f"pretrained.denoiser counts as {c.mixed_precision}, or as pretrained.quantize: its file is not read here"
+        )
     names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
     for name, memory, capacity in tqdm(candidates(c, 1, names), "planning", leave=False):
         of_policy = [f for f in found if f.policy == name]

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alignprop.command import run_task
 from alignprop.models.configs import find_config
-from alignprop.settings.command_line import PRESET, with_lists
+from alignprop.settings.command_line import KNOWN_GPUS, PRESET, with_lists
 from alignprop.settings.resolve import flatten
 from config.align_prop import TINY, get_config
 from tests.helpers.docs_commands import ROOT, blocks
@@ -48,6 +48,7 @@ def parsed(arguments) -> flags.FlagValues:
         config_flags.DEFINE_config_file("config", PRESET, flag_values=values)
         flags.DEFINE_bool("plan", False, "", flag_values=values)
         flags.DEFINE_float("gpu_memory", None, "", flag_values=values)
+        flags.DEFINE_enum("gpu", None, KNOWN_GPUS, "", flag_values=values)
         assert values(sys.argv) == ["main.py"]
         _ = values.config
     finally:

@@ -209,6 +209,13 @@ def test_the_gradient_through_tiles_is_that_of_plain_autograd(vae):
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("side", [16, 48, 112])
+def test_tiles_make_a_picture_of_the_same_size(vae, side):
+    model, latents = vae
+    decode_in_tiles(model.decoder, side)
+    assert model.decode(latents).shape == (1, 3, 256, 256)
+
+
 def test_pictures_of_one_tile_are_decoded_whole(vae):
     model, latents = vae
     whole = model.decode(latents)
@@ -218,8 +225,11 @@ def test_pictures_of_one_tile_are_decoded_whole(vae):
 
 def test_what_cannot_be_tiled_is_one_line(vae):
     model, _ = vae
-    with pytest.raises(ConfigError, match=r"^memory\.decode_tiles = 15 must be 0, or at least 16 for this model"):
-        decode_in_tiles(model.decoder, 15)
+    for side in (15, 40, 100):  # diffusers would put tiles of such a side together wrongly
+        with pytest.raises(
+            ConfigError, match=rf"^memory\.decode_tiles = {side} must be a multiple of 16 for this model"
+        ):
+            decode_in_tiles(model.decoder, side)
     with pytest.raises(ConfigError, match=r"^memory\.decode_tiles = 64 must be 0: a Linear has no tiles"):
         decode_in_tiles(torch.nn.Linear(1, 1), 64)
 

@@ -64,10 +64,11 @@ def test_a_gguf_file_stays_packed_and_has_its_values(flux, tmp_path, kind):
     assert model.denoiser.to(torch.float32) is model.denoiser  # nothing left of diffusers' own quantiser
 
 
-def test_a_file_with_scaled_weights_of_eight_bits(flux, tmp_path):
+@pytest.mark.parametrize("of", ["whole", "channel"])
+def test_a_file_with_scaled_weights_of_eight_bits(flux, tmp_path, of):
     weights = weights_of(flux)
     name = next(n for n, t in weights.items() if t.dim() == 2 and "to_q" in n)
-    scale = torch.tensor(0.25)
+    scale = torch.tensor(0.25) if of == "whole" else torch.linspace(0.1, 1, len(weights[name]))
     stored = {n: t.to(torch.float8_e4m3fn) if n == name else t for n, t in weights.items()}
     stored[name.removesuffix("weight") + "scale_weight"] = scale
     stored["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
@@ -75,7 +76,8 @@ def test_a_file_with_scaled_weights_of_eight_bits(flux, tmp_path):
     model = load_model(str(flux), denoiser=str(tmp_path / "x.safetensors"))
     found = model.denoiser.state_dict()
     assert found.keys() == weights.keys()
-    torch.testing.assert_close(found[name], 0.25 * weights[name].to(torch.float8_e4m3fn).float())
+    expected = scale.view(-1, 1) * weights[name].to(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(found[name], expected)
 
 
 @pytest.mark.parametrize("where", ["denoiser", "pipeline"])

@@ -1,20 +1,30 @@
 """Runs whose frozen weights are packed, or come from the host layer by layer."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignprop.lora.files import LORA_FILE, read_lora
+from alignprop.engine.sharding import shard
+from alignprop.engine.speed import compile_blocks
+from alignprop.lora.adapters import add_adapter, get_adapter
+from alignprop.lora.files import LORA_FILE, read_lora, save_lora
+from alignprop.lora.frozen import merge_frozen
 from alignprop.memory.planner import forecast, skeletons
 from alignprop.models import formats, packed
-from alignprop.models.packed import Packed, PackedConv2d, PackedLinear
+from alignprop.models.formats import FORMATS
+from alignprop.models.packed import Packed, PackedConv2d, PackedLinear, pack, packable
+from alignprop.models.sd import StableDiffusion
 from alignprop.publish.export import export_lora
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve
+from alignprop.trainer import AlignPropTrainer
+from alignprop.weights import load_denoiser
 from config.align_prop import TINY
+from tests.helpers.tiny_pipelines import make_family
 from tests.helpers.training import train, weights
 from tests.runs.test_forecast import real_cost
 
@@ -91,6 +101,59 @@ def test_an_export_merges_into_the_weights_that_were_not_quantised(toy_config, p
     for module in lora.modules:
         expected = before[f"{module}.weight"] + lora.delta(module)
         torch.testing.assert_close(after[f"{module}.weight"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_tower_that_two_judges_share_is_packed_once(toy_config):
+    options = dict(reward_fn="clip", clip__model=str(TINY / "clip"), num_epochs=1, pretrained__quantize="int8")
+    trainer = AlignPropTrainer(toy_config(quantize_rewards="int8", num_eval_prompts=2, **options))
+    judges = trainer.run.judges
+    assert judges.tower in [*judges.reward.modules()] and packed_layers(judges.tower)
+
+
+def test_frozen_loras_are_not_lost_on_quantised_files(pipeline_folder, tmp_path):
+    model = StableDiffusion.load(str(pipeline_folder))
+    add_adapter(model, 2, 2.0, ["to_q"], seed=0)
+    save_lora(model, get_adapter(model), tmp_path)
+    model = StableDiffusion.load(str(pipeline_folder))
+    layers = [m for name, m in model.denoiser.named_modules() if name.endswith("to_q")]
+    pack(layers, FORMATS["int8"])
+    with pytest.raises(
+        ConfigError, match=r"^pretrained\.loras: .* cannot be merged into weights whose files are quant"
+    ):
+        merge_frozen(model, [(str(tmp_path), 1.0)])
+
+
+def test_whole_weights_are_not_loaded_into_packed_ones(pipeline_folder, tmp_path):
+    denoiser = StableDiffusion.load(str(pipeline_folder)).denoiser
+    denoiser.save_pretrained(tmp_path)
+    pack(packable(denoiser), FORMATS["int8"])
+    with pytest.raises(ConfigError, match=r"has full weights, which need pretrained\.quantize = ''"):
+        load_denoiser(denoiser, tmp_path)
+
+
+def test_packed_weights_are_not_spread(pipeline_folder):
+    denoiser = StableDiffusion.load(str(pipeline_folder)).denoiser
+    pack(packable(denoiser), FORMATS["int8"])
+    with pytest.raises(ConfigError, match="FSDP2 cannot spread quantised weights"):
+        shard(None, denoiser, None)
+
+
+def test_packed_weights_are_not_compiled(toy_config, pipeline_folder):
+    with pytest.raises(ConfigError, match=r"^compile = True needs pretrained\.quantize = '', which is 'int8'"):
+        train(toy_config(pretrained__quantize="int8", compile=True))
+    denoiser = StableDiffusion.load(str(pipeline_folder)).denoiser
+    pack(packable(denoiser), FORMATS["int8"])  # as from a file
+    with pytest.raises(ConfigError, match=r"^compile = True: the denoiser is quantised"):
+        compile_blocks(denoiser)
+
+
+def test_an_adapter_in_float32_does_not_switch_autocast_on(tmp_path, toy_config, narrow):
+    """FLUX.2's layers have no bias, so that the first parameter of a packed network is the adapter's."""
+    folder = make_family(tmp_path / "flux2", "flux2")
+    options = dict(pretrained__model=str(folder), mixed_precision="bf16", pretrained__quantize="int8", resolution=32)
+    trainer = AlignPropTrainer(toy_config(**options))
+    assert next(trainer.run.model.denoiser.parameters()).dtype == torch.float32
+    assert isinstance(trainer.run._autocast(), nullcontext)
 
 
 def test_networks_without_wide_layers_are_one_line(toy_config):

@@ -15,7 +15,7 @@ from alignprop.models import packed
 from alignprop.models.formats import FORMATS, GGUF, Plain
 from alignprop.models.packed import PackedConv2d, PackedLinear, pack, packable
 from alignprop.settings.fields.rules import QUANTIZED
-from tests.helpers.shaped import flux_shaped, gradients, normal, random_network, sdxl_shaped
+from tests.helpers.shaped import call, flux_shaped, gradients, normal, random_network, sdxl_shaped
 
 BITS = {"int8": 8, "fp8": 8, "int4": 4.5, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
 FLUX, SDXL = flux_shaped(heads=2, layers=1), sdxl_shaped(width=32, layers=1)
@@ -75,7 +75,7 @@ def test_types_of_gguf_are_those_of_its_package(kind):
     torch.testing.assert_close(found, torch.from_numpy(gguf.quants.dequantize(values, number)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_channel_of_zeros_stays_zero(name, dtype):
     weight = torch.zeros(32, 64, dtype=dtype)
@@ -165,6 +165,19 @@ def test_blocks_are_checkpointed_and_lean_with_packed_layers():
     checkpoint_blocks(network)
     for ours, theirs in zip(gradients(network, x), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lean_network_unpacks_each_weight_once_a_call(monkeypatch):
+    """Also the norms' linear layers, which lean layers look at."""
+    network, x = random_network(FLUX)
+    layers = packable(network)
+    pack(layers, FORMATS["int8"])
+    make_lean(network)
+    monkeypatch.setattr(packed.Packed, "weight", property(lambda layer: pytest.fail("it was unpacked")))
+    count, unpack = [], packed.Packed.weight_now
+    monkeypatch.setattr(packed.Packed, "weight_now", lambda layer: count.append(layer) or unpack(layer))
+    call(network, x)
+    assert len(count) == len(layers)
 
 
 def test_narrow_unusual_and_trained_layers_stay_as_they_are(monkeypatch):

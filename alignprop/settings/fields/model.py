@@ -39,8 +39,8 @@ FIELDS = (
     Field(
         "pretrained.denoiser", None, optional(text()),
         "The denoiser that replaces the model's own: a .gguf or .safetensors file with its weights alone, a folder, or "
-        "a hub name, also of a file ('user/name/file.gguf'). Weights that the file quantises stay so. None keeps the "
-        "model's own denoiser.", (PIPELINE,),
+        "a hub name, also of a file ('user/name/file.gguf'). Weights in the formats of GGUF and of bitsandbytes stay "
+        "packed; weights in fp8 are loaded in the run's precision. None keeps the model's own denoiser.", (PIPELINE,),
     ),
     Field(
         "pretrained.quantize", "", QUANTIZED,
