@@ -204,7 +204,12 @@ def test_skeletons_have_the_shapes_of_the_real_parts(toy_config, reward):
 def test_a_forecast_from_files_is_that_of_the_loaded_parts(toy_config, pipeline_folder):
     config = resolve(toy_config(pretrained__model=str(pipeline_folder)), 1)
     model, judges = StableDiffusion.load(str(pipeline_folder)), build_judges(config, None)
-    short_step = lambda build: simulate(build, config, POLICIES["small"], 2, prompts=1, steps=2, copies=0)  # noqa: E731
+
+    def short_step(build):
+        found = simulate(build, config, POLICIES["small"], 2, prompts=1, steps=2, copies=0)
+        operators = {phase: count for phase, count in found.operators.items() if phase not in ("decode", "measure")}
+        return found._replace(operators=operators)  # without those of the user's own rewards, which files do not have
+
     loaded = short_step(lambda: (on_meta(model), on_meta(judges)))
     assert short_step(skeletons(config)) == loaded and loaded.flops["sweep"] > 0
 
