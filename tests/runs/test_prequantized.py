@@ -15,6 +15,7 @@ from alignprop.models.formats import FORMATS, GGUF
 from alignprop.models.loading import load_model
 from alignprop.models.packed import PackedLinear, pack
 from alignprop.models.prequantized import adopt
+from alignprop.models.whole import set_precision
 from alignprop.runs.manifest import base_model
 from alignprop.settings.errors import ConfigError
 from tests.helpers.tiny_pipelines import make_family
@@ -179,6 +180,16 @@ def test_another_format_of_four_bits_is_refused():
     theirs.weight = Params4bit(linear().weight.data, False, quant_type="fp4", module=theirs)
     with pytest.raises(ConfigError, match="must be nf4 in blocks of 64, and are fp4 in blocks of 64"):
         adopt(nn.Sequential(theirs).to("cpu"), torch.float32, "pretrained.model")
+
+
+def test_packed_weights_keep_the_types_of_their_tensors():
+    network = nn.Sequential(linear(), nn.LayerNorm(64))
+    pack([network[0]], FORMATS["nf4"])
+    weight, types = network[0].weight, {name: tensor.dtype for name, tensor in network.named_buffers()}
+    set_precision(network, torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in network.named_buffers()} == types
+    assert network[1].weight.dtype == network[0].bias.dtype == torch.bfloat16
+    assert torch.equal(network[0].weight, weight)
 
 
 # ---- what a checkpoint says about its base
