@@ -154,7 +154,7 @@ def test_lean_layers_are_not_taken_for_plain_ones(toy_config, monkeypatch):
 
 
 @pytest.mark.parametrize(("overrides", "policy"), [
-    ({}, "smallest"), ({"memory_policy": "lean"}, "lean"), ({"use_lora": False}, "balanced"),
+    ({}, "streaming"), ({"memory_policy": "lean"}, "lean"), ({"use_lora": False}, "balanced"),
     ({"memory__keep_steps": 1}, "balanced"),
 ])  # fmt: skip
 def test_where_nothing_fits_it_is_said(toy_config, monkeypatch, overrides, policy):
