@@ -17,7 +17,7 @@ from alignprop.lora.adapters import add_adapter, get_adapter, start_from, traine
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import check_finite, read_lora, save_lora
 from alignprop.models.base import Model
-from alignprop.models.packed import Packed
+from alignprop.models.packed import is_packed
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.options import updates_of_epoch
 
@@ -221,7 +221,7 @@ def load_denoiser(denoiser, folder: Path) -> None:
     Raises:
         ConfigError: the weights do not fit this denoiser, or are not finite, or the denoiser's weights are packed.
     """
-    if any(isinstance(module, Packed) for module in denoiser.modules()):
+    if is_packed(denoiser):
         raise ConfigError(
             f"{str(folder)!r} has full weights, which need pretrained.quantize = '' and a memory.residency other than "
             "'stream'"

@@ -18,7 +18,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from alignprop.models.packed import Packed
+from alignprop.models.packed import is_packed
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
 
@@ -98,7 +98,7 @@ def shard(accelerator: Accelerator, denoiser: torch.nn.Module, optimizer: torch.
     Raises:
         ConfigError: the denoiser's weights are packed.
     """
-    if any(isinstance(module, Packed) for module in denoiser.modules()):
+    if is_packed(denoiser):
         raise ConfigError("FSDP2 cannot spread quantised weights; leave pretrained.quantize empty, or use MULTI_GPU")
     configured = accelerator.state.fsdp_plugin  # accelerate has one plugin for the whole process
     plugin = accelerator.state.fsdp_plugin = copy(configured)

@@ -3,7 +3,7 @@
 import torch
 
 from alignprop.models.base import Model
-from alignprop.models.packed import Packed
+from alignprop.models.packed import is_packed
 from alignprop.settings.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def compile_blocks(denoiser: torch.nn.Module, backend: str = "inductor") -> None
     """
     if not getattr(denoiser, "_repeated_blocks", None):
         raise ConfigError(f"compile = True: {type(denoiser).__name__} has no repeated blocks that diffusers compiles")
-    if any(isinstance(module, Packed) for module in denoiser.modules()):
+    if is_packed(denoiser):
         raise ConfigError(
             "compile = True: the denoiser is quantised; its unpacked weights would be kept for the gradient"
         )

@@ -26,8 +26,8 @@ def check_formats(config: ConfigDict) -> None:
 def quantize(model: Model, judges: Judges, config: ConfigDict, device: torch.device | None = None) -> None:
     """Packs the weights of the denoiser, the text encoders and the rewards, as the configuration says, in place.
 
-    Layers that are narrow, few or of an unusual kind keep their weights (packed.py), and so does the VAE, which is
-    small and whose errors are seen in every picture.
+    Layers that are narrow or of an unusual kind keep their weights (packed.py), and so does the VAE, which is small and
+    whose errors are seen in every picture.
 
     Args:
         model: a loaded model without an adapter, or a skeleton.

@@ -131,6 +131,11 @@ def _can_pack(layer: nn.Module) -> bool:
     return min(weight.shape[:2]) >= NARROWEST and weight.numel() % GROUP == 0
 
 
+def is_packed(network: nn.Module) -> bool:
+    """Says whether a network has a packed layer."""
+    return any(isinstance(layer, Packed) for layer in network.modules())
+
+
 @torch.no_grad()
 def pack(layers: Iterable[nn.Module], fmt: Format, device: torch.device | None = None) -> None:
     """Replaces the frozen weight of each layer by its packed tensors, in place.

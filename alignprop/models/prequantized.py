@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from alignprop.models.formats import GGUF, GROUP, NF4, PerChannel
-from alignprop.models.packed import Packed, replace_weight
+from alignprop.models.packed import is_packed, replace_weight
 from alignprop.settings.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def adopt_parts(pipeline, dtype: torch.dtype, full: bool) -> None:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             adopt(part, dtype, "pretrained.model")
-            if full and name in ("unet", "transformer") and any(isinstance(m, Packed) for m in part.modules()):
+            if full and name in ("unet", "transformer") and is_packed(part):
                 raise ConfigError(
                     "use_lora = False: the weights of the denoiser are quantised, so only a LoRA can be trained"
                 )
@@ -50,10 +50,7 @@ def adopt(network: nn.Module, dtype: torch.dtype, field: str) -> None:
         elif kind == "Linear4bit":
             _adopt_4bit(layer, dtype, field)
         elif kind == "Linear8bitLt":
-            weight = layer.weight
-            scale = (getattr(weight, "SCB", None) if layer.state.SCB is None else layer.state.SCB) / 127
-            packed = {"values": weight.data, "scale": scale[:, None].float()}
-            _replace(layer, PerChannel(torch.int8, 127), packed, weight.shape, dtype)
+            _adopt_8bit(layer, dtype)
         elif type(layer).__module__.startswith("optimum") or _is_torchao(getattr(layer, "weight", None)):
             raise ConfigError(f"{field}: layer {name!r} is quantised by another library; give the unquantised weights")
     for layer in network.modules():
@@ -93,6 +90,12 @@ def _adopt_4bit(layer: nn.Linear, dtype: torch.dtype, field: str) -> None:
     if state.nested:
         packed |= {"scale": state.state2.absmax, "offset": state.offset}
     _replace(layer, NF4(), packed, state.shape, dtype)
+
+
+def _adopt_8bit(layer: nn.Linear, dtype: torch.dtype) -> None:
+    largest = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # the second after a first call
+    packed = {"values": layer.weight.data, "scale": largest[:, None].float() / 127}
+    _replace(layer, PerChannel(torch.int8, 127), packed, layer.weight.shape, dtype)
 
 
 def _replace(layer: nn.Linear, fmt, packed: dict[str, torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ from alignprop.memory.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
 from alignprop.memory.gpus import GPUS
 from alignprop.memory.planner import candidates, fastest_for, gpu_bytes, skeletons, table
 from alignprop.method.reward_guidance import RewardGuidance, Timed
+from alignprop.models.loading import PRECISIONS
 from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import check_base
@@ -164,9 +165,8 @@ def compare_policies(config, gpu_memory: float | None = None, gpu: str | None = 
         flush=True,
     )
     if c.pretrained.denoiser:
-        print(
-            f"pretrained.denoiser counts as {c.mixed_precision}, or as pretrained.quantize: its file is not read here"
-        )
+        precision = str(PRECISIONS[c.mixed_precision]).removeprefix("torch.")
+        print(f"pretrained.denoiser counts as {precision}, or as pretrained.quantize: its file is not read here")
     names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
     for name, memory, capacity in tqdm(candidates(c, 1, names), "planning", leave=False):
         of_policy = [f for f in found if f.policy == name]

@@ -375,6 +375,15 @@ def test_a_single_file_has_its_configuration_elsewhere(lora, pipelines, tmp_path
         export_lora(run, tmp_path / "out", "merged")
 
 
+def test_a_denoiser_of_its_own_is_not_merged_into_the_pipelines(lora, pipelines, tmp_path):
+    base = str(pipelines["epsilon"])
+    run = make_run(lora[0], tmp_path / "run", model=base, denoiser="other.gguf")
+    assert export_lora(run, tmp_path / "out.safetensors", "kohya").checked
+    with pytest.raises(ConfigError, match=r"--base must name a pipeline folder with the weights of .* 'other\.gguf'"):
+        export_lora(run, tmp_path / "out", "merged")
+    assert export_lora(run, tmp_path / "out", "merged", base=base).checked
+
+
 def export(lora, pipelines, tmp_path, out="out.safetensors", form="kohya", **options):
     options = {"base": str(pipelines["epsilon"]), **options}
     return export_lora(lora[0], tmp_path / out, form, **options)

@@ -16,8 +16,9 @@ def test_a_plan_names_every_policy_and_the_first_that_fits(toy_config, capsys):
 
 
 def test_a_plan_for_too_small_a_gpu_says_so(toy_config, capsys):
-    compare_policies(toy_config(memory_policy="fast"), gpu_memory=0.1)
-    assert capsys.readouterr().out.splitlines()[-1] == "None fits 0.1 GiB."
+    compare_policies(toy_config(memory_policy="fast", pretrained__denoiser="x.gguf"), gpu_memory=0.1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("pretrained.denoiser counts as float32,") and lines[-1] == "None fits 0.1 GiB."
 
 
 def test_a_plan_for_a_named_gpu_has_its_memory_and_seconds(toy_config, capsys):
