@@ -91,7 +91,7 @@ def run_parsed(arguments: list[str], command: str) -> None:
     with config.unlocked():
         config.command = command
     if flags.FLAGS.plan:
-        import_module("alignprop.tasks").compare_policies(config, flags.FLAGS.gpu_memory, flags.FLAGS.gpu)
+        import_module("alignprop.tasks.plan").compare_policies(config, flags.FLAGS.gpu_memory, flags.FLAGS.gpu)
     else:
         run_task(config)
 

@@ -25,9 +25,10 @@ BLOCK = 512  # bytes; CUDA's caching allocator rounds every allocation up to a m
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# torch's registry lacks the CPU's fused attention, which would otherwise count as nothing.
+# torch's registry lacks the CPU's fused attention and the product of integers, which would count as nothing.
 _FORMULAS = {
     **flop_registry,
+    torch.ops.aten._int_mm: lambda a, b, *_, **__: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     _FLASH: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
     _FLASH_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape),
 }

@@ -6,7 +6,11 @@ for the host (docs/gpu.md): 16.6 and 14.3 microseconds an operator. So their pre
 else has been compared with a measurement yet.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from alignprop.memory.forecast import Forecast
 
@@ -20,7 +24,7 @@ class Gpu:
 
     Attributes:
         gib: its memory in GiB.
-        flops: the FLOP/s of a large matrix product in bf16, with sums in float32.
+        flops: the FLOP/s of a large matrix product, in bf16 with sums in float32 unless it was measured.
         bus: the bytes per second from pinned memory of the host.
     """
 
@@ -44,3 +48,39 @@ def seconds_per_sample(forecast: Forecast, gpu: Gpu) -> float:
     """Returns the predicted seconds of a training step for each of its samples."""
     computing = max(forecast.operators * LAUNCH, forecast.flops / (gpu.flops * SHARE))
     return max(computing, forecast.streamed / gpu.bus) + forecast.moved / gpu.bus
+
+
+def measure(device: torch.device, gib: float, dtype: torch.dtype, side: int = 8192, copied: int = 2**29) -> Gpu:
+    """Measures the matrix units and the bus of a GPU, which takes about a second.
+
+    Args:
+        device: the GPU.
+        gib: its memory in GiB.
+        dtype: the type of the matrices.
+        side: the side of the square matrices that are multiplied.
+        copied: the bytes that are copied from pinned memory of the host.
+    """
+    matrix = torch.randn(side, side, dtype=dtype, device=device)
+    host = torch.empty(copied, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    here = torch.empty_like(host, device=device, pin_memory=False)
+    product = _seconds(lambda: matrix @ matrix, device)
+    return Gpu(gib, 2 * side**3 / product, copied / _seconds(lambda: here.copy_(host, non_blocking=True), device))
+
+
+def _seconds(work: Callable[[], object], device: torch.device, times: int = 5) -> float:
+    """Returns the least seconds that the work took in a few trials, after one that warms up."""
+
+    def trial() -> float:
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        return time.perf_counter() - start
+
+    return min([trial() for _ in range(1 + times)][1:])
+
+
+def wait(device: torch.device) -> None:
+    """Waits until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -8,9 +8,12 @@ from alignprop.evaluation.judges import Judges
 from alignprop.models.base import Model
 from alignprop.models.formats import FORMATS, check_packages, find_format
 from alignprop.models.packed import pack, packable
+from alignprop.models.products import multiply_in_8_bits
 from alignprop.settings.errors import ConfigError
 
 DENOISER, ENCODERS, REWARDS = "pretrained.quantize", "pretrained.quantize_text_encoders", "quantize_rewards"
+
+OLDEST = {"int8": (7, 5), "fp8": (8, 9)}  # the compute capability from which a GPU multiplies in a format
 
 
 def check_formats(config: ConfigDict) -> None:
@@ -36,13 +39,16 @@ def quantize(model: Model, judges: Judges, config: ConfigDict, device: torch.dev
         device: where the packed weights are computed. None is where the weights are.
 
     Raises:
-        ConfigError: a network has no layer that can be packed.
+        ConfigError: a network has no layer that can be packed, or the GPU cannot multiply in the format.
     """
     rewards = [judge for phase in judges.phases.values() for judge in phase if judge is not None]
     networks = {DENOISER: [model.denoiser], ENCODERS: model.text_encoders, REWARDS: rewards}
     for field, name in _named(config).items():
         if name in FORMATS:
             _quantize(networks[field], name, field, device)
+    if config.pretrained.quantize_products and config.pretrained.quantize in OLDEST:
+        _check_gpu(config.pretrained.quantize, device)
+        multiply_in_8_bits(model.denoiser.modules())
 
 
 def _named(config: ConfigDict) -> dict[str, str]:
@@ -55,3 +61,12 @@ def _quantize(networks: list[nn.Module], name: str, field: str, device: torch.de
     if not layers:
         raise ConfigError(f"{field} = {name!r} has nothing to pack: there is no wide linear layer or convolution")
     pack(layers.values(), find_format(name, field), device)
+
+
+def _check_gpu(name: str, device: torch.device | None) -> None:
+    if device and torch.version.cuda and torch.cuda.get_device_capability(device) < OLDEST[name]:
+        found, oldest = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(device), OLDEST[name]))
+        raise ConfigError(
+            f"pretrained.quantize_products = True with pretrained.quantize = {name!r} needs a GPU of compute "
+            f"capability {oldest}; this one has {found}"
+        )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from alignprop.engine.activations import decode_activations_on
 from alignprop.engine.seeding import generator, generators
 from alignprop.method.base_distance import base_conditioning, base_distance
 from alignprop.method.losses import LOSSES
@@ -138,8 +139,9 @@ class RewardGradient:
     def _adjoint(self, latents, prompts, metadata, noises) -> tuple[torch.Tensor, SampleValues]:
         """Returns λ and the values of rows that are decoded together; each copy counts as a sample here."""
         latents = latents.detach().requires_grad_()
-        images = self._with_noise(self.model.decode(latents), noises)
-        terms = self.reward.score_terms(images, prompts, metadata)
+        with decode_activations_on(self.rollout.memory.decode_activations, latents.device):
+            images = self._with_noise(self.model.decode(latents), noises)
+            terms = self.reward.score_terms(images, prompts, metadata)
         rewards = self.reward.combine(terms)
         losses = self.loss_scale * LOSSES[self.loss](rewards, self.loss_target)
         self.backward(losses.sum() / self.batch_size)

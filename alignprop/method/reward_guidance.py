@@ -23,6 +23,7 @@ from contextlib import nullcontext
 
 import torch
 
+from alignprop.engine.activations import decode_activations_on
 from alignprop.method.chain import Past, Sampler
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, select
@@ -122,9 +123,10 @@ class RewardGuidance:
         for rows in chunks(len(predicted), self.rollout.memory.decode_chunk):
             with self.phases("decode"), torch.enable_grad():
                 latents = predicted[rows].detach().requires_grad_()
-                images = self.rollout.model.decode(latents)
-                pictures = images.detach().requires_grad_()
-                total = self.reward(pictures, prompts[rows], metadata[rows]).sum()
+                with decode_activations_on(self.rollout.memory.decode_activations, latents.device):
+                    images = self.rollout.model.decode(latents)
+                    pictures = images.detach().requires_grad_()
+                    total = self.reward(pictures, prompts[rows], metadata[rows]).sum()
                 # The gradient is scaled to unit size here, because a decoder in half precision loses a small gradient.
                 into_pictures = self._unit(torch.autograd.grad(total, pictures)[0])
                 gradients += torch.autograd.grad(images, latents, into_pictures)

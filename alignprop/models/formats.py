@@ -57,16 +57,19 @@ class PerChannel:
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         rows = weight.float().flatten(1)
         # The scale is rounded first, so that its rounding does not stretch or shrink a whole channel.
-        scale = _not_zero((rows.abs().amax(1, keepdim=True) / self.largest).to(weight.dtype))
-        scaled = (rows / scale.float()).clamp(-self.largest, self.largest)
-        values = scaled if self.dtype.is_floating_point else scaled.round()
-        return {"values": values.to(self.dtype), "scale": scale}
+        scale = not_zero((rows.abs().amax(1, keepdim=True) / self.largest).to(weight.dtype))
+        return {"values": self.round(rows / scale.float()), "scale": scale}
+
+    def round(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Rounds values, of which the largest should be `largest`, to the type of 8 bits."""
+        scaled = scaled.clamp(-self.largest, self.largest)
+        return (scaled if self.dtype.is_floating_point else scaled.round()).to(self.dtype)
 
     def unpack(self, packed: dict[str, torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         return packed["values"].to(dtype).mul_(packed["scale"].to(dtype)).view(shape)
 
 
-def _not_zero(scale: torch.Tensor) -> torch.Tensor:
+def not_zero(scale: torch.Tensor) -> torch.Tensor:
     """Returns the scale, with 1 in place of 0: all weights that it scales are equal, and any scale will do."""
     return scale.masked_fill(scale == 0, 1)
 
@@ -78,7 +81,7 @@ class Int4:
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = weight.float().reshape(-1, GROUP)
         least = groups.amin(1, keepdim=True).to(weight.dtype)
-        scale = _not_zero(((groups.amax(1, keepdim=True) - least.float()) / 15).to(weight.dtype))
+        scale = not_zero(((groups.amax(1, keepdim=True) - least.float()) / 15).to(weight.dtype))
         values = ((groups - least.float()) / scale.float()).round().clamp(0, 15).to(torch.uint8)
         low, high = values.chunk(2, dim=1)
         return {"values": low | high << 4, "scale": scale, "least": least}

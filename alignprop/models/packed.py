@@ -51,13 +51,15 @@ class Packed:
         on_device = {name: tensor.to(self.stream.device) for name, tensor in self.host.items()}
         return self.format.unpack(on_device, self.weight_shape, self.weight_dtype)
 
+    def packed_now(self) -> dict[str, torch.Tensor]:
+        """Returns the packed tensors for one operation at once. Their memory may then have those of another layer."""
+        if self.stream is None:
+            return {name: self._buffers[f"packed_{name}"] for name in self.names}
+        return self.stream.fetch(self)
+
     def weight_now(self) -> torch.Tensor:
         """Returns the weight for one operation at once. Its memory may then have the weight of another layer."""
-        if self.stream is None:
-            packed = {name: self._buffers[f"packed_{name}"] for name in self.names}
-        else:
-            packed = self.stream.fetch(self)
-        return self.format.unpack(packed, self.weight_shape, self.weight_dtype)
+        return self.format.unpack(self.packed_now(), self.weight_shape, self.weight_dtype)
 
 
 class PackedLinear(Packed, nn.Linear):

@@ -13,6 +13,7 @@ class MemoryPolicy:
     Attributes:
         sweep_chunk: the samples in one network call, in the rollout and in the sweep. 0 is the whole micro-batch.
         decode_chunk: the samples in one VAE decode, one reward and their backward pass. 0 is the whole micro-batch.
+        decode_activations: "device", or "host" from which they come back for the backward pass of decode and reward.
         decode_tiles: the side in pixels of the tiles in which the VAE decodes. 0 decodes a picture as a whole.
         guidance_batching: "joint" computes both branches of classifier-free guidance in one call, "split" one by one.
         keep_steps: for this many last active steps the graph of the rollout is kept, and the sweep needs no new call.
@@ -25,6 +26,7 @@ class MemoryPolicy:
 
     sweep_chunk: int = 0
     decode_chunk: int = 0
+    decode_activations: str = "device"
     decode_tiles: int = 0
     guidance_batching: str = "joint"
     keep_steps: int = 0

@@ -1,11 +1,9 @@
-"""The tasks that do not train: evaluation of a checkpoint or of mixtures of two, reward guidance, memory planning."""
+"""The tasks that do not train: evaluation of a checkpoint or of mixtures of two, and reward guidance."""
 
 import itertools
 import re
 from contextlib import suppress
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from alignprop.engine.background import Background
 from alignprop.engine.processes import on_main
@@ -17,19 +15,13 @@ from alignprop.lora.files import read_lora
 from alignprop.lora.scaling import scale_lora
 from alignprop.lora.soups import mix
 from alignprop.memory.checkpointing import apply_policy
-from alignprop.memory.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
-from alignprop.memory.gpus import GPUS
-from alignprop.memory.planner import candidates, fastest_for, gpu_bytes, skeletons, table
 from alignprop.method.reward_guidance import RewardGuidance, Timed
-from alignprop.models.loading import PRECISIONS
 from alignprop.run import Run, build_run
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import check_base
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields.rules import picture_sizes, size_name
 from alignprop.settings.json_files import write_json
-from alignprop.settings.memory_policies import POLICIES
-from alignprop.settings.resolve import resolve, save_config
+from alignprop.settings.resolve import save_config
 from alignprop.weights import load_denoiser
 
 BASE_MODEL = "stablediffusion"
@@ -140,57 +132,6 @@ def guide(config, reward_function=None, model=None) -> Path:
         plot_bars({name: {m: r[m] for m in measured} for name, r in results.items()}, folder / "guide.png")
     run.accelerator.end_training()
     return folder
-
-
-def compare_policies(config, gpu_memory: float | None = None, gpu: str | None = None) -> list[Forecast]:
-    """Prints what training will cost with each memory policy, and the fastest that fits. Needs no GPU and no weights.
-
-    Args:
-        config: an unresolved configuration.
-        gpu_memory: the memory of the GPU in GiB. None: that of `gpu`, or of the GPU in this machine, if it has one.
-        gpu: the name of a GPU in memory/gpus.py, for which seconds are predicted.
-
-    Raises:
-        ConfigError, rewards.RewardError: the configuration has a mistake. The message is one line.
-    """
-    c = resolve(config, 1)
-    named = GPUS[gpu] if gpu else None
-    gib = gpu_memory or (named.gib if named else None)
-    size = gib * GIB if gib else gpu_bytes()
-    build, found, done = skeletons(c), [], {}
-    sizes = picture_sizes(c.resolution)
-    largest = f", the largest pictures, {size_name(sizes[0])}" if len(sizes) > 1 else ""
-    print(
-        f"{c.pretrained.model}, {c.reward_fn}, {c.mixed_precision}, {c.train.num_inference_steps} steps{largest}",
-        flush=True,
-    )
-    if c.pretrained.denoiser:
-        precision = str(PRECISIONS[c.mixed_precision]).removeprefix("torch.")
-        print(f"pretrained.denoiser counts as {precision}, or as pretrained.quantize: its file is not read here")
-    names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
-    for name, memory, capacity in tqdm(candidates(c, 1, names), "planning", leave=False):
-        of_policy = [f for f in found if f.policy == name]
-        if not size or not any(f.fits(size) for f in of_policy):
-            found.append(forecast(build, c, name, memory, capacity, done))
-    last = {f.policy: f for f in found}  # with a size, the first capacity that fits, or the smallest
-    forecasts = list(last.values()) if size else found
-    print(table(forecasts, c.train.total_batch_size, size, named))
-    print(
-        f"Not in these peaks: the CUDA context, about {CONTEXT / GIB:g} GiB, workspaces, up to {MARGIN:.0%}, and "
-        "rewards of your own. 'fits' leaves room for the first two."
-    )
-    if not size:
-        print(fastest_for(forecasts))
-    fitting = [f for f in forecasts if size and f.fits(size)]
-    if fitting:
-        best = fitting[0]
-        print(
-            f"The fastest that fits {size / GIB:g} GiB: --config.memory_policy={best.policy} "
-            f"--config.per_gpu_capacity={best.capacity}"
-        )
-    elif size:
-        print(f"None fits {size / GIB:g} GiB.")
-    return forecasts
 
 
 def _new_folder(run: Run, name: str) -> Path:

@@ -43,7 +43,8 @@ from alignprop.method.samplers import build_sampler  # noqa: E402
 from alignprop.models import FAMILIES  # noqa: E402
 from alignprop.models.loading import load_model  # noqa: E402
 from alignprop.runs.checkpoint import checkpoints_of  # noqa: E402
-from alignprop.tasks import compare_policies, evaluate, evaluate_soup  # noqa: E402
+from alignprop.tasks import evaluate, evaluate_soup  # noqa: E402
+from alignprop.tasks.plan import compare_policies  # noqa: E402
 from alignprop.trainer import AlignPropTrainer  # noqa: E402
 from config import align_prop, models  # noqa: E402
 from tests.helpers.tiny_families import SIDE  # noqa: E402

@@ -29,6 +29,7 @@ from alignprop.lora.factors import add_lora, trainable_parameters
 from alignprop.models.formats import FORMATS
 from alignprop.models.loading import load_model
 from alignprop.models.packed import pack, packable
+from alignprop.models.products import multiply_in_8_bits
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import TINY, get_config
 from scripts.bench.tables import markdown
@@ -36,6 +37,8 @@ from tests.helpers.shaped import flux_shaped, gradients, normal, random_network,
 
 SHOWN = (1, 2, 4, 6, 8, 10)  # the optimizer steps whose reward is shown
 JUDGE = "rewards.tiny_judge:"
+ALSO_PRODUCTS = " products"  # after the name of a format: the layers multiply in it too
+PRODUCTS = tuple(name + ALSO_PRODUCTS for name in ("int8", "fp8"))
 
 
 def networks():
@@ -75,9 +78,12 @@ def compare_gradients() -> list[dict]:
     rows = []
     for name, make, differentiate in networks():
         y, expected = differentiate(make())
-        for kind, fmt in FORMATS.items():
+        for kind in (*FORMATS, *PRODUCTS):
             network = make()
-            pack(packable(getattr(network, "denoiser", network)), fmt)
+            layers = packable(getattr(network, "denoiser", network))
+            pack(layers, FORMATS[kind.removesuffix(ALSO_PRODUCTS)])
+            if kind in PRODUCTS:
+                multiply_in_8_bits(layers)
             ours, found = differentiate(network)
             rows.append(
                 {
@@ -94,8 +100,10 @@ def compare_gradients() -> list[dict]:
 def align(kind: str, seed: int, folder: str) -> list[dict]:
     """Returns the rows of the optimizer steps and of the evaluations of a training run."""
     config = get_config("quickstart_fast")
-    named = {f"pretrained.{name}": kind for name in ("quantize", "quantize_text_encoders")}
-    own = {"seed": seed, "log_dir": folder, "run_name": f"{kind or 'plain'}_{seed}", "log_with": ""}
+    fmt = kind.removesuffix(ALSO_PRODUCTS)
+    named = {f"pretrained.{name}": fmt for name in ("quantize", "quantize_text_encoders")}
+    named["pretrained.quantize_products"] = kind in PRODUCTS
+    own = {"seed": seed, "log_dir": folder, "run_name": f"{kind.replace(' ', '_') or 'plain'}_{seed}", "log_with": ""}
     config.update_from_flattened_dict({**named, **own})
     trainer = AlignPropTrainer(config)
     trainer.train()
@@ -125,7 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gradients", action="store_true", help="compare gradients only")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; default 0 1 2")
-    parser.add_argument("--formats", nargs="+", default=["", *FORMATS], help="of training; default all and float32")
+    parser.add_argument(
+        "--formats", nargs="+", default=["", *FORMATS, *PRODUCTS], help="of training; default all and float32"
+    )
     parser.add_argument("--json", type=Path, help="file for every measurement, written after each run")
     options = parser.parse_args()
     torch.set_num_threads(1)

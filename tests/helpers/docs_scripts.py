@@ -1,7 +1,7 @@
 """What makes the documents' commands of scripts/ small: what is put behind them, and what is smaller around them."""
 
-from alignprop import tasks
 from alignprop.method import estimators
+from alignprop.tasks import plan
 from config import align_prop
 from config.align_prop import get_config
 from tests.helpers.docs_stand_ins import as_flags
@@ -21,13 +21,13 @@ def quickstart(stand_ins, monkeypatch) -> list[str]:
 
 def one_family(stand_ins, monkeypatch) -> list[str]:
     """Its model of full size, which is only planned, is planned as a small one."""
-    compare_policies = tasks.compare_policies
+    compare_policies = plan.compare_policies
 
     def plan_small(config):
         config.update_from_flattened_dict({**stand_ins.fields(config), "reward_fn": "colour", "memory_policy": "fast"})
         return compare_policies(config)
 
-    monkeypatch.setattr(tasks, "compare_policies", plan_small)
+    monkeypatch.setattr(plan, "compare_policies", plan_small)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")  # which the script sets, and leaves so
     return ["z_image"]
 

@@ -7,15 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alignprop.engine.activations import KeptOnHost
 from alignprop.engine.sharding import shard
 from alignprop.engine.speed import compile_blocks
 from alignprop.lora.adapters import add_adapter, get_adapter
 from alignprop.lora.files import LORA_FILE, read_lora, save_lora
 from alignprop.lora.frozen import merge_frozen
 from alignprop.memory.planner import forecast, skeletons
-from alignprop.models import formats, packed
+from alignprop.method import gradient
+from alignprop.models import formats, packed, products
 from alignprop.models.formats import FORMATS
 from alignprop.models.packed import Packed, PackedConv2d, PackedLinear, pack, packable
+from alignprop.models.products import NarrowLinear
 from alignprop.models.sd import StableDiffusion
 from alignprop.publish.export import export_lora
 from alignprop.settings.errors import ConfigError
@@ -172,6 +175,26 @@ def test_trained_weights_are_not_packed(toy_config):
         train(toy_config(pretrained__quantize="int8", use_lora=False))
 
 
+# ---- products in 8 bits
+
+
+def test_a_run_multiplies_in_8_bits_in_the_rollout_and_in_the_sweep(toy_config, narrow, monkeypatch):
+    monkeypatch.setattr(products, "MULTIPLE", 8)
+    options = dict(pretrained__quantize="int8", num_epochs=1, estimator="full")
+    plain = train(toy_config(run_name="a", memory_policy="lean", **options))
+    with_grad, multiply = [], products._multiply
+    monkeypatch.setattr(
+        products, "_multiply", lambda left, *rest: with_grad.append(left.dtype) or multiply(left, *rest)
+    )
+    options["pretrained__quantize_products"] = True
+    trainer = train(toy_config(run_name="b", memory_policy="lean", **options))
+    kinds = {type(layer) for layer in packed_layers(trainer.run.model.denoiser).values()}
+    assert kinds == {NarrowLinear, PackedConv2d} and len(with_grad) > 100
+    ours, theirs = (torch.cat([w.flatten() for w in weights(t)]) for t in (trainer, plain))
+    assert not torch.equal(ours, theirs)
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
+
+
 # ---- weights that stream
 
 
@@ -185,6 +208,18 @@ def test_streaming_changes_no_bit_of_a_run(toy_config, narrow, quantized):
         layers = packed_layers(network)
         assert layers and all(layer.host for layer in layers.values())
     assert trainer.run.residency.streamed > sum(t.nbytes for n in layers.values() for t in n.host.values())
+
+
+def test_activations_on_the_host_change_no_bit_of_a_run(toy_config, monkeypatch):
+    """A CPU takes them for those on the device, so that the copies are switched on by hand."""
+    expected = train(toy_config(memory_policy="balanced", run_name="a"))
+    copied, to_host = [], KeptOnHost._to_host
+    monkeypatch.setattr(KeptOnHost, "_to_host", staticmethod(lambda t: copied.append(t) or to_host(t)))
+    where = []
+    monkeypatch.setattr(gradient, "decode_activations_on", lambda *args: where.append(args) or KeptOnHost())
+    config = toy_config(memory_policy="balanced", memory__decode_activations="host", run_name="b")
+    assert_equal_weights(train(config), expected)
+    assert copied and where[0] == ("host", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

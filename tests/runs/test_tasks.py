@@ -3,7 +3,7 @@
 import pytest
 
 from alignprop.settings.memory_policies import POLICIES
-from alignprop.tasks import compare_policies
+from alignprop.tasks.plan import compare_policies
 from tests.helpers import warm
 
 

@@ -8,13 +8,14 @@ import torch
 from accelerate.utils import DistributedType
 
 from alignprop.evaluation.judges import Judges
-from alignprop.memory import planner
+from alignprop.memory import gpus, planner
 from alignprop.memory.gpus import GPUS, LAUNCH, SHARE, Gpu, seconds_per_sample
 from alignprop.memory.planner import GIB, Forecast, candidates, choose_policy, fastest_for, table
 from alignprop.models.sd import StableDiffusion
 from alignprop.settings.command_line import KNOWN_GPUS
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve
+from alignprop.tasks import plan
 from rewards import as_reward, build_reward
 
 
@@ -135,6 +136,33 @@ def test_a_step_waits_for_the_slowest_of_host_matrix_units_and_bus():
     assert seconds_per_sample(step, gpu) == pytest.approx(6e11 / (SHARE * 1e12) + 0.1)
     assert seconds_per_sample(replace(step, operators=1e6), gpu) == pytest.approx(1e6 * LAUNCH + 0.1)
     assert seconds_per_sample(replace(step, streamed=5e9), gpu) == pytest.approx(5.0 + 0.1)
+
+
+def test_a_gpu_is_measured_by_the_fastest_of_some_trials(monkeypatch):
+    clock = iter([0.0, 9.0, 10.0, 10.5, 20.0, 20.25, 30.0, 31.0, 40.0, 41.0, 50.0, 51.0] * 2)
+    monkeypatch.setattr(gpus.time, "perf_counter", lambda: next(clock))
+    found = gpus.measure(torch.device("cpu"), 8.0, torch.float32, side=64, copied=1000)
+    assert found == Gpu(8.0, 2 * 64**3 / 0.25, 1000 / 0.25)
+
+
+def test_the_measured_pace_is_that_of_the_device():
+    found = gpus.measure(torch.device("cpu"), 8.0, torch.float32, side=256, copied=10**6)
+    assert 1e7 < found.flops < 1e13 and 1e7 < found.bus < 1e12
+
+
+def test_the_plan_measures_the_gpu_of_this_machine_only_if_no_other_is_named(toy_config, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(plan, "gpu_bytes", lambda: 8 * GIB)
+    monkeypatch.setattr(plan, "measure", lambda *args: measured.append(args) or Gpu(8.0, 1e12, 2e9))
+    config = toy_config(memory_policy="lean")
+    plan.compare_policies(config)
+    said = capsys.readouterr().out
+    assert measured == [(torch.device("cuda"), 8.0, torch.float32)]
+    assert "This GPU, measured: 1 TFLOP/s in float32, 2 GB/s from the host" in said
+    assert "s/sample" in said and "The fastest that fits 8 GiB" in said
+    plan.compare_policies(config, gpu_memory=6)
+    plan.compare_policies(config, gpu="4090")
+    assert len(measured) == 1
 
 
 def test_the_command_line_knows_the_gpus():

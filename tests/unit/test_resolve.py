@@ -130,6 +130,7 @@ REFUSED = {
     "aesthetic.dtype": ["fp32"], "hps.version": ["v3"], "hps.checkpoint": [""], "hps.tokenizer": [""],
     "hps.dtype": ["half"], "hps.backend": ["open_clip"], "clip.model": [""], "clip.dtype": ["int8"],
     "pretrained.vae": [""], "pretrained.denoiser": [""], "pretrained.quantize": ["int2", None],
+    "pretrained.quantize_products": ["int8", None], "memory.decode_activations": ["cpu", 1],
     "pretrained.quantize_text_encoders": ["fp16", None], "quantize_rewards": [8, None],
     "pretrained.without": [None, 3], "true_cfg_scale": [0.5],
     "pickscore.model": [""], "pickscore.processor": [None], "pickscore.dtype": ["fp8"],

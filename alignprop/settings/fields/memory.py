@@ -27,6 +27,12 @@ FIELDS = (
         "leaves a GPU partly idle. With 1 the decode needs 3.3 instead of 6.5 GiB.",
     ),
     Field(
+        "memory.decode_activations", None, optional(choice("device", "host")),
+        "Where the activations of the VAE and the reward wait for the backward pass. With 'host' each is copied to the "
+        "host and back, in turn with the computation, and a GPU holds those of about one layer. No bit of a result "
+        "changes. On a CPU it has no effect.", (GRADIENTS, ALIGN_PROP),
+    ),
+    Field(
         "memory.decode_tiles", None, optional(integer(0)),
         "The side in pixels of the overlapping tiles in which the VAE decodes large pictures one by one, with "
         "and without gradient. This is an approximation: pictures differ a little from those of a whole decode "

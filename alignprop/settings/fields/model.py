@@ -8,6 +8,7 @@ from alignprop.settings.fields.rules import COUNT, NAMES, QUANTIZED, SIZES, bool
 _FILES = (".safetensors", ".ckpt")
 SINGLE_FILE = needs("a single file as pretrained.model", lambda c: c.pretrained.model.endswith(_FILES))
 PIPELINE = needs("a pipeline as pretrained.model", lambda c: not c.pretrained.model.endswith(_FILES))
+EIGHT_BITS = needs("pretrained.quantize = 'int8' or 'fp8'", lambda c: c.pretrained.quantize in ("int8", "fp8"))
 HUB_NAME = needs("a hub name as pretrained.model", lambda c: not os.path.exists(c.pretrained.model))
 
 FIELDS = (
@@ -49,6 +50,13 @@ FIELDS = (
         "they are loaded, and unpacked layer by layer in each network call. The LoRA stays float32, and an export "
         "merges it into the unquantised weights. 'nf4' needs the package bitsandbytes. docs/memory.md compares the "
         "formats. If the field is empty, the weights stay as they are. It needs use_lora = True.",
+    ),
+    Field(
+        "pretrained.quantize_products", False, boolean(),
+        "If True, the linear layers whose weights are packed in 8 bits multiply in 8 bits too, which the matrix units "
+        "of many GPUs do twice as fast. Inputs are rounded in the rollout, and gradients in the sweep, so both get "
+        "errors (docs/memory.md has their size). 'int8' needs a GPU of compute capability 7.5, 'fp8' one of 8.9. A CPU "
+        "is slower with it.", (EIGHT_BITS,),
     ),
     Field(
         "pretrained.quantize_text_encoders", "", QUANTIZED,
