@@ -33,6 +33,7 @@ ROWS = [
     {"model": "sd15", "policy": "smallest", "chunk": 1, "active": 50, "limit_gib": 4.0},
     {"model": "flux", "policy": "balanced", "chunk": 1, "active": 1, "steps": 10, "quantize": "int8"},
     {"model": "flux", "policy": "streaming", "chunk": 1, "active": 1, "steps": 10, "quantize": "int4"},
+    {"model": "flux", "policy": "balanced", "chunk": 1, "active": 1, "steps": 10, "quantize": "fp8", "products": True},
     {"model": "flux", "policy": "smallest", "chunk": 1, "active": 1, "steps": 10, "quantize": "nf4"},
     {"model": "sdxl", "policy": "lean", "chunk": 1, "active": 1},
     {"model": "sdxl", "policy": "balanced", "chunk": 1, "active": 50},
@@ -42,7 +43,7 @@ ROWS = [
 ]
 TINY = [
     {"model": "tiny", "policy": "balanced", "chunk": 1, "active": 2, "steps": 2},
-    {"model": "tiny", "policy": "streaming", "chunk": 1, "active": 2, "steps": 2, "quantize": "int8"},
+    {"model": "tiny", "policy": "streaming", "chunk": 1, "active": 2, "steps": 2, "quantize": "int8", "products": True},
 ]
 START = 60.0  # the expected seconds of a row, until a row of the same model has been measured
 
@@ -151,7 +152,8 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
 def flags(row: dict) -> list[str]:
     named = {"--models": "model", "--policies": "policy", "--chunks": "chunk", "--active": "active", "--steps": "steps"}
     named |= {"--limit_gib": "limit_gib", "--quantize": "quantize"}
-    return ["--variants=", *(f"{flag}={row[name]}" for flag, name in named.items() if name in row)]
+    values = [f"{flag}={row[name]}" for flag, name in named.items() if name in row]
+    return ["--variants=", *values, *(["--products"] if row.get("products") else [])]
 
 
 def environment_of(wheels: Path | None, folder: Path) -> dict[str, str]:
@@ -208,7 +210,8 @@ def cells(row: dict) -> list[str]:
         return ["tests of CUDA", *[""] * 7, row.get("error") or row.get("skipped") or row["result"]]
     remark = row.get("error") or row.get("skipped") or ""
     limit = f"held to {row['limit_gib']:g} GiB" if "limit_gib" in row else ""
-    case = [f"{row['model']} {row.get('quantize', '')}".strip(), row["policy"], str(row["chunk"]), str(row["active"])]
+    model = " ".join([row["model"], *filter(None, [row.get("quantize"), row.get("products") and "products"])])
+    case = [model, row["policy"], str(row["chunk"]), str(row["active"])]
     measured = ["", "", "", ""]
     planned = row.get("forecast") or {}
     if planned:

@@ -40,6 +40,7 @@ class Case:
         steps: The number of sampler steps.
         variant: PLAIN, or one of VARIANTS.
         quantize: The format of the frozen weights of the denoiser, as in the field pretrained.quantize.
+        products: Whether its layers multiply in 8 bits, as in the field pretrained.quantize_products.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Case:
     steps: int = 50
     variant: str = PLAIN
     quantize: str = ""
+    products: bool = False
 
     def configuration(self) -> ConfigDict:
         """Returns the unresolved configuration, with one micro-batch per optimizer step."""
@@ -56,7 +58,7 @@ class Case:
         c.num_inference_steps, c.trunc_backprop_timestep = self.steps, self.steps - self.active
         c.memory_policy, c.memory.sweep_chunk, c.memory.decode_chunk = self.policy, 0, 0
         c.channels_last, c.compile = (option in self.variant.split("+") for option in ("channels_last", "compile"))
-        c.pretrained.quantize = self.quantize
+        c.pretrained.quantize, c.pretrained.quantize_products = self.quantize, self.products
         c.train.max_skipped_steps = 10**6  # random weights may overflow; such a step takes as long
         if self.model == "tiny":
             c.mixed_precision, c.aesthetic.dtype, c.aesthetic.clip = "no", "float32", str(TINY / "clip")

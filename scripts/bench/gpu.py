@@ -159,6 +159,7 @@ def table(rows: list[dict], forecasts: list[Forecast], flops_per_second: float) 
 
 def cells(row: dict, forecast: Forecast, flops_per_second: float) -> list[str]:
     case = [str(row.get(name, "")) for name in ("model", "policy", "chunk", "active", "variant", "quantize")]
+    case[-1] += " products" if row.get("products") else ""
     planned = f"{forecast.peak / GIB:.2f}"
     if "error" in row:
         return [*case, row["error"], "", planned, "", "", ""]
@@ -192,7 +193,7 @@ def main() -> None:
         print(report(json.loads(options.table.read_text())))
         return
     chosen = cases(options.models, options.policies, options.chunks, options.active, options.steps, options.variants)
-    chosen = [replace(case, quantize=options.quantize) for case in chosen]
+    chosen = [replace(case, quantize=options.quantize, products=options.products) for case in chosen]
     if options.forecast:
         done: dict = {}
         forecasts = [expected(case, done) for case in chosen]
@@ -240,6 +241,7 @@ def parse() -> argparse.Namespace:
     several("--variants", ",".join(VARIANTS), allowed=VARIANTS)
     parser.add_argument("--steps", type=int, default=50, help="sampler steps; default 50")
     parser.add_argument("--quantize", default="", choices=("", *FORMATS), help="format of the denoiser's weights")
+    parser.add_argument("--products", action="store_true", help="layers in int8 or fp8 also multiply so")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each case; default 3")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     parser.add_argument("--limit_gib", type=float, help="hold PyTorch to that much; measures one case, see above")

@@ -4,7 +4,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from alignprop.engine.activations import KeptOnHost
 from alignprop.engine.seeding import generator
+from alignprop.memory.gpus import measure
 from alignprop.memory.planner import Choice
 from alignprop.models import packed
 from alignprop.settings.memory_policies import POLICIES
@@ -70,6 +72,33 @@ def test_weights_that_stream_and_packed_weights(toy_config, monkeypatch, name):
     )
     assert relative(streaming, resident) < 1e-5  # kernels of a GPU may sum in another order
     assert relative(resident, expected) < {"": 1e-5, "int8": 0.02, "fp8": 0.15, "int4": 0.3, "nf4": 0.3}[name]
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_products_in_8_bits(toy_config, monkeypatch, name):
+    monkeypatch.setattr(packed, "NARROWEST", 8)
+    options = dict(estimator="full", memory_policy="lean", allow_tf32=False, pretrained__quantize=name)
+    plain, ours = (
+        gradient(AlignPropTrainer(toy_config(run_name=str(on), pretrained__quantize_products=on, **options)))
+        for on in (False, True)
+    )
+    assert 0 < relative(ours, plain) < 0.2
+
+
+def test_activations_of_the_decode_wait_on_the_host(toy_config, monkeypatch):
+    copied, to_host = [], KeptOnHost._to_host
+    monkeypatch.setattr(KeptOnHost, "_to_host", staticmethod(lambda t: copied.append(t) or to_host(t)))
+    device, host = (
+        gradient(AlignPropTrainer(toy_config(run_name=w, memory_policy="balanced", memory__decode_activations=w)))
+        for w in ("device", "host")
+    )
+    assert relative(host, device) < 1e-5  # kernels of a GPU may sum in another order
+    assert ON_CPU or copied
+
+
+def test_this_gpu_is_measured(device):
+    found = measure(device, 1.0, torch.float32)
+    assert found.flops > 1e9 and found.bus > 1e8
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -30,7 +30,11 @@ def test_the_rows_are_those_that_are_asked_for():
     FLUX has packed weights, on the device and streaming.
     """
     packed = {(r["model"], r["policy"], r["quantize"]) for r in ROWS if "quantize" in r}
-    assert packed == {("flux", "balanced", "int8"), ("flux", "streaming", "int4"), ("flux", "smallest", "nf4")}
+    assert packed == {
+        ("flux", "balanced", "int8"), ("flux", "streaming", "int4"), ("flux", "balanced", "fp8"),
+        ("flux", "smallest", "nf4"),
+    }  # fmt: skip
+    assert [r["quantize"] for r in ROWS if r.get("products")] == ["fp8"]
     cases = {(r["model"], r["policy"], r["active"]) for r in ROWS if not {"limit_gib", "quantize"} & r.keys()}
     assert cases == {(m, p, k) for m in ("sd15", "sdxl") for p in ("balanced", "lean") for k in (1, 50)}
     assert [r["limit_gib"] for r in ROWS if "limit_gib" in r] == [4.0]
