@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_sharded
 from alignprop.evaluation.judges import Judges, diversity, rows_by
+from alignprop.evaluation.looks import looks
 from alignprop.evaluation.pictures import Pictures, save_grid
 from alignprop.lora.adapters import adapted_networks
 from alignprop.method.base_distance import base_conditioning, chain_distance
@@ -47,6 +48,7 @@ class Evaluation:
         measures: the measures of all pictures together, as far as they were measured: "diversity"
             (evaluation/judges.py) and "base_distance" (method/base_distance.py).
         metadata: the metadata rows of the n prompts.
+        looks: how the n pictures look, by the names of evaluation/looks.py, float64 [n].
         sizes: the sizes of the n pictures, such as "768x512"; empty if the run has only one size.
     """
 
@@ -56,6 +58,7 @@ class Evaluation:
     terms: dict[str, torch.Tensor]
     measures: dict[str, float] = field(default_factory=dict)
     metadata: list[dict] = field(default_factory=list)
+    looks: dict[str, torch.Tensor] = field(default_factory=dict)
     sizes: list[str] = field(default_factory=list)
 
     @property
@@ -74,6 +77,7 @@ class Evaluation:
             "rewards": {name: scores.mean().item() for name, scores in self.terms.items()},
             **({"reward_by_size": by_size} if by_size else {}),
             **self.measures,
+            **({"looks": {name: values.mean().item() for name, values in self.looks.items()}} if self.looks else {}),
         }
 
     def labels(self) -> list[str]:
@@ -94,6 +98,7 @@ class _Picture(NamedTuple):
     j: int
     size: str
     scores: dict[str, float]
+    looks: dict[str, float]
     image: torch.Tensor | None
     embedding: torch.Tensor | None
     distance: float | None
@@ -171,7 +176,7 @@ class Evaluator:
         return [(rollout, js[i : i + at_once]) for rollout, js in of_sizes for i in range(0, len(js), at_once)]
 
     def _evaluation(self, pictures: list[_Picture]) -> Evaluation:
-        columns = {name: torch.tensor([p.scores[name] for p in pictures]).double() for name in pictures[0].scores}
+        columns, seen = (_columns([getattr(p, kind) for p in pictures]) for kind in ("scores", "looks"))
         kept = [p.image for p in pictures if p.image is not None]
         places, source = [self.order[p.j] for p in pictures], self.prompts
         prompts, metadata = ([rows[i] for i in places] for rows in (source.prompts, source.metadata))
@@ -186,7 +191,8 @@ class Evaluator:
         measures = {name: value for name, value in measures.items() if value is not None}
         # The copies do not keep the rest of their batch in memory.
         images = [image.clone() for image in kept] if sizes else torch.stack(kept)
-        return Evaluation(prompts, images, self.judges.reward.combine(columns), columns, measures, metadata, sizes)
+        rewards = self.judges.reward.combine(columns)
+        return Evaluation(prompts, images, rewards, columns, measures, metadata, seen, sizes)
 
     def _batch(self, rollout: Rollout, batch: range, sample: Sample | None, compare: bool) -> list[_Picture]:
         prompts = [self.prompts.prompts[self.order[j]] for j in batch]
@@ -202,10 +208,15 @@ class Evaluator:
         with self.phases("decode"):
             images = [model.decode(latents[rows]) for rows in chunks(len(batch), self.decode_chunk)]
         scores, embeddings = self.judges.judge(images, prompts, metadata, self.phases)
-        rows = [{name: column[row].item() for name, column in scores.items()} for row in range(len(batch))]
+        found = [looks(chunk) for chunk in images]
+        seen = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        rows, seen = (
+            [{name: column[row].item() for name, column in columns.items()} for row in range(len(batch))]
+            for columns in (scores, seen)
+        )
         embeddings = [None] * len(batch) if embeddings is None else embeddings.cpu()
         sizes = [size_name(images[0].shape[-2:])] * len(batch)
-        return [*map(_Picture, batch, sizes, rows, torch.cat(images).cpu(), embeddings, distances)]
+        return [*map(_Picture, batch, sizes, rows, seen, torch.cat(images).cpu(), embeddings, distances)]
 
     def _distances(self, rollout: Rollout, batch: range, latents, cond, base_cond) -> list[float | None]:
         """Returns the base distance of each picture that is compared, and None for each other picture.
@@ -221,22 +232,28 @@ class Evaluator:
         return [d if j < NUM_COMPARED else None for j, d in zip_longest(batch, distances.tolist())]
 
 
+def _columns(rows: list[dict[str, float]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in rows]).double() for name in rows[0]}
+
+
+def write_scores(evaluation: Evaluation, path: Path) -> None:
+    """Writes a CSV file with a row for each picture: its prompt, its size, its scores and its looks."""
+    columns = {"reward": evaluation.rewards, **evaluation.terms, **evaluation.looks}
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "prompt", *(["size"] if evaluation.sizes else []), *columns])
+        for j, prompt in enumerate(evaluation.prompts):
+            values = [column[j].item() for column in columns.values()]
+            writer.writerow([f"{j:06d}.png", prompt, *evaluation.sizes[j : j + 1], *values])
+
+
 def write_report(evaluation: Evaluation, folder: Path) -> dict:
     """Writes scores.csv (a row per picture), summary.json (statistics overall, per prompt and per size) and grid.png.
 
     Returns:
         The content of summary.json.
     """
-    names = list(evaluation.terms)
-    with open(folder / "scores.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        size = ["size"] if evaluation.sizes else []
-        writer.writerow(["image", "prompt", *size, "reward", *names])
-        for j, prompt in enumerate(evaluation.prompts):
-            scores = [evaluation.terms[name][j].item() for name in names]
-            writer.writerow(
-                [f"{j:06d}.png", prompt, *evaluation.sizes[j : j + 1], evaluation.rewards[j].item(), *scores]
-            )
+    write_scores(evaluation, folder / "scores.csv")
     all_scores = {"reward": evaluation.rewards, **evaluation.terms}
     summary = {name: statistics(scores) for name, scores in all_scores.items()}
     summary |= evaluation.measures

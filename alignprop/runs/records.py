@@ -3,7 +3,8 @@
 <run>/
     config.json          the resolved configuration
     metrics.jsonl        a row per optimizer step and per evaluation
-    samples/             a grid of the same prompts and noise at every evaluation
+    report.html          whether the pictures got better, in words, curves and pictures (report/)
+    samples/             of every evaluation, a grid of the same prompts and noise, and the scores of all pictures
     before_after.png     the pictures of the first evaluation above those of the last
     curves.png           rewards and gradient norm
     checkpoints/         see runs/checkpoint.py
@@ -20,9 +21,11 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from alignprop.engine.background import Background
-from alignprop.evaluation.evaluate import Evaluation
+from alignprop.evaluation.evaluate import Evaluation, write_scores
 from alignprop.evaluation.pictures import Pictures, plot_curves, save_before_after, save_grid
 from alignprop.evaluation.stop_when import MEASURES
+from alignprop.report.page import write_page
+from alignprop.report.source import read_run
 from alignprop.runs.checkpoint import checkpoints_of, clean_up, prune, run_folder_of
 from alignprop.runs.tracking import MetricsLog
 from alignprop.settings.errors import ConfigError
@@ -69,9 +72,9 @@ class Records:
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
         self.metrics.rows()  # This finds a damaged file before anything in the folder is changed.
         clean_up(self.folder, step)
-        for grid in (self.folder / "samples").glob("step_*.png"):
-            if int(grid.stem.removeprefix("step_")) > step:
-                grid.unlink()
+        for file in (self.folder / "samples").glob("step_*.*"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
         # A run that starts from step 0 also drops an earlier evaluation of step 0.
         self.metrics.truncate_after(step or -1)
         save_config(config, self.folder / "config.json")
@@ -109,6 +112,7 @@ class Records:
 
     def _report(self, evaluation: Evaluation, row: dict) -> None:
         self._draw(evaluation, row)
+        write_page(read_run(self.folder, [*self.metrics.rows(), row]))
         self.metrics.append(row)
 
     def is_evaluated(self, step: int) -> bool:
@@ -140,7 +144,9 @@ class Records:
     def _draw(self, evaluation: Evaluation, row: dict) -> None:
         """Draws the sample grid and, after step 0, before_after.png and curves.png, which includes `row`."""
         samples, labels = self.folder / "samples", evaluation.labels()
-        save_grid(evaluation.images, labels, samples / f"step_{row['step']:06d}.png")
+        grid = samples / f"step_{row['step']:06d}.png"
+        save_grid(evaluation.images, labels, grid)
+        write_scores(evaluation, grid.with_suffix(".csv"))
         if row["step"] == 0:
             buffer = io.BytesIO()  # If torch wrote the file itself, its error would not say that the disk is full.
             torch.save([evaluation.images, labels], buffer)

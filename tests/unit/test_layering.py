@@ -20,6 +20,7 @@ ROOMS = [
     ["prompts", "stopping", "weights"],
     ["callbacks"],
     ["evaluation"],
+    ["report"],
     ["memory", "runs"],
     ["publish"],
     ["run"],
