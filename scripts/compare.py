@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
 
-from alignprop.report.page import write_comparison  # noqa: E402
-from alignprop.report.source import read_entry  # noqa: E402
+from alignprop.evaluation.report.page import write_comparison  # noqa: E402
+from alignprop.evaluation.report.source import read_entry  # noqa: E402
 from alignprop.settings.errors import ConfigError  # noqa: E402
 
 

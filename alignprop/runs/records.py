@@ -3,7 +3,7 @@
 <run>/
     config.json          the resolved configuration
     metrics.jsonl        a row per optimizer step and per evaluation
-    report.html          whether the pictures got better, in words, curves and pictures (report/)
+    report.html          whether the pictures got better, in words, curves and pictures (evaluation/report/)
     samples/             of every evaluation, a grid of the same prompts and noise, and the scores of all pictures
     before_after.png     the pictures of the first evaluation above those of the last
     curves.png           rewards and gradient norm
@@ -23,9 +23,10 @@ from ml_collections import ConfigDict
 from alignprop.engine.background import Background
 from alignprop.evaluation.evaluate import Evaluation, write_scores
 from alignprop.evaluation.pictures import Pictures, plot_curves, save_before_after, save_grid
+from alignprop.evaluation.report.page import write_page
+from alignprop.evaluation.report.source import read_run
+from alignprop.evaluation.report.verdict import Verdict
 from alignprop.evaluation.stop_when import MEASURES
-from alignprop.report.page import write_page
-from alignprop.report.source import read_run
 from alignprop.runs.checkpoint import checkpoints_of, clean_up, prune, run_folder_of
 from alignprop.runs.tracking import MetricsLog
 from alignprop.settings.errors import ConfigError
@@ -49,6 +50,7 @@ class Records:
         self._seen = checkpoints_of(folder)
         self._lock = FileLock(folder / ".lock")
         self._background = Background()
+        self._verdict: Verdict | None = None
 
     def open(self, step: int, config: ConfigDict) -> None:
         """Brings the folder to the state of a run at optimizer step `step`, whatever the run was doing when it stopped.
@@ -112,7 +114,7 @@ class Records:
 
     def _report(self, evaluation: Evaluation, row: dict) -> None:
         self._draw(evaluation, row)
-        write_page(read_run(self.folder, [*self.metrics.rows(), row]))
+        self._verdict = write_page(read_run(self.folder, [*self.metrics.rows(), row]))
         self.metrics.append(row)
 
     def is_evaluated(self, step: int) -> bool:
@@ -166,7 +168,7 @@ class Records:
             save_before_after(first, images, both, self.folder / "before_after.png")
 
     def summary(self) -> str:
-        """Returns a text with the held-out rewards and measures before and after, and the files in the folder."""
+        """Returns a text with the measures before and after, the verdict, and the files in the folder."""
         lines, evaluations = [], self.evaluations()
         if evaluations:
             first, last = evaluations[0], evaluations[-1]
@@ -174,6 +176,8 @@ class Records:
             before, after = (e["rewards"] | {m: e[m] for m in MEASURES if m in e} for e in (first, last))
             for name in (name for name in before if name in after):
                 lines.append(f"  {name:32s} {_shown(before[name])} → {_shown(after[name])}")
+        if self._verdict:
+            lines.append(self._verdict.sentence)
         steps = [row for row in self.metrics.rows() if row["kind"] == "train"]
         if steps and steps[-1]["skipped_steps"]:
             lines.append(f"skipped, because not finite: {steps[-1]['skipped_steps']} updates of {len(steps)} steps")

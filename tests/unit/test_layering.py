@@ -20,7 +20,6 @@ ROOMS = [
     ["prompts", "stopping", "weights"],
     ["callbacks"],
     ["evaluation"],
-    ["report"],
     ["memory", "runs"],
     ["publish"],
     ["run"],

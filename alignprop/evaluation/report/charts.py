@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 
-from alignprop.report.verdict import Point
+from alignprop.evaluation.report.verdict import Point
 
 TRAINED, UNTRAINED, OTHER = "#c2410c", "#1d4ed8", "#475569"
 

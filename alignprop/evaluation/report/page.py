@@ -15,9 +15,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from alignprop.evaluation.judges import rows_by
-from alignprop.report.charts import curves
-from alignprop.report.source import RunData
-from alignprop.report.verdict import Change, Point, Verdict, change, index, judge
+from alignprop.evaluation.report.charts import curves
+from alignprop.evaluation.report.source import RunData
+from alignprop.evaluation.report.verdict import Change, Point, Verdict, change, index, judge
 
 SHOWN, ROWS, TIMES, EXTREMES = 12, 6, 8, 4  # pictures with a slider; prompts and evaluations over time; prompts listed
 LARGE, SMALL = 512, 160  # pixels of the longer side of embedded pictures

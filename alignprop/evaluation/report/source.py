@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from alignprop.evaluation.pictures import read_grid
-from alignprop.report.verdict import Point
+from alignprop.evaluation.report.verdict import Point
 from alignprop.settings.errors import ConfigError
 
 TEXTS = ("image", "prompt", "size")  # the columns of a file of scores that are no numbers
