@@ -77,4 +77,5 @@ ELSEWHERE = {
     "scripts/bench/samplers.py": "tests/scripts/test_samplers.py",
     "scripts/bench/time_to_reward.py": "tests/scripts/test_time_to_reward.py",
     "scripts/check_gpu.py": "tests/scripts/test_check_gpu.py",
+    "scripts/compare.py": "tests/runs/test_report.py",
 }
