@@ -2,6 +2,8 @@
 
 ``simple_animals`` has the 45 animals that DDPO (arXiv 2305.13301) and AlignProp (arXiv 2310.03739) train on.
 ``hps_v2_all`` has the benchmark prompts of HPSv2 (arXiv 2306.09341), which are 800 in each of four styles.
+``geneval`` and ``partiprompts`` have those of GenEval (arXiv 2310.11513) and Parti (arXiv 2206.10789). The sources of
+the bundled sets are in assets/prompts/README.md.
 """
 
 import difflib
@@ -212,6 +214,8 @@ PROMPT_SETS: dict[str, Callable[[str, str], PromptSet]] = {
     "eval_simple_animals": _asset("prompts/eval_simple_animals.txt"),
     "hps_v2_all": _hps(held_out=False),
     "eval_hps_v2_all": _hps(held_out=True),
+    "geneval": _asset("prompts/geneval.jsonl"),
+    "partiprompts": _asset("prompts/partiprompts.tsv"),
     "tiny_train": _asset("tiny/prompts_train.txt"),
     "tiny_heldout": _asset("tiny/prompts_heldout.txt"),
 }

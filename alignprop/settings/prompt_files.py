@@ -12,7 +12,7 @@ from typing import Any
 
 from alignprop.settings.errors import ConfigError
 
-COLUMNS = ("prompt", "text", "caption")  # the allowed names of the column with the prompts
+COLUMNS = ("prompt", "prompts", "text", "caption")  # the allowed names of the column with the prompts, in any case
 WEIGHT = "weight"  # the name of the column that says how often a prompt is drawn
 NEGATIVE = "negative_prompt"  # the name of the column with negative prompts
 Rows = list[tuple[str, dict[str, Any]]]
@@ -164,7 +164,7 @@ def _table(delimiter: str, text: str) -> Rows:
                 continue
             if not header:
                 header = [cell.strip() for cell in cells]
-                if not any(name in header for name in COLUMNS):
+                if _prompt_column(header) is None:
                     raise ValueError(
                         f"{place} is the header and has none of the columns {', '.join(COLUMNS)}; it has {header}"
                     )
@@ -186,7 +186,7 @@ def _row(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
         entry = {"prompt": entry}
     if not isinstance(entry, dict):
         raise ValueError(f"{place} is a {type(entry).__name__}, not an object with a prompt, nor a text")
-    name = next((name for name in COLUMNS if name in entry), None)
+    name = _prompt_column(entry)
     if name is None:
         raise ValueError(f"{place} has no {' or '.join(COLUMNS)}, but {', '.join(entry) or 'nothing'}")
     if not isinstance(entry[name], str) or not entry[name].strip():
@@ -211,3 +211,9 @@ READERS: dict[str, Callable[[str], Rows]] = {
     ".jsonl": _json_lines, ".json": _json, ".csv": partial(_table, ","), ".tsv": partial(_table, "\t"),
 }  # fmt: skip
 UNREAD = (".yaml", ".yml", ".toml", ".xml", ".parquet", ".arrow", ".xlsx")
+
+
+def _prompt_column(names: Iterable[str]) -> str | None:
+    """Returns the name of the column with the prompts as it is written, or None if there is none."""
+    written = {name.lower(): name for name in reversed(list(names))}  # of two that differ in case, the first counts
+    return next((written[name] for name in COLUMNS if name in written), None)

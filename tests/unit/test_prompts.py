@@ -1,5 +1,6 @@
 import json
 import sys
+from collections import Counter
 
 import pytest
 
@@ -40,6 +41,27 @@ def test_animals_are_45_and_the_evaluation_has_others():
     assert not set(train.prompts) & set(held_out.prompts)
     assert all(prompt.isalpha() and prompt.islower() for prompt in train.prompts + held_out.prompts)
     assert train.metadata == ({},) * 45
+
+
+def test_geneval_has_its_six_kinds_of_prompts_with_their_metadata():
+    loaded = load_prompts("geneval")
+    assert Counter(row["tag"] for row in loaded.metadata) == {
+        "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100,
+    }  # fmt: skip
+    assert len(set(loaded.prompts)) == 553
+    row = dict(zip(loaded.prompts, loaded.metadata, strict=True))["a photo of two clocks"]
+    wanted = {"include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]}
+    assert row == {"tag": "counting", **wanted}
+
+
+def test_partiprompts_have_their_categories_and_challenges():
+    loaded = load_prompts("partiprompts")
+    assert len(set(loaded.prompts)) == len(loaded) == 1632
+    assert all(row.keys() == {"category", "challenge"} and all(row.values()) for row in loaded.metadata)
+    categories = Counter(row["category"] for row in loaded.metadata)
+    assert len(categories) == 12 and categories["Animals"] == 314 and categories["Indoor Scenes"] == 40
+    assert len({row["challenge"] for row in loaded.metadata}) == 11
+    assert next(prompt for prompt in loaded.prompts if prompt.startswith('"')).startswith('"G I G G L E" painted in')
 
 
 @pytest.mark.parametrize("name", ["tiny_train", "tiny_heldout"])
@@ -111,12 +133,22 @@ ROWS = [("a red cat, sitting", {"count": "2", "style": 'say "hi"'}), ("two dogs"
     ("p.jsonl", "\n".join(json.dumps({"prompt": p, **m}) for p, m in ROWS) + "\n\n"),
     ("p.jsonl", "\n".join(json.dumps({"caption": p, "metadata": m}) for p, m in ROWS)),
     ("p.json", json.dumps([{"prompt": p, **m} for p, m in ROWS], indent=2)),
+    ("p.json", json.dumps([{**m, "Prompts": p} for p, m in ROWS])),
+    ("p.tsv", 'Prompt\tcount\tstyle\na red cat, sitting\t2\t"say ""hi"""\ntwo dogs\t3\t\n'),
 ])  # fmt: skip
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_rows_have_a_prompt_and_metadata(tmp_path, name, content, mark):
     (tmp_path / name).write_bytes((mark + content).encode())
     loaded = load_prompts(str(tmp_path / name))
     assert list(zip(loaded.prompts, loaded.metadata, strict=True)) == ROWS
+
+
+def test_of_several_columns_the_first_of_the_allowed_names_has_the_prompt(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("text,Prompt,prompt\na,b,c\n")
+    assert load_prompts(str(path)).prompts == ("b",) and load_prompts(str(path)).metadata == (
+        {"text": "a", "prompt": "c"},
+    )
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -131,14 +163,15 @@ def test_prompts_alone_have_no_metadata(tmp_path, monkeypatch, name, content):
 
 @pytest.mark.parametrize(("name", "content", "told"), [
     ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a dog"\n', "line 2 is not JSON"),
-    ("p.jsonl", '{"prompt": "a cat"}\n\n{"promt": "a dog"}\n', "line 3 has no prompt or text or caption, but promt"),
+    ("p.jsonl", '{"prompt": "a cat"}\n\n{"promt": "a"}\n', "has no prompt or prompts or text or caption, but promt"),
+    ("p.jsonl", '\n{"promt": "a dog"}\n', "line 2 has no prompt or"),
     ("p.jsonl", '["a cat"]', "line 1 is a list, not an object with a prompt"),
     ("p.jsonl", '{"prompt": ["a cat"]}', "line 1: prompt = ['a cat'] is not a text"),
     ("p.jsonl", '{"prompt": "  "}', "line 1: prompt = '  ' is not a text"),
     ("p.json", '[\n"a cat",\n]', "is not JSON"),
     ("p.json", '{"prompt": "a cat"}', "it holds one dict, not a list of prompts"),
     ("p.json", '["a cat", 3]', "entry 2 is a int"),
-    ("p.csv", "a cat\na dog\n", "line 1 is the header and has none of the columns prompt, text, caption"),
+    ("p.csv", "a cat\na dog\n", "line 1 is the header and has none of the columns prompt, prompts, text, caption"),
     ("p.csv", "prompt,n\na red, old cat,2\n", "line 2 has 3 columns, the header 2"),
     ("p.csv", 'prompt,n\na cat,2\n"a dog,3\n', "line 3: unexpected end of data"),
     ("p.csv", "\n\n", "holds no prompt"),
@@ -231,7 +264,7 @@ def test_a_dataset_is_read_by_name_and_split(tmp_path, monkeypatch):
     assert load_prompts(f"dataset:{tmp_path / 'd'}:test").prompts == ("an owl",)
     assert "Unknown split" in message(f"dataset:{tmp_path / 'd'}:validation")
     datasets.Dataset.from_dict({"words": ["an owl"]}).to_parquet(tmp_path / "e" / "train.parquet")
-    assert "row 1 has no prompt or text or caption, but words" in message(f"dataset:{tmp_path / 'e'}")
+    assert "row 1 has no prompt or prompts or text or caption, but words" in message(f"dataset:{tmp_path / 'e'}")
     monkeypatch.setattr("alignprop.settings.prompt_files._is_on_hub", lambda name: False)
     text = message(f"dataset:{tmp_path / 'nowhere'}", field="eval_prompt_fn")
     assert text.startswith(f"eval_prompt_fn = 'dataset:{tmp_path / 'nowhere'}': it cannot be loaded")
