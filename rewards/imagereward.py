@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from rewards.aesthetic import AestheticHead
 from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
+from rewards.heads import AestheticHead
 from rewards.preprocess import TorchvisionPreprocess
 from rewards.registry import Precision
 from rewards.skeleton import blank
@@ -68,7 +68,7 @@ class ImageReward(Reward):
         path = checkpoint or find_file(checkpoint_repo, FILE, checkpoint_revision, where)
         source = f"imagereward.checkpoint={str(path)!r}"
         blip, head = split_checkpoint(load_weights(path, "imagereward.checkpoint"), source)
-        self.head = AestheticHead.from_weights(head, source).requires_grad_(False).eval()
+        self.head = AestheticHead.from_weights(head, source)
         self.blip = load_blip(blip, tokenizer, dtype, source)
         wanted, width = self.head.layers[0].in_features, self.blip.text_encoder.config.hidden_size
         if wanted != width:

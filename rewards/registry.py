@@ -36,6 +36,7 @@ class Entry(NamedTuple):
 
 REWARDS = {
     "aesthetic": Entry("aesthetic", "AestheticReward"),
+    "aesthetic_v2_5": Entry("aesthetic_v2_5", "AestheticV25Reward"),
     "hps": Entry("hps", "HPSReward"),
     "pickscore": Entry("pickscore", "PickScoreReward"),
     "imagereward": Entry("imagereward", "ImageReward"),

@@ -43,14 +43,8 @@ class SiglipReward(Reward):
 
     @classmethod
     def skeleton(cls, options: Mapping, tower_config: TowerConfig) -> Reward:
-        from transformers import SiglipConfig, SiglipModel
-
         reward = blank(cls)
-        config = SiglipConfig(**copy.deepcopy(tower_config(options["model"], "siglip.model", "siglip")))
-        with torch.device("meta"):
-            model = SiglipModel(config)
-        preprocess = SquashPreprocess(config.vision_config.image_size)
-        reward.tower = _BlankSiglip(model, preprocess, dtype=options["dtype"])
+        reward.tower = blank_siglip(tower_config(options["model"], "siglip.model", "siglip"), options["dtype"])
         return reward
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
@@ -87,11 +81,23 @@ class _BlankSiglip(BlankTokens, SiglipTower):
     pass
 
 
-def load_siglip(name: str, revision: str | None, dtype: str, field: str) -> SiglipTower:
+def blank_siglip(config: dict, dtype: str, with_text: bool = True) -> SiglipTower:
+    """Returns a SigLIP of that configuration without weights, which takes every prompt as one of full length."""
+    from transformers import SiglipConfig, SiglipModel
+
+    with torch.device("meta"):
+        model = SiglipModel(SiglipConfig(**copy.deepcopy(config)))
+    if not with_text:
+        del model.text_model
+    return _BlankSiglip(model, SquashPreprocess(model.config.vision_config.image_size), dtype=dtype)
+
+
+def load_siglip(name: str, revision: str | None, dtype: str, field: str, with_text: bool = True) -> SiglipTower:
     """Loads the SigLIP `name`: a hub name ("google/siglip-base-patch16-224") or a folder written by `save_pretrained`.
 
     Args:
         field: The option to name in an error.
+        with_text: Load the tokenizer and the text tower as well.
 
     Raises:
         RewardError: It cannot be found, is not a SigLIP, lacks weights, or its tokenizer belongs to another model.
@@ -107,6 +113,9 @@ def load_siglip(name: str, revision: str | None, dtype: str, field: str) -> Sigl
         )
     model = load_whole(SiglipModel, name, revision, "SigLIP", field)
     preprocess = load_preprocess(SquashPreprocess, name, revision, model.config.vision_config.image_size, field)
+    if not with_text:
+        del model.text_model
+        return SiglipTower(model, preprocess, dtype=dtype)
     tokenizer, clean = load_siglip_tokenizer(name, revision, field)
     vocabulary = model.config.text_config.vocab_size
     if len(tokenizer) > vocabulary:

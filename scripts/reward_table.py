@@ -1,6 +1,6 @@
 """Compares each reward with its reference, on random weights of tiny sizes, and prints a Markdown table.
 
-    python scripts/reward_table.py [hps clip pickscore imagereward siglip aesthetic]
+    python scripts/reward_table.py [hps clip pickscore imagereward siglip aesthetic aesthetic_v2_5]
 
 The references are published code (the packages hpsv2 and image-reward, which the first call installs aside in `work/`)
 and transformers' processors and models. They are in `tests/helpers/reward_references.py`. The columns are measured on

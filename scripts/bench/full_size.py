@@ -14,9 +14,10 @@ from alignprop.settings.options import memory_policy
 from alignprop.settings.resolve import resolve
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import TINY
-from rewards.aesthetic import AestheticHead, AestheticReward
+from rewards.aesthetic import AestheticReward
 from rewards.base import Reward
 from rewards.combine import WeightedReward
+from rewards.heads import AestheticHead
 from rewards.preprocess import ClipPreprocess
 from rewards.towers import ClipTower
 

@@ -98,6 +98,16 @@ def laion_head(input_dim=768) -> dict[str, torch.Tensor]:
     return state
 
 
+def v2_5_head(input_dim=1152) -> dict[str, torch.Tensor]:
+    """The state dict of aesthetic-predictor-v2-5's head in bfloat16, as published, with random weights."""
+    generator, widths = torch.Generator().manual_seed(6), (input_dim, 1024, 128, 64, 16, 1)
+    state = {}
+    for i, before, after in zip((0, 2, 4, 6, 8), widths, widths[1:], strict=False):
+        state[f"scoring_head.{i}.weight"] = torch.randn(after, before, generator=generator) * before**-0.5
+        state[f"scoring_head.{i}.bias"] = torch.randn(after, generator=generator) * 0.1
+    return {name: weight.bfloat16() for name, weight in state.items()}
+
+
 def open_clip_state(
     layers=(2, 2), widths=(160, 128), mlps=None, embed_dim=64, vocab=49408, context=77, image_size=224, patch=14
 ) -> dict[str, torch.Tensor]:
@@ -195,6 +205,9 @@ def make_options(name, folder) -> dict:
     if name == "aesthetic":
         torch.save(laion_head(24), folder / "head.pth")
         return {"clip": str(make_clip(folder / "clip", seed=1)), "head_file": str(folder / "head.pth")}
+    if name == "aesthetic_v2_5":
+        torch.save(v2_5_head(32), folder / "v2_5.pth")
+        return {"model": str(make_siglip(folder / "siglip")), "head_file": str(folder / "v2_5.pth")}
     if name == "pickscore":
         model = make_clip(folder / "pickscore", seed=2, preprocessor=False)
         return {"model": str(model), "processor": str(make_clip(folder / "processor"))}

@@ -190,21 +190,40 @@ def with_clip(name: str, options: dict, model: str, processor: str, scores_of: C
 
 
 def aesthetic(folder: Path) -> Case:
-    """Its head is linear, so it is one matrix product after another."""
     from transformers import CLIPImageProcessorPil, CLIPModel
 
     options = make_options("aesthetic", folder)
     model, head = CLIPModel.from_pretrained(options["clip"]), torch.load(options["head_file"])
-
-    def scores(pixels):
-        x = model.get_image_features(pixel_values=pixels).pooler_output
-        x = x / x.norm(dim=-1, keepdim=True)
-        for i in (0, 2, 4, 6, 7):
-            x = x @ head[f"layers.{i}.weight"].T + head[f"layers.{i}.bias"]
-        return x.expand(-1, len(PROMPTS))
-
     processor = CLIPImageProcessorPil.from_pretrained(options["clip"])
-    return ask(build_reward("aesthetic", {"aesthetic": options}), processor, None, scores)
+    return ask(
+        build_reward("aesthetic", {"aesthetic": options}), processor, None,
+        lambda pixels: through_linear_head(
+            model.get_image_features(pixel_values=pixels).pooler_output, head, "layers", (0, 2, 4, 6, 7)
+        ),
+    )  # fmt: skip
+
+
+def aesthetic_v2_5(folder: Path) -> Case:
+    """The package's own steps: SiglipVisionModel, whose pooled states its head takes."""
+    from transformers import SiglipImageProcessorPil, SiglipVisionModel
+
+    options = make_options("aesthetic_v2_5", folder)
+    model, head = SiglipVisionModel.from_pretrained(options["model"]), torch.load(options["head_file"])
+    processor = SiglipImageProcessorPil.from_pretrained(options["model"])
+    return ask(
+        build_reward("aesthetic_v2_5", {"aesthetic_v2_5": options}), processor, None,
+        lambda pixels: through_linear_head(
+            model(pixel_values=pixels).pooler_output, head, "scoring_head", (0, 2, 4, 6, 8)
+        ),
+    )  # fmt: skip
+
+
+def through_linear_head(x: torch.Tensor, head: dict, prefix: str, places: tuple[int, ...]) -> torch.Tensor:
+    """Of vectors [n, D] the scores [n, 6], which are the same for every prompt: one matrix product after another."""
+    x = x / x.norm(dim=-1, keepdim=True)
+    for i in places:
+        x = x @ head[f"{prefix}.{i}.weight"].T.to(x.dtype) + head[f"{prefix}.{i}.bias"].to(x.dtype)
+    return x.expand(-1, len(PROMPTS))
 
 
 def siglip(folder: Path) -> Case:
@@ -236,4 +255,4 @@ def ask(reward: WeightedReward, processor, tokens, scores_of: Callable) -> Case:
     return Case(reward, [as_images(array) for array in arrays], pixels, tokens, scores, gradient)
 
 
-CASES = {f.__name__: f for f in (hps, clip, pickscore, imagereward, siglip, aesthetic)}
+CASES = {f.__name__: f for f in (hps, clip, pickscore, imagereward, siglip, aesthetic, aesthetic_v2_5)}

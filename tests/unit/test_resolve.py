@@ -129,6 +129,8 @@ REFUSED = {
     "grad_scale": [0.0], "aesthetic.clip": [""], "aesthetic.head_repo": [""], "aesthetic.head_file": [""],
     "aesthetic.dtype": ["fp32"], "hps.version": ["v3"], "hps.checkpoint": [""], "hps.tokenizer": [""],
     "hps.dtype": ["half"], "hps.backend": ["open_clip"], "clip.model": [""], "clip.dtype": ["int8"],
+    "aesthetic_v2_5.model": [""], "aesthetic_v2_5.revision": [3], "aesthetic_v2_5.head_file": [None],
+    "aesthetic_v2_5.head_repo": [""], "aesthetic_v2_5.head_revision": [""], "aesthetic_v2_5.dtype": ["half"],
     "pretrained.vae": [""], "pretrained.denoiser": [""], "pretrained.quantize": ["int2", None],
     "pretrained.quantize_products": ["int8", None], "memory.decode_activations": ["cpu", 1],
     "pretrained.quantize_text_encoders": ["fp16", None], "quantize_rewards": [8, None],
@@ -200,7 +202,7 @@ def test_choices_are_those_of_the_code_that_has_them():
     assert set(FIELDS["hps.version"].rule.choices) == set(CHECKPOINTS)
     assert set(FIELDS["hps.backend"].rule.choices) == set(BACKENDS)
     towers = [name for name in FIELDS if name.endswith(".dtype")]
-    assert len(towers) == 6 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
+    assert len(towers) == 7 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
 
 
 def test_every_reward_option_is_a_field():

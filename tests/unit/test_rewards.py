@@ -104,7 +104,7 @@ def test_spec_is_parsed(spec, terms):
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        ("hpss", ["'hpss'", "aesthetic, clip, colour, count", "did you mean 'hps'"]),
+        ("hpss", ["'hpss'", "allowed: aesthetic, ", "did you mean 'hps'"]),
         ("astetic:0.5", ["did you mean 'aesthetic'"]),
         ("", ["package.module:callable"]),
         ("hps,,clip", ["package.module:callable"]),

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from rewards import build_reward
-from rewards.aesthetic import AestheticHead, AestheticReward
+from rewards.aesthetic import AestheticReward
 from rewards.clip import ClipReward
+from rewards.heads import AestheticHead
 from rewards.preprocess import CLIP_MEAN, ClipPreprocess, PadPreprocess
 from tests.helpers.refusals import refusal
 from tests.helpers.reward_files import laion_head, make_clip

@@ -102,7 +102,8 @@ def _from_the_hub(group: str, name: str, names: set[str]) -> tuple[Effect, ...]:
     if name.endswith("revision"):
 
         def is_no_folder(c: ConfigDict) -> bool:
-            return not os.path.isdir(os.path.expanduser(c[group][repo]))
+            named = c[group][repo] or ""
+            return bool(named) and not os.path.isdir(os.path.expanduser(named))
 
         effects.append(needs(f"{group}.{repo} of the hub, not a local folder", is_no_folder))
     return tuple(effects)
