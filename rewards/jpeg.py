@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from rewards.base import Reward
 from rewards.errors import RewardError
+from rewards.pictures import to_pictures
 
 # T.81, tables K.1 and K.2: quantisation steps at quality 50, by row (vertical frequency) and column.
 LUMINANCE = (
@@ -100,16 +101,12 @@ def check_quality(quality: int) -> int:
     return int(quality)
 
 
-@torch.no_grad()
 def file_sizes(images: torch.Tensor, quality: int) -> torch.Tensor:
     """Returns the sizes [B] in kB (1000 bytes) of the JPEG files of images [B, 3, H, W] in [0, 1]."""
-    from PIL import Image
-
-    pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
     sizes = []
-    for picture in pixels:
+    for picture in to_pictures(images):
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="JPEG", quality=quality)
+        picture.save(file, format="JPEG", quality=quality)
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes, device=images.device)
 

@@ -49,6 +49,7 @@ REWARDS = {
     "jpeg_compressibility": Entry("jpeg", "JpegCompressibility", options="jpeg"),
     "jpeg_incompressibility": Entry("jpeg", "JpegIncompressibility", options="jpeg"),
     "jpeg_proxy": Entry("jpeg", "JpegProxy", options="jpeg"),
+    "ocr": Entry("ocr", "OcrReward"),
 }
 
 

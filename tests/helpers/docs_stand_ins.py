@@ -131,6 +131,7 @@ def lay_out(folder: Path, stand_ins: StandIns, text: str) -> None:
     (folder / "my_rewards.py").write_text("\n\n".join(code).rstrip() + "\n")
     for name in ("prompts.txt", "heldout.txt"):
         (folder / name).write_text("a cat\na dog\n")
+    (folder / "signs.txt").write_text('a sign that says "OPEN"\nthe word "bread" on a wall\n')
     for name in re.findall(r"\blogs/(\w+)", text):
         shutil.copytree(stand_ins.trained, folder / "logs" / name, symlinks=True, dirs_exist_ok=True)
 

@@ -33,7 +33,9 @@ WITHOUT_REWARDS = ("settings", "models", "engine", "lora")
 LIGHT = ("rewards.errors", "rewards.registry")  # of rewards, what loads no torch; everybody may import it
 POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # the package imports on Windows, too
 # To be imported where they are used.
-OPTIONAL = {"bitsandbytes", "gradio", "hpsv2", "matplotlib", "prodigyopt", "tensorboard", "wandb"}
+OPTIONAL = {
+    "bitsandbytes", "gradio", "hpsv2", "matplotlib", "onnxruntime", "prodigyopt", "rapidocr", "tensorboard", "wandb",
+}  # fmt: skip
 
 
 def source_files():
