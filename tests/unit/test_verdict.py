@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignprop.evaluation.looks import looks
-from alignprop.evaluation.report.verdict import CERTAIN, Point, change, drifts, judge, listed
+from alignprop.evaluation.report.verdict import Point, change, drifts, index, judge, listed
 from tests.helpers.shaped import normal
 
 PROMPTS = [f"prompt {i // 2}" for i in range(16)]  # 8 prompts of two pictures
@@ -38,8 +38,8 @@ def test_a_change_is_the_mean_over_prompts_with_the_standard_error_of_the_prompt
 def test_only_changes_of_three_standard_errors_count():
     one = torch.zeros(16).double()
     spread = torch.tensor([1.0, -1.0] * 4).repeat_interleave(2).double()  # the error is 1/sqrt(7)
-    for factor, counts in ((0.99, False), (1.01, True)):
-        after = spread + factor * CERTAIN / math.sqrt(7)
+    for size, counts in ((2.97, False), (3.03, True)):
+        after = spread + size / math.sqrt(7)
         assert change(one, after, PROMPTS).rose is counts and change(one, -after, PROMPTS).fell is counts
         assert not change(one, after, PROMPTS).fell and not change(one, -after, PROMPTS).rose
 
@@ -63,9 +63,21 @@ def test_a_judge_that_falls_while_the_reward_rises_is_named_with_its_step():
 
 
 def test_one_judge_that_falls_is_not_hidden_by_another_that_rises():
-    verdict = judge(points([0, 1, 2, 3], clip=[2, 2, 1, 0.5], other=[0, 2, 5, 9]), ["clip", "other"])
+    verdict = judge(points([0, 1, 2, 3], clip=[2, 2, 1, 0.5], other=[0, 2, 5, 20]), ["clip", "other"])
     assert (verdict.kind, verdict.best, verdict.turned) == ("hacked", 10, 20)
     assert "(clip) fell from step 20" in verdict.sentence
+
+
+def test_of_two_judges_that_fall_the_first_decides():
+    verdict = judge(points([0, 1, 2, 3], clip=[2, 2, 2, 0.5], other=[0, 2, 1, 0]), ["clip", "other"])
+    assert (verdict.best, verdict.turned) == (10, 20)
+    assert "(clip and other) fell from step 20" in verdict.sentence
+
+
+def test_judges_count_alike_whatever_their_scales_are():
+    made = points([0, 1], clip=[1, 2], other=[3, 4])
+    scaled = [Point(p.step, PROMPTS, {**p.scores, "clip": 100 * p.scores["clip"]}) for p in made]
+    torch.testing.assert_close(index(scaled, ["clip", "other"]), index(made, ["clip", "other"]))
 
 
 def test_a_judge_that_recovers_has_not_turned():
