@@ -16,7 +16,7 @@ from alignprop.engine.seeding import generator
 from alignprop.prompts import PromptSet
 from alignprop.settings.errors import ConfigError
 from rewards.base import reward_name
-from rewards.combine import describe
+from rewards.worker import describe
 
 RewardFunction = Callable[..., Any]  # reward(images, prompts, metadata) -> scores [B], or (scores, anything)
 PromptSource = Callable[[], tuple[str, Any]]  # prompt_function() -> (prompt, metadata)

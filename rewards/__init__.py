@@ -6,6 +6,7 @@ A reward is named in the config by a spec:
     "hps:1.0,aesthetic:0.1"                 a weighted sum
     "my_package.my_module:my_reward"        your own function, module or class, importable from the current directory
     "my_module:my_reward:0.5,clip:10"       your own reward with a weight, in a sum
+    "process:PATH/TO/python::my_module:my_reward"    the same in a process of its own (process.py)
 
 Each name below is imported when it is first used, so importing the package does not load torch.
 """

@@ -8,6 +8,7 @@ import torch
 from rewards.base import Reward, did_you_mean, reward_name
 from rewards.combine import CustomReward, WeightedReward, load_custom
 from rewards.errors import RewardError
+from rewards.process import PLACE, ProcessReward
 from rewards.registry import REWARDS, options_name, options_of, reward_class
 
 
@@ -27,7 +28,7 @@ def build_reward(
         RewardError: The spec, an option or a file is wrong. The message is one line.
     """
     weights = parse_spec(spec)
-    terms = {name: _build(name, options or {}) if name in REWARDS else load_custom(name) for name in weights}
+    terms = {name: _load(name, options or {}) for name in weights}
     return WeightedReward(spec, terms, weights).to(device)
 
 
@@ -55,7 +56,8 @@ def parse_spec(spec: str) -> dict[str, float]:
 
 
 def _parse_term(term: str, spec: str) -> tuple[str, float]:
-    pieces = [piece.strip() for piece in term.split(":")]
+    place, in_process, rest = term.rpartition("::")
+    pieces = [piece.strip() for piece in rest.split(":")]
     weight = 1.0
     if len(pieces) > 1 and _is_number(pieces[-1]):
         weight = float(pieces.pop())
@@ -65,12 +67,14 @@ def _parse_term(term: str, spec: str) -> tuple[str, float]:
         raise RewardError(f"reward {spec!r}: the weight in {term!r} is 0, so that it has no effect; leave it out")
     name = ":".join(pieces)
     is_custom = len(pieces) == 2 and pieces[1].isidentifier() and pieces[0].replace(".", "_").isidentifier()
-    if name not in REWARDS and (not is_custom or pieces[0] in REWARDS):
+    is_known = name in REWARDS or (is_custom and pieces[0] not in REWARDS)
+    if not is_known or (in_process and not PLACE.fullmatch(place)):
         raise RewardError(
             f"reward {spec!r}: {term!r} is not known; allowed: {', '.join(sorted(REWARDS))} or "
-            f"package.module:callable, each with :weight behind it{did_you_mean(pieces[0], REWARDS)}"
+            "package.module:callable, each perhaps with process:PATH/TO/python:: before it and :weight behind it"
+            f"{did_you_mean(pieces[0], REWARDS)}"
         )
-    return name, weight
+    return place + in_process + name, weight
 
 
 def _is_number(text: str) -> bool:
@@ -81,10 +85,19 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _build(name: str, options: Mapping[str, Mapping]) -> Reward:
+def _load(name: str, options: Mapping[str, Mapping]) -> Reward:
+    place, _, inner = name.rpartition("::")
+    arguments = _arguments(inner, options) if inner in REWARDS else {}
+    if place:
+        return ProcessReward(name, arguments)
+    return reward_class(name)(**arguments) if name in REWARDS else load_custom(name)
+
+
+def _arguments(name: str, options: Mapping[str, Mapping]) -> Mapping:
+    """Returns the keywords of a built-in reward's class."""
     arguments, allowed = options.get(options_name(name), {}), [option.name for option in options_of(name)]
     for key in arguments:
         if key not in allowed:
             hint, field = did_you_mean(key, allowed), f"{options_name(name)}.{key}"
             raise RewardError(f"{field} is not an option of that reward; allowed: {', '.join(allowed)}{hint}")
-    return reward_class(name)(**arguments)
+    return arguments

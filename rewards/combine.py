@@ -1,18 +1,13 @@
 """Combines several rewards into one, and wraps rewards that a user wrote."""
 
-import importlib
-import inspect
-import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from rewards.base import Reward, check_connected, check_rewards, check_shape, did_you_mean
+from rewards.base import Reward, check_connected, check_rewards, check_shape
 from rewards.errors import RewardError
-from rewards.towers import first_line
+from rewards.worker import Unusable, describe, find_callable
 
 # Each function turns the weighted scores of the terms, [B] each, into one score [B].
 COMBINATIONS = {
@@ -129,44 +124,10 @@ class CustomReward(Reward):
 def load_custom(spec: str) -> CustomReward:
     """Returns the reward `package.module:callable`: a function, a module, or a class that is built without arguments.
 
-    The current directory is searched after the installed packages.
-
     Raises:
         RewardError: The reward cannot be imported, built or called. The message gives the reason.
     """
-    module_name, _, attribute = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        # The module's own code may raise anything, and a script may even exit. That error is the reason to show.
-        raise RewardError(f"reward {spec!r}: cannot import {module_name!r}: {describe(error)}") from error
-    if not hasattr(module, attribute):
-        public = [name for name in vars(module) if not name.startswith("_")]
-        raise RewardError(f"reward {spec!r}: {module_name!r} has no {attribute!r}{did_you_mean(attribute, public)}")
-    function = getattr(module, attribute)
-    if inspect.isclass(function):
-        try:
-            function = function()
-        except Exception as error:
-            raise RewardError(
-                f"reward {spec!r}: {attribute}() without arguments failed: {describe(error, function)}"
-            ) from error
-    if not callable(function):
-        raise RewardError(f"reward {spec!r}: {attribute!r} is a {type(function).__name__}, which cannot be called")
-    return CustomReward(spec, function)
-
-
-def describe(error: BaseException, function=None) -> str:
-    """Returns the type, text and place of an error, in one line.
-
-    Most errors are raised deep inside torch. The place is therefore the innermost one in the file that defines
-    `function`, the user's reward. If there is none, it is the innermost one outside of Python's own import.
-    """
-    module = sys.modules.get(getattr(function, "__module__", "") or "")
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in frames if f.filename not in (__file__, importlib.__file__) and f.filename[0] != "<"]
-    own = [f for f in frames if f.filename == getattr(module, "__file__", None)] or frames
-    place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {first_line(error)}{place}"
+        return CustomReward(spec, find_callable(spec))
+    except Unusable as error:
+        raise RewardError(f"reward {spec!r}: {error}") from error.__cause__

@@ -1,8 +1,12 @@
 """Rewards that a user might write, for the tests: `tests.helpers.toy_rewards:redness`."""
 
 import os
+import random
 import signal
+import sys
+import time
 
+import numpy as np
 import torch
 
 
@@ -79,3 +83,36 @@ class KilledInTheSecondProcess:
         if self.batches == 11 and os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return redness(images, prompts, metadata)
+
+
+class Obedient:
+    """Redness; but first it does what the first prompt says."""
+
+    def __call__(self, images, prompts, metadata):
+        scores = getattr(self, prompts[0], lambda *_: 0.0)(prompts, metadata)
+        return redness(images, prompts, metadata) + scores
+
+    def prints(self, prompts, metadata):
+        print('{"scores": [9, 9]}', flush=True)
+        os.write(1, b"noise\n")
+        return 0.0
+
+    def reads(self, prompts, metadata):
+        numbers = [float(sum(map(ord, prompt))) for prompt in prompts]
+        return torch.tensor([n + row["größe"]["x"][0] for n, row in zip(numbers, metadata, strict=True)])
+
+    def draws(self, prompts, metadata):
+        return torch.rand(()) + np.random.rand() + random.random()
+
+    def looks(self, prompts, metadata):
+        return float(os.environ.get("RANK", -1)) + torch.get_num_threads()
+
+    def fails(self, prompts, metadata):
+        return 1 / 0
+
+    def sleeps(self, prompts, metadata):
+        time.sleep(60)
+
+    def exits(self, prompts, metadata):
+        print("the last words", file=sys.stderr, flush=True)
+        os._exit(3)

@@ -72,7 +72,8 @@ def _is_named(group: str) -> Effect:
         where, reason = f"{where} or eval_diversity = True", f"{reason}, or eval_diversity = True"
 
     def holds(c: ConfigDict) -> bool:
-        named = {part.strip().split(":")[0] for part in f"{c.reward_fn},{c.eval_reward_fn}".split(",")}
+        parts = f"{c.reward_fn},{c.eval_reward_fn}".split(",")
+        named = {part.rpartition("::")[2].split(":")[0].strip() for part in parts}  # also in a process of its own
         return (measures_diversity and c.eval_diversity) or any(name in named for name in rewards)
 
     return Effect(where, holds, lambda c: reason)
