@@ -105,10 +105,10 @@ class Obedient:
         return torch.rand(()) + np.random.rand() + random.random()
 
     def looks(self, prompts, metadata):
-        return float(os.environ.get("RANK", -1)) + torch.get_num_threads()
+        return 100 * float(os.environ.get("RANK", -1)) + 10 * torch.get_num_threads() + torch.is_grad_enabled()
 
     def fails(self, prompts, metadata):
-        return 1 / 0
+        return torch.nn.functional.interpolate(torch.ones(1), scale_factor=2)
 
     def sleeps(self, prompts, metadata):
         time.sleep(60)

@@ -64,11 +64,21 @@ def test_scores_and_gradient_have_the_bits_of_the_same_function_here(reward, siz
     assert_alike(reward, pictures(*size, layout=layout), [0.3, -1.7, 1e-3][: size[0]])
 
 
-def test_without_a_gradient_none_is_kept(reward):
+def seen_by(reward, images):
+    """100 · rank + 10 · threads + whether there is to be a gradient, as the reward sees them."""
+    return round((reward(images, ["looks"] * len(images)) - redness(images, 0, 0))[0].item())
+
+
+def test_without_a_gradient_none_is_computed(reward):
     images = pictures(2, 3, 8, 8)
     with torch.no_grad():
-        assert not reward(images, ["", ""]).requires_grad
-    assert not reward(images.detach(), ["", ""]).requires_grad
+        assert seen_by(reward, images) % 10 == 0 and not reward(images, ["", ""]).requires_grad
+    assert seen_by(reward, images.detach()) % 10 == 0 and not reward(images.detach(), ["", ""]).requires_grad
+    assert seen_by(reward, images) % 10 == 1
+
+
+def test_it_has_the_threads_of_the_run_and_no_rank_of_its_launcher(reward):
+    assert seen_by(reward, pictures(1, 3, 8, 8)) == -100 + 10 * torch.get_num_threads() + 1
 
 
 def test_an_earlier_batch_can_still_have_its_gradient(reward):
@@ -98,26 +108,41 @@ def test_it_draws_what_it_would_draw_here(reward):
         assert torch.equal(torch.cat(ours), torch.cat(expected)) and ours[0] != ours[1]
 
 
-def test_it_has_the_threads_of_the_run_and_no_rank_of_its_launcher(reward):
-    images = pictures(1, 3, 8, 8)
-    assert (reward(images, ["looks"]) - redness(images, 0, 0)).item() == pytest.approx(-1 + torch.get_num_threads())
-
-
-@pytest.mark.parametrize(("name", "differentiable"), [
-    ("my_own:Mine", True), ("colour", True), ("jpeg_compressibility", False),
-])  # fmt: skip
-def test_rewards_made_from_the_projects_classes(tmp_path, monkeypatch, name, differentiable):
-    """From another folder, where the project is not to be found."""
-    source = "from rewards.base import Reward\nclass Mine(Reward):\n"
-    source += "    def score(self, images, prompts, metadata):\n        return images.mean(dim=(1, 2, 3))\n"
-    (tmp_path / "my_own.py").write_text(source)
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Another folder, and an interpreter that has the packages of this environment but not the project."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={Path(torch.__file__).parents[1]} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    options, images = {"colour": {"target": (1.0, 0.0, 0.5)}, "jpeg": {"quality": 30}}, pictures(2, 3, 16, 16)
-    ours, expected = (build_reward(prefix + name, options) for prefix in (HERE, ""))
-    sys.modules.pop("my_own", None)
+    yield tmp_path
+    for name in ("clip", "my_own"):
+        sys.modules.pop(name, None)
+
+
+MY_OWN = """
+from clip import SCALE
+from rewards.base import Reward
+
+class Mine(Reward):
+    def score(self, images, prompts, metadata):
+        return SCALE * images.mean(dim=(1, 2, 3))
+
+class Other(Mine):
+    differentiable = False
+"""
+
+
+@pytest.mark.parametrize(("name", "differentiable"), [("my_own:Mine", True), ("my_own:Other", False), ("colour", True)])
+def test_rewards_made_from_the_projects_classes(elsewhere, name, differentiable):
+    (elsewhere / "my_own.py").write_text(MY_OWN)
+    (elsewhere / "clip.py").write_text("SCALE = 3")  # the project has a file of that name
+    options, images = {"colour": {"target": (1.0, 0.0, 0.5)}}, pictures(2, 3, 16, 16)
+    ours, expected = (build_reward(prefix + name, options) for prefix in (f"process:{elsewhere}/python::", ""))
     assert ours.differentiable == expected.differentiable == differentiable
-    assert torch.equal(ours(images, ["", ""]), expected(images, ["", ""]))
+    scores = ours(images, ["", ""])
+    assert torch.equal(scores, expected(images, ["", ""])) and scores.requires_grad == differentiable
     try_reward(ours, images.detach(), ["", ""], None, needs_gradient=differentiable)
 
 
@@ -175,10 +200,11 @@ def test_a_reward_that_is_not_there_is_one_line(name, part):
 
 
 def test_an_error_inside_has_its_type_text_and_place(reward):
-    line = next(n for n, text in enumerate((ROOT / "tests/helpers/toy_rewards.py").open(), 1) if "1 / 0" in text)
+    lines = (ROOT / "tests" / "helpers" / "toy_rewards.py").read_text(encoding="utf-8").splitlines()
+    place = next(n for n, line in enumerate(lines, 1) if "interpolate(" in line)
     message = error_of(reward, pictures(1, 3, 8, 8), ["fails"])
-    assert message.startswith(f"reward '{OBEDIENT}' failed: ZeroDivisionError: ")
-    assert message.endswith(f"toy_rewards.py, line {line})")
+    assert message.startswith(f"reward '{OBEDIENT}' failed: NotImplementedError: ")
+    assert message.endswith(f"toy_rewards.py, line {place})")
     assert_alike(reward, pictures(2, 3, 8, 8), [1.0, 2.0])  # the next question is answered
 
 
@@ -222,7 +248,9 @@ def test_a_death_is_told_and_mended_once(capsys):
 def test_a_process_that_does_not_answer_is_ended(monkeypatch):
     reward = build_reward(OBEDIENT)
     monkeypatch.setattr("rewards.connection.TIMEOUT", 0.5)
+    began = time.monotonic()
     assert "has not answered in 0.5 s" in error_of(reward, pictures(1, 3, 8, 8), ["sleeps"])
+    assert time.monotonic() - began < 15
     assert reward.terms[OBEDIENT].worker._process.wait(timeout=10) == -signal.SIGKILL
 
 
