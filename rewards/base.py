@@ -29,8 +29,9 @@ class Reward(nn.Module):
 
         Args:
             options: All arguments of the constructor.
-            tower_config: A function of (a model's name, the option that names it, "clip", "siglip" or "blip"). It
-                returns the keywords of the model's `transformers.CLIPConfig`, `SiglipConfig` or `BlipConfig`.
+            tower_config: A function of (a model's name, the option that names it, "clip", "siglip", "blip" or
+                "qwen2_vl"). It returns the keywords of the model's `transformers.CLIPConfig`, `SiglipConfig`,
+                `BlipConfig` or `Qwen2VLConfig`.
         """
         return BlankReward()
 

@@ -38,6 +38,7 @@ REWARDS = {
     "aesthetic": Entry("aesthetic", "AestheticReward"),
     "aesthetic_v2_5": Entry("aesthetic_v2_5", "AestheticV25Reward"),
     "hps": Entry("hps", "HPSReward"),
+    "hpsv3": Entry("hpsv3", "HPSv3Reward"),
     "pickscore": Entry("pickscore", "PickScoreReward"),
     "imagereward": Entry("imagereward", "ImageReward"),
     "clip": Entry("clip", "ClipReward"),

@@ -1,15 +1,12 @@
 """Makes the layers of a model keep for the backward pass only what a memory policy allows."""
 
-from collections.abc import Iterable
-
-import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from alignprop.memory.lean import make_lean
 from alignprop.models.base import Model
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
+from rewards.checkpointing import checkpoint_modules
 
 
 def apply_policy(model: Model, policy: MemoryPolicy) -> None:
@@ -47,7 +44,7 @@ def decode_in_tiles(decoder: nn.Module, side: int) -> None:
     if side % (4 * factor):  # a tile shares a quarter of its latents with the next one
         raise ConfigError(f"memory.decode_tiles = {side} must be a multiple of {4 * factor} for this model")
     decoder.use_tiling, decoder.tile_latent_min_size, decoder.tile_sample_min_size = True, side // factor, side
-    _checkpoint([decoder.decoder])
+    checkpoint_modules([decoder.decoder])
 
 
 def checkpoint_blocks(denoiser: nn.Module) -> None:
@@ -61,7 +58,7 @@ def checkpoint_blocks(denoiser: nn.Module) -> None:
     blocks = [module for module in denoiser.modules() if type(module).__name__.removeprefix("FSDP") in names]
     if not blocks:
         denoiser.enable_gradient_checkpointing()
-    _checkpoint(blocks)
+    checkpoint_modules(blocks)
 
 
 def checkpoint_layers(decoder: nn.Module) -> None:
@@ -73,22 +70,4 @@ def checkpoint_layers(decoder: nn.Module) -> None:
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.upsampling import Upsample2D
 
-    _checkpoint(m for m in decoder.modules() if isinstance(m, Attention | ResnetBlock2D | Upsample2D))
-
-
-class Checkpointed:
-    """A module that recomputes its activations in the backward pass instead of keeping them."""
-
-    def forward(self, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        # No layer here draws random numbers, so the state of the generators need not be saved.
-        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _checkpoint(modules: Iterable[nn.Module]) -> None:
-    """Gives each module a class of the same name that derives from `Checkpointed` and its old class, as FSDP2 does."""
-    for module in modules:
-        cls = type(module)
-        if not issubclass(cls, Checkpointed):
-            module.__class__ = type(cls.__name__, (Checkpointed, cls), {})
+    checkpoint_modules(m for m in decoder.modules() if isinstance(m, Attention | ResnetBlock2D | Upsample2D))

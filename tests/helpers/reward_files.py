@@ -6,8 +6,10 @@ import string
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from tests.helpers.hpsv3_files import hpsv3_state, make_qwen_tokenizer
 from tests.helpers.imagereward_files import imagereward_state, make_bert_tokenizer
 
 
@@ -217,6 +219,11 @@ def make_options(name, folder) -> dict:
         torch.save({"state_dict": open_clip_state(vocab=600)}, folder / "hps.pt")
         make_tokenizer(size=600).save_pretrained(folder / "tokenizer")
         return {"checkpoint": str(folder / "hps.pt"), "tokenizer": str(folder / "tokenizer")}
+    if name == "hpsv3":
+        vocabulary = make_qwen_tokenizer(folder / "qwen") + 1
+        save_file(hpsv3_state(vocabulary), folder / "HPSv3.safetensors")
+        checkpoint, tokenizer = str(folder / "HPSv3.safetensors"), str(folder / "qwen")
+        return {"checkpoint": checkpoint, "tokenizer": tokenizer, "dtype": "float32"}
     assert name == "imagereward"
     vocabulary = make_bert_tokenizer(folder / "bert") + 2
     torch.save(imagereward_state(vocabulary), folder / "ImageReward.pt")

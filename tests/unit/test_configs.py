@@ -35,6 +35,7 @@ TOWERS = {  # vision, text
     "siglip2_base": (92_884_224, 282_303_744),
     "siglip2_so400m": (428_225_600, 707_782_896),
     "imagereward": (303_301_632, 141_977_088),  # ViT-L/16 without its classes; BERT with cross-attention, no pooler
+    "hpsv3": (675_759_104, 7_070_619_136 - (152_064 - 151_658) * 3584),  # Qwen2-VL 7B with a smaller vocabulary
 }
 
 
@@ -62,8 +63,9 @@ def test_models_have_the_published_numbers_of_parameters(stem):
 @pytest.mark.parametrize("stem", TOWERS)
 def test_towers_have_the_published_numbers_of_parameters(stem):
     model = build_module(read(stem)["model"], torch.bfloat16, "meta")
-    text = model.text_encoder if stem == "imagereward" else model.text_model
-    assert (count(model.vision_model), count(text)) == TOWERS[stem]
+    parts = {"imagereward": ("vision_model", "text_encoder"), "hpsv3": ("visual", "language_model")}
+    vision, text = (getattr(model, part) for part in parts.get(stem, ("vision_model", "text_model")))
+    assert (count(vision), count(text)) == TOWERS[stem]
 
 
 def test_sd35_has_its_table_of_positions():
@@ -78,11 +80,11 @@ def test_every_file_is_one_of_these():
 
 
 def parts(facts):
-    prefix = {"clip": "CLIP", "siglip": "Siglip", "blip": "Blip"}.get(facts["family"])
+    prefix = {"clip": "CLIP", "siglip": "Siglip", "blip": "Blip", "qwen2_vl": "Qwen2VL"}.get(facts["family"])
     if prefix:
         text, vision = facts["model"].pop("text_config", {}), facts["model"].pop("vision_config", {})
         named = {"TextModel": text, "VisionModel": vision}
-        return [facts["model"], *({"_class_name": prefix + name, **part} for name, part in named.items())]
+        return [facts["model"], *({"_class_name": prefix + name, **part} for name, part in named.items() if part)]
     return [facts["denoiser"], facts["vae"], facts["scheduler"], *facts["text_encoders"]]
 
 

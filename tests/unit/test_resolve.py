@@ -138,6 +138,8 @@ REFUSED = {
     "pickscore.model": [""], "pickscore.processor": [None], "pickscore.dtype": ["fp8"],
     "imagereward.checkpoint": [""], "imagereward.tokenizer": [""], "imagereward.dtype": ["float64"],
     "siglip.model": [""], "siglip.dtype": [None],
+    "hpsv3.checkpoint": [""], "hpsv3.checkpoint_repo": [""], "hpsv3.checkpoint_revision": [""],
+    "hpsv3.tokenizer": [None], "hpsv3.dtype": ["int8"],
     "count.model": [""], "count.threshold": [0.0, 1.0],
     "aesthetic.clip_revision": [""], "aesthetic.head_revision": [""], "clip.revision": [""], "count.revision": [""],
     "hps.checkpoint_repo": [""], "hps.checkpoint_revision": [""], "imagereward.checkpoint_repo": [""],
@@ -202,7 +204,7 @@ def test_choices_are_those_of_the_code_that_has_them():
     assert set(FIELDS["hps.version"].rule.choices) == set(CHECKPOINTS)
     assert set(FIELDS["hps.backend"].rule.choices) == set(BACKENDS)
     towers = [name for name in FIELDS if name.endswith(".dtype")]
-    assert len(towers) == 7 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
+    assert len(towers) == 8 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
 
 
 def test_every_reward_option_is_a_field():
