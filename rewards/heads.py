@@ -97,6 +97,16 @@ class AestheticV25Head(AestheticHead):
         return nn.Dropout(0.2 if place == 7 else 0.5)
 
 
+class CycleHead(AestheticHead):
+    """The head of CycleReward, on a token's state. It has GELUs between its layers."""
+
+    linear_at = (0, 2, 4, 6, 8)
+    owner = "CycleReward"
+
+    def between(self, place: int) -> nn.Module:
+        return nn.GELU()
+
+
 def load_head(
     kind: type[AestheticHead], group: str, file: str, repo: str | None, revision: str | None, hint: str = ""
 ) -> AestheticHead:

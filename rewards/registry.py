@@ -41,6 +41,7 @@ REWARDS = {
     "hpsv3": Entry("hpsv3", "HPSv3Reward"),
     "pickscore": Entry("pickscore", "PickScoreReward"),
     "imagereward": Entry("imagereward", "ImageReward"),
+    "cyclereward": Entry("cyclereward", "CycleReward"),
     "clip": Entry("clip", "ClipReward"),
     "siglip": Entry("siglip", "SiglipReward"),
     "count": Entry("count", "CountReward"),

@@ -1,10 +1,10 @@
 """Compares each reward with its reference, on random weights of tiny sizes, and prints a Markdown table.
 
-    python scripts/reward_table.py [hps clip pickscore imagereward siglip aesthetic aesthetic_v2_5]
+    python scripts/reward_table.py [hps clip pickscore imagereward cyclereward siglip aesthetic aesthetic_v2_5]
 
-The references are published code (the packages hpsv2 and image-reward, which the first call installs aside in `work/`)
-and transformers' processors and models. They are in `tests/helpers/reward_references.py`. The columns are measured on
-pictures that need no resize, unless they say "resized":
+The references are published code (the packages hpsv2, image-reward and cyclereward, which the first call installs aside in
+`work/`) and transformers' processors and models. They are in `tests/helpers/reward_references.py`. The columns are
+measured on pictures that need no resize, unless they say "resized":
 
 - pixels: the largest difference in 1/255, before normalising; in brackets, for resized pictures (PIL rounds to 8 bits
   after each of its two passes, the rewards keep float32)

@@ -1,10 +1,12 @@
-"""Small files in the formats that the `imagereward` reward reads: a BERT vocabulary and a checkpoint."""
+"""Small files in the formats that `imagereward` and `cyclereward` read: a BERT vocabulary and a checkpoint."""
 
 import json
 import string
 from pathlib import Path
 
 import torch
+
+CYCLE = (0, 2, 4, 6, 8)  # where the linear layers of CycleReward's head are
 
 
 def make_bert_tokenizer(folder):
@@ -21,9 +23,20 @@ def make_bert_tokenizer(folder):
 
 
 def imagereward_state(
-    vocab, vision=128, text=64, depths=(2, 2), mlps=(256, 128), positions=64, image_size=224, patch=16
+    vocab,
+    vision=128,
+    text=64,
+    depths=(2, 2),
+    mlps=(256, 128),
+    positions=64,
+    image_size=224,
+    patch=16,
+    head_at=(0, 2, 4, 6, 7),
 ) -> dict[str, torch.Tensor]:
-    """Random weights under the names and shapes of ImageReward.pt; vocab: tokens with [DEC] and [ENC]."""
+    """Random weights under the names and shapes of ImageReward.pt, and with head_at = CYCLE of CycleReward's files.
+
+    vocab: tokens with [DEC] and [ENC].
+    """
     generator = torch.Generator().manual_seed(5)
 
     def linear(name, outputs, inputs):
@@ -71,6 +84,6 @@ def imagereward_state(
         state |= linear(f"{layer}.intermediate.dense", mlps[1], text)
         state |= linear(f"{layer}.output.dense", text, mlps[1]) | norm(f"{layer}.output.LayerNorm", text)
     widths = (text, 1024, 128, 64, 16, 1)
-    for i, before, after in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
+    for i, before, after in zip(head_at, widths, widths[1:], strict=False):
         state |= linear(f"mlp.layers.{i}", after, before)
     return state

@@ -31,28 +31,31 @@ TEXT = {  # BLIP's med_config.json but for the sizes
 }  # fmt: skip
 
 
-def import_package(packages: str):
-    """`ImageReward.ImageReward`, without the package's __init__, which imports everything that trains.
-
-    Of fairscale, which has no wheel, only activation checkpointing is imported, and never called.
-    """
-    load_torchvision()
+def stand_in_for_fairscale():
+    """Of fairscale, which has no wheel, only activation checkpointing is imported, and never called."""
     for name in ("fairscale", "fairscale.nn", "fairscale.nn.checkpoint"):
         sys.modules[name] = types.ModuleType(name)
     checkpointing = types.ModuleType("fairscale.nn.checkpoint.checkpoint_activations")
     checkpointing.checkpoint_wrapper = None
     sys.modules[checkpointing.__name__] = checkpointing
+
+
+def import_package(packages: str):
+    """`ImageReward.ImageReward`, without the package's __init__, which imports everything that trains."""
+    load_torchvision()
+    stand_in_for_fairscale()
     for name in ("ImageReward", "ImageReward.models"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [f"{packages}/{name.replace('.', '/')}"]
     return importlib.import_module("ImageReward.ImageReward")
 
 
-def build(package, state):
-    """The package's model, scaled down to the sizes of a checkpoint; every weight must find its place."""
-    blip = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
-    vit = importlib.import_module("ImageReward.models.BLIP.vit")
-    head, vision = package.MLP, state["blip.visual_encoder.cls_token"].shape[-1]
+def scale_down(state, blip, vit) -> int:
+    """Writes med_config.json and makes `blip.create_vit` build towers of a checkpoint's sizes.
+
+    blip, vit: a package's modules. Returns the width of the text encoder.
+    """
+    vision = state["blip.visual_encoder.cls_token"].shape[-1]
     vocabulary, text = state["blip.text_encoder.embeddings.word_embeddings.weight"].shape
     sizes = {
         "vocab_size": vocabulary, "hidden_size": text, "num_attention_heads": text // 64,
@@ -69,6 +72,13 @@ def build(package, state):
         ),
         vision,
     )
+    return text
+
+
+def build(package, state):
+    """The package's model, scaled down to the sizes of a checkpoint; every weight must find its place."""
+    blip = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
+    head, text = package.MLP, scale_down(state, blip, importlib.import_module("ImageReward.models.BLIP.vit"))
     package.MLP = lambda width: head(text)
     model = package.ImageReward(med_config="med_config.json").eval()
     model.load_state_dict(state)

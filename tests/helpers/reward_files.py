@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.helpers.hpsv3_files import hpsv3_state, make_qwen_tokenizer
 from tests.helpers.imagereward_files import imagereward_state, make_bert_tokenizer
+from tests.helpers.imagereward_files import CYCLE, imagereward_state, make_bert_tokenizer
 
 
 def randomise(model, seed=0):
@@ -225,8 +226,10 @@ def make_options(name, folder) -> dict:
         checkpoint, tokenizer = str(folder / "HPSv3.safetensors"), str(folder / "qwen")
         return {"checkpoint": checkpoint, "tokenizer": tokenizer, "dtype": "float32"}
     assert name == "imagereward"
+    assert name in ("imagereward", "cyclereward")
     vocabulary = make_bert_tokenizer(folder / "bert") + 2
-    torch.save(imagereward_state(vocabulary), folder / "ImageReward.pt")
+    cycle = dict(positions=160, head_at=CYCLE) if name == "cyclereward" else {}
+    torch.save(imagereward_state(vocabulary, **cycle), folder / "ImageReward.pt")
     return {"checkpoint": str(folder / "ImageReward.pt"), "tokenizer": str(folder / "bert")}
 
 

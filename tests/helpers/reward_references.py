@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from rewards import WeightedReward, build_reward
-from tests.helpers import aside, imagereward_reference, siglip_reference
-from tests.helpers.imagereward_files import imagereward_state, make_bert_tokenizer
+from tests.helpers import aside, cyclereward_reference, imagereward_reference, siglip_reference
+from tests.helpers.imagereward_files import CYCLE, imagereward_state, make_bert_tokenizer
 from tests.helpers.reward_files import make_options, make_siglip, open_clip_state
 
 PROMPTS = [
@@ -149,14 +149,23 @@ def hps(folder: Path) -> Case:
 
 def imagereward(folder: Path) -> Case:
     """The image-reward package, with the transformers of its time."""
+    return with_blip("imagereward", folder, "ImageReward.pt", imagereward_reference)
+
+
+def cyclereward(folder: Path) -> Case:
+    """The cyclereward package, with the same transformers."""
+    return with_blip("cyclereward", folder, "CycleReward.pth", cyclereward_reference, positions=160, head_at=CYCLE)
+
+
+def with_blip(name: str, folder: Path, file: str, reference, **sizes) -> Case:
     images = write_request(folder, 224)
     vocabulary = make_bert_tokenizer(folder / "bert-base-uncased") + 2
-    torch.save(imagereward_state(vocabulary), folder / "ImageReward.pt")
-    packages = aside.install_pinned("imagereward_reference", imagereward_reference.REQUIREMENTS)
-    answers = aside.ask("tests.helpers.imagereward_reference", packages, folder)
-    options = {"checkpoint": str(folder / "ImageReward.pt"), "tokenizer": str(folder / "bert-base-uncased")}
-    reward = build_reward("imagereward", {"imagereward": options})
-    tokens = reward.terms["imagereward"].blip.tokenize(PROMPTS + TEXTS)[0], answers["tokens"]
+    torch.save(imagereward_state(vocabulary, **sizes), folder / file)
+    packages = aside.install_pinned(f"{name}_reference", reference.REQUIREMENTS)
+    answers = aside.ask(reference.__name__, packages, folder)
+    options = {"checkpoint": str(folder / file), "tokenizer": str(folder / "bert-base-uncased")}
+    reward = build_reward(name, {name: options})
+    tokens = reward.terms[name].blip.tokenize(PROMPTS + TEXTS)[0], answers["tokens"]
     return Case(reward, images, answers["pixels"], tokens, answers["scores"], answers["gradient"], answers)
 
 
@@ -255,4 +264,4 @@ def ask(reward: WeightedReward, processor, tokens, scores_of: Callable) -> Case:
     return Case(reward, [as_images(array) for array in arrays], pixels, tokens, scores, gradient)
 
 
-CASES = {f.__name__: f for f in (hps, clip, pickscore, imagereward, siglip, aesthetic, aesthetic_v2_5)}
+CASES = {f.__name__: f for f in (hps, clip, pickscore, imagereward, cyclereward, siglip, aesthetic, aesthetic_v2_5)}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rewards import build_reward
-from rewards.imagereward import MEAN, STD, build_blip, configs_of, split_checkpoint
+from rewards.blip import build_blip, configs_of, split_checkpoint
+from rewards.imagereward import MEAN, STD
 from rewards.towers import check_weights
 from tests.helpers.imagereward_files import imagereward_state, make_bert_tokenizer
 from tests.helpers.refusals import refusal
@@ -44,7 +45,7 @@ def test_full_size_checkpoint_converts_strictly():
     vision, text = configs_of(blip, "it")
     with torch.device("meta"):
         towers = torch.nn.ModuleDict(zip(("vision_model", "text_encoder"), build_blip(vision, text), strict=True))
-    check_weights(blip, towers, "it", "ImageReward's")
+    check_weights(blip, towers, "it", "BLIP's")
     assert sum(p.numel() for p in towers.parameters()) == 445_278_720
     assert (vision.num_attention_heads, vision.image_size, vision.patch_size) == (16, 224, 16)
     assert (text.num_attention_heads, text.encoder_hidden_size, text.vocab_size) == (12, 1024, 30524)

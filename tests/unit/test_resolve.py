@@ -131,6 +131,8 @@ REFUSED = {
     "hps.dtype": ["half"], "hps.backend": ["open_clip"], "clip.model": [""], "clip.dtype": ["int8"],
     "aesthetic_v2_5.model": [""], "aesthetic_v2_5.revision": [3], "aesthetic_v2_5.head_file": [None],
     "aesthetic_v2_5.head_repo": [""], "aesthetic_v2_5.head_revision": [""], "aesthetic_v2_5.dtype": ["half"],
+    "cyclereward.checkpoint": [""], "cyclereward.checkpoint_repo": [""], "cyclereward.checkpoint_revision": [""],
+    "cyclereward.tokenizer": [None], "cyclereward.dtype": ["fp8"],
     "pretrained.vae": [""], "pretrained.denoiser": [""], "pretrained.quantize": ["int2", None],
     "pretrained.quantize_products": ["int8", None], "memory.decode_activations": ["cpu", 1],
     "pretrained.quantize_text_encoders": ["fp16", None], "quantize_rewards": [8, None],
