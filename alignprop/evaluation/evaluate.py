@@ -248,7 +248,11 @@ def write_scores(evaluation: Evaluation, path: Path) -> None:
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> dict:
-    """Writes scores.csv (a row per picture), summary.json (statistics overall, per prompt and per size) and grid.png.
+    """Writes scores.csv (a row per picture), summary.json and grid.png.
+
+    summary.json has the statistics overall, per prompt, per size if there are several, and per tag if the metadata have
+    the column "tag". With tags it also has the mean over the tags of their means, in which a tag with few pictures
+    weighs as much as one with many. A picture without a tag is in none of these.
 
     Returns:
         The content of summary.json.
@@ -257,12 +261,23 @@ def write_report(evaluation: Evaluation, folder: Path) -> dict:
     all_scores = {"reward": evaluation.rewards, **evaluation.terms}
     summary = {name: statistics(scores) for name, scores in all_scores.items()}
     summary |= evaluation.measures
-    groups = {"per_prompt": evaluation.prompts} | ({"per_size": evaluation.sizes} if evaluation.sizes else {})
+    groups = {"per_prompt": evaluation.prompts, "per_size": evaluation.sizes, "per_tag": _tags(evaluation.metadata)}
     for group, values in groups.items():
-        summary[group] = {
-            value: {name: statistics(scores[rows]) for name, scores in all_scores.items()}
-            for value, rows in rows_by(values).items()
-        }
+        rows = {value: rows for value, rows in rows_by(values).items() if value}
+        if rows:
+            summary[group] = {
+                value: {name: statistics(scores[those]) for name, scores in all_scores.items()}
+                for value, those in rows.items()
+            }
+    if "per_tag" in summary:
+        tags = summary["per_tag"].values()
+        summary["mean_of_tags"] = {name: sum(tag[name]["mean"] for tag in tags) / len(tags) for name in all_scores}
     write_json(folder / "summary.json", summary)
     save_grid(evaluation.images, evaluation.labels(), folder / "grid.png")
     return summary
+
+
+def _tags(metadata: list[dict]) -> list[str]:
+    """Returns the tag of each row, empty for a row that has none."""
+    tags = [row.get("tag") if isinstance(row, dict) else None for row in metadata]
+    return ["" if tag is None else str(tag) for tag in tags]

@@ -126,6 +126,28 @@ def test_report_files_agree_with_the_scores(toy_config, tmp_path):
     assert (tmp_path / "grid.png").exists()
 
 
+def test_a_report_by_tags_weighs_each_tag_alike(toy_config, tmp_path):
+    rows = [("a cat", "one"), ("a dog", "two"), ("an owl", "two"), ("a bee", None)]
+    lines = [json.dumps({"prompt": prompt} | ({"tag": tag} if tag else {})) for prompt, tag in rows]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    found = build_run(toy_config(eval_prompt_fn=str(tmp_path / "p.jsonl"))).evaluator()
+    summary = write_report(found, tmp_path)
+    score = dict(zip(found.prompts, found.rewards.tolist(), strict=True))
+    one, two = score["a cat"], (score["a dog"] + score["an owl"]) / 2
+    assert {tag: s["reward"]["mean"] for tag, s in summary["per_tag"].items()} == pytest.approx(
+        {"one": one, "two": two}
+    )
+    assert {tag: s["reward"]["n"] for tag, s in summary["per_tag"].items()} == {"one": 1, "two": 2}
+    assert summary["mean_of_tags"]["reward"] == pytest.approx((one + two) / 2)
+    assert summary["mean_of_tags"].keys() == {"reward", *found.terms}
+    assert len({one, two, score["a bee"]}) == 3 and json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_report_without_tags_has_none(toy_config, tmp_path):
+    summary = write_report(build_run(toy_config()).evaluator(), tmp_path)
+    assert not {"per_tag", "mean_of_tags", "per_size"} & summary.keys()
+
+
 def test_scores_that_are_not_finite_are_null_and_told(toy_config, tmp_path, capsys):
     found = build_run(toy_config()).evaluator()
     found.rewards[0] = float("nan")
