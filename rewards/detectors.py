@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +88,21 @@ class ClassDetector(Detector):
         return output.logits.gather(2, wanted).squeeze(2) - others, output.pred_boxes
 
     def class_of(self, name: str) -> int:
-        words = name.lower().split()
-        for start in range(len(words)):
-            if " ".join(words[start:]) in self.classes:
-                return self.classes[" ".join(words[start:])]
-        hint = did_you_mean(name.lower(), self.classes) or f"; it knows {', '.join(list(self.classes)[:8])}, …"
-        raise RewardError(
-            f"{self.source} has no class {name!r}{hint}; an OWL-ViT model detects anything that has a name"
-        )
+        return class_named(name, self.classes, self.source)
+
+
+def class_named(name: str, classes: Mapping[str, int], source: str) -> int:
+    """Returns the index of the longest class that a name ends in, of {class in lower case: its index}.
+
+    Raises:
+        RewardError: There is none. The message names `source`.
+    """
+    words = name.lower().split()
+    for start in range(len(words)):
+        if " ".join(words[start:]) in classes:
+            return classes[" ".join(words[start:])]
+    hint = did_you_mean(name.lower(), classes) or f"; it knows {', '.join(list(classes)[:8])}, …"
+    raise RewardError(f"{source} has no class {name!r}{hint}; an OWL-ViT model detects anything that has a name")
 
 
 class DetectorPreprocess(nn.Module):
@@ -106,11 +113,15 @@ class DetectorPreprocess(nn.Module):
             makes the longest side longer than the second.
         multiple: Sides are cut to multiples of this many pixels.
         square: The picture is first padded to a square, with black at the right and the bottom.
+        divisor: Sides are then stretched to multiples of this many pixels.
     """
 
-    def __init__(self, size, exact: bool, mean, std, mode: str, multiple: int = 1, square: bool = False):
+    def __init__(
+        self, size, exact: bool, mean, std, mode: str, multiple: int = 1, square: bool = False, divisor: int = 1
+    ):
         super().__init__()
         self.size, self.exact, self.mode, self.multiple, self.square = size, exact, mode, multiple, square
+        self.divisor = divisor
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
@@ -119,12 +130,12 @@ class DetectorPreprocess(nn.Module):
         """Reads the text of a `preprocessor_config.json`.
 
         Args:
-            kind: The model's `model_type`, a key of DETECTORS.
+            kind: The model's `model_type`, a key of DETECTORS or "mask2former".
 
         Raises:
             RewardError: An entry is missing or not supported.
         """
-        is_text = DETECTORS[kind] is TextDetector
+        is_text = DETECTORS.get(kind) is TextDetector
         try:
             config = json.loads(text)
             config = config.get("image_processor", config)
@@ -139,6 +150,7 @@ class DetectorPreprocess(nn.Module):
                 tuple(int(size[side]) for side in sides), exact, config["image_mean"], config["image_std"],
                 PIL_FILTERS[config.get("resample", 3 if kind == "owlvit" else 2)],
                 multiple=16 if kind == "yolos" else 1, square=kind == "owlv2",
+                divisor=int(config.get("size_divisor", 32)) if kind == "mask2former" else 1,
             )  # fmt: skip
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise RewardError(f"{source} is damaged or not supported: {type(error).__name__}: {error}") from error
@@ -153,8 +165,10 @@ class DetectorPreprocess(nn.Module):
 
     def fitted(self, height: int, width: int) -> tuple[int, int]:
         """Returns the height and width in pixels that a picture is resized to."""
-        if self.exact:
-            return self.size
+        height, width = self.size if self.exact else self._fitted(height, width)
+        return -(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor
+
+    def _fitted(self, height: int, width: int) -> tuple[int, int]:
         shortest, longest = self.size
         short, long = min(height, width), max(height, width)
         exact_short = longest * short / long if shortest * long / short > longest else shortest
@@ -183,7 +197,7 @@ def load_detector(name: str, revision: str | None, field: str) -> Detector:
     kind = model_type(name, revision, field)
     if kind not in DETECTORS:
         raise RewardError(f"{source} is a {kind!r} model, expected a detector: {', '.join(DETECTORS)}")
-    preprocess = _preprocess_of(name, revision, kind, field)
+    preprocess = preprocess_of(name, revision, kind, field)
     is_text = DETECTORS[kind] is TextDetector
     loader = AutoModelForZeroShotObjectDetection if is_text else AutoModelForObjectDetection
     model = load_whole(loader, name, revision, kind, field)
@@ -196,7 +210,8 @@ def load_detector(name: str, revision: str | None, field: str) -> Detector:
     return ClassDetector(model, preprocess, source)
 
 
-def _preprocess_of(name, revision, kind, field) -> DetectorPreprocess:
+def preprocess_of(name: str, revision: str | None, kind: str, field: str) -> DetectorPreprocess:
+    """Reads the preprocessor file of a hub name or folder. Raises a RewardError if it is missing or not supported."""
     # transformers 5 writes processor_config.json when it saves a whole processor.
     try:
         path = find_file(name, "preprocessor_config.json", revision, field)

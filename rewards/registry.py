@@ -46,6 +46,7 @@ REWARDS = {
     "siglip": Entry("siglip", "SiglipReward"),
     "count": Entry("count", "CountReward"),
     "count_hard": Entry("count", "HardCountReward", options="count"),
+    "geneval": Entry("geneval", "GenEvalReward"),
     "tiny_count": Entry("count", "TinyCountReward"),
     "colour": Entry("colour", "ColourReward"),
     "jpeg_compressibility": Entry("jpeg", "JpegCompressibility", options="jpeg"),

@@ -83,6 +83,7 @@ def load_clip(
     with_text: bool,
     field: str,
     processor: tuple[str, str] | None = None,
+    preprocess: type[ClipPreprocess] = ClipPreprocess,
 ) -> ClipTower:
     """Loads the CLIP `name`: a hub name ("openai/clip-vit-large-patch14") or a folder written by `save_pretrained`.
 
@@ -91,6 +92,7 @@ def load_clip(
         field: The option to name in an error.
         processor: (hub name or folder, option that names it) of the tokenizer and the preprocessor file. None: those of
             the model.
+        preprocess: The class that prepares the pixels.
 
     Raises:
         RewardError: It cannot be found, is not a CLIP, lacks weights, or its tokenizer belongs to another model.
@@ -105,12 +107,12 @@ def load_clip(
     files, files_field = processor or (name, field)
     files_revision = None if processor else revision
     size = model.config.vision_config.image_size
-    preprocess = load_preprocess(ClipPreprocess, files, files_revision, size, files_field)
+    prepared = load_preprocess(preprocess, files, files_revision, size, files_field)
     if with_text:
         tokenizer = load_tokenizer(files, files_revision, model.config.text_config, files_field)
-        return ClipTower(model, preprocess, tokenizer, dtype)
+        return ClipTower(model, prepared, tokenizer, dtype)
     del model.text_model, model.text_projection
-    return ClipTower(model, preprocess, dtype=dtype)
+    return ClipTower(model, prepared, dtype=dtype)
 
 
 def model_type(name: str, revision: str | None, field: str) -> str | None:

@@ -2,8 +2,8 @@
 
     python scripts/reward_table.py [hps clip pickscore imagereward cyclereward siglip aesthetic aesthetic_v2_5]
 
-The references are published code (the packages hpsv2, image-reward and cyclereward, which the first call installs aside in
-`work/`) and transformers' processors and models. They are in `tests/helpers/reward_references.py`. The columns are
+The references are published code (the packages hpsv2, image-reward and cyclereward, which the first call installs aside
+in `work/`) and transformers' processors and models. They are in `tests/helpers/reward_references.py`. The columns are
 measured on pictures that need no resize, unless they say "resized":
 
 - pixels: the largest difference in 1/255, before normalising; in brackets, for resized pictures (PIL rounds to 8 bits

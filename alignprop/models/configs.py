@@ -21,7 +21,10 @@ from alignprop.models import FAMILIES
 from alignprop.settings.errors import ConfigError
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "configs"
-TOWERS = {"clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTextRetrieval", "qwen2_vl": "Qwen2VLModel"}
+TOWERS = {
+    "clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTextRetrieval", "qwen2_vl": "Qwen2VLModel",
+    "mask2former": "Mask2FormerForUniversalSegmentation",
+}  # fmt: skip
 
 
 def find_config(name: str, revision: str | None = None) -> dict:

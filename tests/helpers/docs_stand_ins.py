@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alignprop.command import run_task
 from alignprop.models.configs import find_config
-from alignprop.settings.command_line import KNOWN_GPUS, PRESET, with_lists
+from alignprop.settings.command_line import KNOWN_GPUS, PRESET, with_lists, without_nones
 from alignprop.settings.resolve import flatten
 from config.align_prop import TINY, get_config
 from tests.helpers.docs_commands import ROOT, blocks
@@ -43,14 +43,15 @@ esac
 def parsed(arguments) -> flags.FlagValues:
     """The flags of main.py, as absl parses them; `sys.argv` is where ml_collections looks for overrides."""
     values = flags.FlagValues()
-    before, sys.argv = sys.argv, with_lists(["main.py", *arguments])
+    given, nones = without_nones(with_lists(["main.py", *arguments]))
+    before, sys.argv = sys.argv, given
     try:
         config_flags.DEFINE_config_file("config", PRESET, flag_values=values)
         flags.DEFINE_bool("plan", False, "", flag_values=values)
         flags.DEFINE_float("gpu_memory", None, "", flag_values=values)
         flags.DEFINE_enum("gpu", None, KNOWN_GPUS, "", flag_values=values)
         assert values(sys.argv) == ["main.py"]
-        _ = values.config
+        values.config.update_from_flattened_dict(dict.fromkeys(nones))
     finally:
         sys.argv = before
     return values
@@ -74,7 +75,7 @@ class StandIns:
     @cached_property
     def rewards(self) -> dict[str, str]:
         """Random weights in the formats that the rewards read, by the fields that name them."""
-        names = ("aesthetic", "clip", "hps", "imagereward", "pickscore", "siglip")
+        names = ("aesthetic", "clip", "geneval", "hps", "imagereward", "pickscore", "siglip")
         options = {name: make_options(name, self.root) for name in names}
         return {f"{name}.{option}": path for name in names for option, path in options[name].items()}
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from alignprop.prompts import load_prompts
 from tests.helpers.hpsv3_files import hpsv3_state, make_qwen_tokenizer
-from tests.helpers.imagereward_files import imagereward_state, make_bert_tokenizer
 from tests.helpers.imagereward_files import CYCLE, imagereward_state, make_bert_tokenizer
 
 
@@ -225,6 +225,15 @@ def make_options(name, folder) -> dict:
         save_file(hpsv3_state(vocabulary), folder / "HPSv3.safetensors")
         checkpoint, tokenizer = str(folder / "HPSv3.safetensors"), str(folder / "qwen")
         return {"checkpoint": checkpoint, "tokenizer": tokenizer, "dtype": "float32"}
+    if name == "geneval":
+        from tests.helpers.detector_files import make_mask2former
+
+        rows = load_prompts("geneval").metadata
+        classes = sorted({clause["class"] for row in rows for clause in row["include"]})
+        return {
+            "model": str(make_mask2former(folder / "finder", classes)),
+            "clip": str(make_clip(folder / "clip", seed=1)),
+        }
     assert name == "imagereward"
     assert name in ("imagereward", "cyclereward")
     vocabulary = make_bert_tokenizer(folder / "bert") + 2

@@ -39,6 +39,9 @@ TOWERS = {  # vision, text
 }
 
 
+MASK2FORMER = 68_741_083
+
+
 def read(stem):
     return json.loads((BUNDLED / f"{stem}.json").read_text())
 
@@ -68,13 +71,17 @@ def test_towers_have_the_published_numbers_of_parameters(stem):
     assert (count(vision), count(text)) == TOWERS[stem]
 
 
+def test_mask2former_has_the_number_of_parameters_of_its_default_with_80_classes():
+    assert count(build_module(read("mask2former_swin_small")["model"], torch.bfloat16, "meta")) == MASK2FORMER
+
+
 def test_sd35_has_its_table_of_positions():
     facts = read("sd35_medium")["denoiser"]
     assert build_module(facts, torch.bfloat16, "meta").pos_embed.pos_embed.numel() == 384 * 384 * 1536
 
 
 def test_every_file_is_one_of_these():
-    assert sorted(FILES) == sorted([*PARAMETERS, *TOWERS])
+    assert sorted(FILES) == sorted([*PARAMETERS, *TOWERS, "mask2former_swin_small"])
     names = [name.lower() for stem in FILES for name in read(stem)["hub_names"]]
     assert len(names) == len(set(names))
 
@@ -85,6 +92,9 @@ def parts(facts):
         text, vision = facts["model"].pop("text_config", {}), facts["model"].pop("vision_config", {})
         named = {"TextModel": text, "VisionModel": vision}
         return [facts["model"], *({"_class_name": prefix + name, **part} for name, part in named.items() if part)]
+    if facts["family"] == "mask2former":
+        assert facts["model"].pop("num_labels") == 80  # which a config writes as a table of labels
+        return [facts["model"]]
     return [facts["denoiser"], facts["vae"], facts["scheduler"], *facts["text_encoders"]]
 
 

@@ -5,77 +5,17 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 
 from rewards import RewardError, build_reward
 from rewards.count import parse_count, survivors, wanted_count
 from rewards.detectors import DetectorPreprocess
 from scripts.tiny import world
+from tests.helpers.detector_files import make_detr, make_owlvit, make_yolos
+from tests.helpers.pictures import as_pil, pictures
 from tests.helpers.refusals import error_of
-from tests.helpers.reward_files import laion_head, make_clip, make_tokenizer
+from tests.helpers.reward_files import laion_head, make_clip
 
 pytestmark = pytest.mark.usefixtures("offline")
-
-LABELS = {0: "N/A", 1: "person", 2: "apple", 3: "bear", 4: "teddy bear"}
-
-
-def make_owlvit(folder, side=64):
-    from transformers import OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessorPil
-
-    tokenizer = make_tokenizer()
-    tower = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)
-    text = dict(tower, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=24)
-    vision = dict(tower, image_size=side, patch_size=16)
-    torch.manual_seed(0)
-    model = OwlViTForObjectDetection(OwlViTConfig(text_config=text, vision_config=vision, projection_dim=32))
-    spread(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = {"height": side, "width": side}
-    OwlViTImageProcessorPil(size=size, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.25]).save_pretrained(folder)
-    return folder
-
-
-def make_yolos(folder, **processor):
-    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
-
-    torch.manual_seed(0)
-    config = YolosConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=[64, 96],
-        num_detection_tokens=12, id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
-    )  # fmt: skip
-    model = YolosForObjectDetection(config)
-    spread(model)
-    model.save_pretrained(folder)
-    YolosImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128}, **processor).save_pretrained(folder)
-    return folder
-
-
-def make_detr(folder):
-    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessorPil, ResNetConfig
-
-    torch.manual_seed(0)
-    backbone = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", out_features=["stage2"]
-    )
-    config = DetrConfig(
-        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False, backbone_config=backbone, d_model=32,
-        encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, num_queries=10, id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
-    )  # fmt: skip
-    model = DetrForObjectDetection(config)
-    spread(model)
-    model.save_pretrained(folder)
-    DetrImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
-    return folder
-
-
-def spread(model):
-    """Weights large enough that pictures and names matter to the scores."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / parameter[0].numel() ** 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +31,6 @@ def yolos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def detr(tmp_path_factory):
     return str(make_detr(tmp_path_factory.mktemp("detr")))
-
-
-def pictures(number, height=64, width=64, seed=0):
-    """Pictures of 8-bit values, coarse patches on noise."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.nn.functional.interpolate(torch.rand(number, 3, 5, 5, generator=generator), (height, width))
-    return ((coarse * 0.9 + 0.1 * torch.rand(number, 3, height, width, generator=generator)) * 255).round() / 255
-
-
-def as_pil(image):
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def detector_of(model):

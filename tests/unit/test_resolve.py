@@ -142,6 +142,9 @@ REFUSED = {
     "siglip.model": [""], "siglip.dtype": [None],
     "hpsv3.checkpoint": [""], "hpsv3.checkpoint_repo": [""], "hpsv3.checkpoint_revision": [""],
     "hpsv3.tokenizer": [None], "hpsv3.dtype": ["int8"],
+    "geneval.model": [""], "geneval.revision": [""], "geneval.clip": [""], "geneval.clip_revision": [""],
+    "geneval.dtype": ["half"], "geneval.threshold": [1.1], "geneval.counting_threshold": [-0.1],
+    "geneval.max_overlap": [2.0], "geneval.partial": ["yes"],
     "count.model": [""], "count.threshold": [0.0, 1.0],
     "aesthetic.clip_revision": [""], "aesthetic.head_revision": [""], "clip.revision": [""], "count.revision": [""],
     "hps.checkpoint_repo": [""], "hps.checkpoint_revision": [""], "imagereward.checkpoint_repo": [""],
@@ -207,6 +210,7 @@ def test_choices_are_those_of_the_code_that_has_them():
     assert set(FIELDS["hps.backend"].rule.choices) == set(BACKENDS)
     towers = [name for name in FIELDS if name.endswith(".dtype")]
     assert len(towers) == 8 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
+    assert len(towers) == 7 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
 
 
 def test_every_reward_option_is_a_field():

@@ -8,15 +8,14 @@ from config.align_prop import base
 from rewards import REWARDS, build_reward, reward_class
 from rewards.base import BlankReward
 from rewards.skeleton import skeleton_reward, without_custom
+from tests.helpers.detector_files import make_yolos
 from tests.helpers.reward_files import make_options
 
-NAMES = [name for name in REWARDS if reward_class(name).plannable]
+NAMES = [name for name in REWARDS if reward_class(name).plannable and reward_class(name).differentiable]
 # Million parameters, of towers and head.
 FULL_SIZE = {
     "aesthetic": 304.9, "aesthetic_v2_5": 429.5, "hps": 986.1, "hpsv3": 7748.6, "pickscore": 986.1,
-    "imagereward": 446.2, "clip": 427.6, "siglip": 203.2,
-    "aesthetic": 304.9, "aesthetic_v2_5": 429.5, "hps": 986.1, "pickscore": 986.1, "imagereward": 446.2,
-    "cyclereward": 446.2, "clip": 427.6, "siglip": 203.2,
+    "imagereward": 446.2, "cyclereward": 446.2, "clip": 427.6, "siglip": 203.2,
 }  # fmt: skip
 
 
@@ -26,9 +25,11 @@ def test_every_reward_with_towers_has_a_skeleton():
 
 def full_size(name, **options):
     c = base()
-    options = {key: c[key].to_dict() | options for key in NAMES}
-    find = lambda *which: {k: v for k, v in find_tower_config(*which)["model"].items() if k != "_class_name"}  # noqa: E731
-    return skeleton_reward(name, options, find)
+    return skeleton_reward(name, {name: c[name].to_dict() | options}, tower_config_of)
+
+
+def tower_config_of(*which):
+    return {k: v for k, v in find_tower_config(*which)["model"].items() if k != "_class_name"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,6 +69,26 @@ def test_a_skeleton_has_the_shapes_of_the_reward(name, tmp_path):
     (other,) = blank.terms.values()
     blank_tower = other.blip if hasattr(term, "blip") else other.tower
     assert type(blank_tower.preprocess) is type(tower.preprocess)
+
+
+def test_geneval_is_planned_with_both_networks_and_without_a_gradient():
+    reward = full_size("geneval", dtype="bfloat16")
+    halves = {p.dtype for key, p in reward.named_parameters() if ".tower." in key}
+    assert halves == {torch.bfloat16} and not any(p.requires_grad for p in reward.parameters())
+    assert sum(p.numel() for p in reward.parameters()) / 1e6 == pytest.approx(427.6 + 68.7, abs=0.1)
+    scores = reward(torch.zeros(2, 3, 512, 512, device="meta"), ["a cat", "a dog"])
+    assert scores.shape == (2,) and scores.dtype == torch.float32 and scores.is_meta
+
+
+def test_a_plan_of_geneval_has_the_bytes_of_the_reward(tmp_path):
+    options = make_options("geneval", tmp_path)
+    real = build_reward("geneval", {"geneval": options})
+    blank = skeleton_reward("geneval", {"geneval": options}, tower_config_of)
+    describe = lambda reward: {k: (v.shape, v.dtype) for k, v in reward.state_dict().items()}  # noqa: E731
+    assert describe(blank) == describe(real)
+    boxes = str(make_yolos(tmp_path / "yolos"))
+    blank = skeleton_reward("geneval", {"geneval": {**options, "model": boxes}}, tower_config_of)
+    assert not any(".finder." in name for name in blank.state_dict()), "as with count, it is not counted"
 
 
 def test_what_is_not_ours_is_blank():
