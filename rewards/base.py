@@ -31,7 +31,8 @@ class Reward(nn.Module):
             options: All arguments of the constructor.
             tower_config: A function of (a model's name, the option that names it, "clip", "siglip", "blip" or
                 "qwen2_vl"). It returns the keywords of the model's `transformers.CLIPConfig`, `SiglipConfig`,
-                `BlipConfig` or `Qwen2VLConfig`.
+                `BlipConfig` or `Qwen2VLConfig`. For the kind "vlm", any image-text model, they are those of
+                `AutoConfig.for_model`.
         """
         return BlankReward()
 

@@ -53,6 +53,8 @@ REWARDS = {
     "jpeg_incompressibility": Entry("jpeg", "JpegIncompressibility", options="jpeg"),
     "jpeg_proxy": Entry("jpeg", "JpegProxy", options="jpeg"),
     "ocr": Entry("ocr", "OcrReward"),
+    "vlm_judge": Entry("vlm_judge", "VlmJudge"),
+    "unifiedreward": Entry("vlm_judge", "UnifiedReward"),
 }
 
 

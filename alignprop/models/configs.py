@@ -24,6 +24,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "configs"
 TOWERS = {
     "clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTextRetrieval", "qwen2_vl": "Qwen2VLModel",
     "mask2former": "Mask2FormerForUniversalSegmentation",
+    "vlm": "AutoModelForImageTextToText",  # of any type
 }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def find_tower_config(name: str, field: str, family: str = "clip") -> dict:
     if path is None:
         raise ConfigError(f"{field} = {name!r}: {_nowhere([family])}")
     config = _read(path)
-    if config.get("model_type") != family:
+    if family not in ("vlm", config.get("model_type")):
         raise ConfigError(f"{field} = {name!r} is a {config.get('model_type')!r} model, expected {family!r}")
     return {"family": family, "model": {"_class_name": TOWERS[family], **config}}
 

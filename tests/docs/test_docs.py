@@ -62,6 +62,7 @@ def stand(stand_ins, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "path", [*sys.path])  # a reward of one's own is searched for in this folder
         monkeypatch.setenv("WANDB_MODE", "disabled")
+        monkeypatch.setenv("JUDGE_KEY", "a key")
         monkeypatch.setattr("rewards.ocr.load_recogniser", lambda: lambda picture: "open")  # of an optional package
         return tmp_path
 

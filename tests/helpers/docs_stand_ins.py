@@ -18,6 +18,7 @@ from tests.helpers.docs_commands import ROOT, blocks
 from tests.helpers.reward_files import make_options
 from tests.helpers.tiny_families import SIDE
 from tests.helpers.tiny_pipelines import make_family
+from tests.helpers.vlm_server import VlmServer, completion
 
 SMALL = {
     "num_inference_steps": 2, "train.num_inference_steps": 2, "num_epochs": 1, "num_eval_images": 2,
@@ -88,6 +89,11 @@ class StandIns:
         run_task(config)
         return self.root / "trained"
 
+    @cached_property
+    def vlm_server(self) -> VlmServer:
+        """Answers what the judges can read. It ends with the process."""
+        return VlmServer(lambda number, body: completion("Final Score: 4")).__enter__()
+
     def fields(self, config: ConfigDict) -> dict:
         """Fields, and values for them, with which a configuration runs in a second; local files it keeps."""
         flat, family = flatten(config.to_dict()), find_config(config.pretrained.model)["family"]
@@ -101,6 +107,9 @@ class StandIns:
         found["pretrained.model"] = str(TINY / "pipeline" if family == "sd" else self.random_model(family))
         if side := 32 if config.resolution else SIDE.get(family):
             found["resolution"] = side
+        for name in ("vlm_judge", "unifiedreward"):
+            if config[name].endpoint:
+                found[f"{name}.endpoint"] = self.vlm_server.url
         for field in ("prompt_fn", "eval_prompt_fn"):
             if "hps" in config[field]:  # they are on the hub
                 found[field] = str(self.root / "prompts.txt")

@@ -37,6 +37,7 @@ TOWERS = {  # vision, text
     "imagereward": (303_301_632, 141_977_088),  # ViT-L/16 without its classes; BERT with cross-attention, no pooler
     "hpsv3": (675_759_104, 7_070_619_136 - (152_064 - 151_658) * 3584),  # Qwen2-VL 7B with a smaller vocabulary
 }
+VLMS = {"qwen2_5_vl_7b": 8_292_166_656}
 
 
 MASK2FORMER = 68_741_083
@@ -75,13 +76,18 @@ def test_mask2former_has_the_number_of_parameters_of_its_default_with_80_classes
     assert count(build_module(read("mask2former_swin_small")["model"], torch.bfloat16, "meta")) == MASK2FORMER
 
 
+@pytest.mark.parametrize("stem", VLMS)
+def test_image_text_models_have_the_published_numbers_of_parameters(stem):
+    assert count(build_module(read(stem)["model"], torch.bfloat16, "meta")) == VLMS[stem]
+
+
 def test_sd35_has_its_table_of_positions():
     facts = read("sd35_medium")["denoiser"]
     assert build_module(facts, torch.bfloat16, "meta").pos_embed.pos_embed.numel() == 384 * 384 * 1536
 
 
 def test_every_file_is_one_of_these():
-    assert sorted(FILES) == sorted([*PARAMETERS, *TOWERS, "mask2former_swin_small"])
+    assert sorted(FILES) == sorted([*PARAMETERS, *TOWERS, *VLMS, "mask2former_swin_small"])
     names = [name.lower() for stem in FILES for name in read(stem)["hub_names"]]
     assert len(names) == len(set(names))
 
@@ -94,6 +100,12 @@ def parts(facts):
         return [facts["model"], *({"_class_name": prefix + name, **part} for name, part in named.items() if part)]
     if facts["family"] == "mask2former":
         assert facts["model"].pop("num_labels") == 80  # which a config writes as a table of labels
+        return [facts["model"]]
+    if facts["family"] == "vlm":
+        whole = getattr(transformers, facts["model"]["_class_name"]).config_class().to_dict()
+        for name in ("text_config", "vision_config"):
+            assert not [key for key, value in facts["model"].pop(name).items() if whole[name][key] == value]
+        facts["model"].pop("model_type")  # which a configuration's own class leaves out
         return [facts["model"]]
     return [facts["denoiser"], facts["vae"], facts["scheduler"], *facts["text_encoders"]]
 

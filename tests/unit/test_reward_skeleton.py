@@ -11,6 +11,7 @@ from rewards.skeleton import skeleton_reward, without_custom
 from tests.helpers.detector_files import make_yolos
 from tests.helpers.reward_files import make_options
 
+# Those without a gradient have tests of their own.
 NAMES = [name for name in REWARDS if reward_class(name).plannable and reward_class(name).differentiable]
 # Million parameters, of towers and head.
 FULL_SIZE = {
