@@ -234,7 +234,6 @@ def make_options(name, folder) -> dict:
             "model": str(make_mask2former(folder / "finder", classes)),
             "clip": str(make_clip(folder / "clip", seed=1)),
         }
-    assert name == "imagereward"
     assert name in ("imagereward", "cyclereward")
     vocabulary = make_bert_tokenizer(folder / "bert") + 2
     cycle = dict(positions=160, head_at=CYCLE) if name == "cyclereward" else {}
