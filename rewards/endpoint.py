@@ -77,7 +77,7 @@ class Endpoint:
                 with opener.open(Request(self.url, body, headers), timeout=self.timeout) as reply:
                     return reply.read()
             except HTTPError as error:
-                reason = f"answered {error.code}: {self._shown(error.read(2000))}"
+                reason = f"answered {error.code}: {self._shown(_body_of(error))}"
                 if error.code not in BUSY and error.code < 500:
                     raise self._error(reason) from None
                 asked = error.headers.get("Retry-After", "")
@@ -107,6 +107,14 @@ class Endpoint:
 
     def _error(self, reason: str) -> RewardError:
         return RewardError(f"{self.group}.endpoint: the server {self.host} {reason}")
+
+
+def _body_of(error: HTTPError) -> bytes:
+    """Returns the beginning of the body of an error's reply, which may break off as any reply may."""
+    try:
+        return error.read(2000)
+    except (OSError, HTTPException):
+        return b""
 
 
 class _NoRedirect(HTTPRedirectHandler):

@@ -92,7 +92,7 @@ class StandIns:
     @cached_property
     def vlm_server(self) -> VlmServer:
         """Answers what the judges can read. It ends with the process."""
-        return VlmServer(lambda number, body: completion("Final Score: 4")).__enter__()
+        return VlmServer(lambda number, body: completion("Final Score: 1")).__enter__()  # on every scale
 
     def fields(self, config: ConfigDict) -> dict:
         """Fields, and values for them, with which a configuration runs in a second; local files it keeps."""

@@ -104,6 +104,22 @@ def test_a_connection_that_breaks_is_tried_again():
     assert len(server.requests) == 2
 
 
+def test_an_error_whose_text_never_comes_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connections = []
+
+        def serve():
+            for _ in range(5):
+                connections.append(server.accept()[0])
+                connections[-1].recv(1)
+                connections[-1].sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 99\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        message = error_of(endpoint(url, timeout=0.2).answer, PICTURE, "?")
+    assert message.endswith("answered 503: '', 5 times")
+
+
 # ---- what does not pass
 
 
