@@ -170,6 +170,8 @@ def test_or_it_gets_the_score_of_missing_answers():
 def test_thoughts_and_bold_type_do_not_matter(answer):
     with VlmServer(answer) as server:
         assert judge("vlm_judge", server)(pictures(1), ["a"]).tolist() == [8]
+    with VlmServer("dog: 1\n**Final Score:** 4") as server:
+        assert judge("unifiedreward", server)(pictures(1), ["a"]).tolist() == pytest.approx([0.8])
 
 
 # ---- answers that are kept
