@@ -228,6 +228,8 @@ ROWS = [
     # rewards
     Row("reward", r"reward 'nicest': 'nicest' is not known", {"reward_fn": "nicest"}),
     Row("no module", r"reward 'no_such:f': cannot import 'no_such': ModuleNotFoundError", {"reward_fn": "no_such:f"}),
+    Row("no interpreter", r"reward 'process:{here}/python::mine:x': '{here}/python' is not an executable file",
+        {"reward_fn": "process:{here}/python::mine:x"}),
     Row("raises at import", r"reward 'mine:x': cannot import 'mine': ZeroDivisionError: .*mine.py, line 2\)",
         {"reward_fn": "mine:x"}, files={"mine.py": "x = 1\ny = 1 / 0"}),
     Row("raises when built", r"reward 'mine:Reward': .*KeyError: 'weights' \(.*mine.py, line 3\)",

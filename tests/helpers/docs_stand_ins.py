@@ -110,6 +110,8 @@ class StandIns:
         for name in ("vlm_judge", "unifiedreward"):
             if config[name].endpoint:
                 found[f"{name}.endpoint"] = self.vlm_server.url
+        if config.hps.backend == "hpsv2":  # the package is not installed here
+            found["hps.backend"] = "transformers"
         for field in ("prompt_fn", "eval_prompt_fn"):
             if "hps" in config[field]:  # they are on the hub
                 found[field] = str(self.root / "prompts.txt")
@@ -134,7 +136,10 @@ def is_file(name: str | None) -> bool:
 
 
 def lay_out(folder: Path, stand_ins: StandIns, text: str) -> None:
-    """Makes `folder` a copy of the project's, by links, with every run in it that a text names as logs/<run>."""
+    """Makes `folder` a copy of the project's, by links, with every run and interpreter in it that a text names.
+
+    A run is named as logs/<run>, an interpreter as process:<path>::.
+    """
     for name in PROJECT:
         (folder / name).symlink_to(ROOT / name)
     code = [block for page in REWARD_PAGES for block in blocks(ROOT / "docs" / page, "python")]
@@ -142,6 +147,8 @@ def lay_out(folder: Path, stand_ins: StandIns, text: str) -> None:
     for name in ("prompts.txt", "heldout.txt"):
         (folder / name).write_text("a cat\na dog\n")
     (folder / "signs.txt").write_text('a sign that says "OPEN"\nthe word "bread" on a wall\n')
+    interpreters = re.findall(r"\bprocess:(\S+?)::", text)
+    write_programs(folder, dict.fromkeys(interpreters, f'#!/bin/sh\nexec {sys.executable} "$@"\n'))
     for name in re.findall(r"\blogs/(\w+)", text):
         shutil.copytree(stand_ins.trained, folder / "logs" / name, symlinks=True, dirs_exist_ok=True)
 

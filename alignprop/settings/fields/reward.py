@@ -17,7 +17,8 @@ LOSS = (
     Field(
         "reward_fn", "aesthetic", text(),
         "The reward that is trained on: a built-in one (docs/rewards.md), your own as 'package.module:callable', or a "
-        "weighted sum such as 'hps:1,aesthetic:0.1'. Evaluations measure it, and 'guide' follows it.",
+        "weighted sum such as 'hps:1,aesthetic:0.1'. With 'process:PATH/TO/python::' before its name a reward runs in "
+        "another Python environment. Evaluations measure the reward, and 'guide' follows it.",
     ),
     Field(
         "eval_reward_fn", "", text(empty=True),
