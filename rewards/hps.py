@@ -12,13 +12,10 @@ from rewards.errors import RewardError
 from rewards.preprocess import PadPreprocess
 from rewards.registry import Precision
 from rewards.skeleton import blank, clip_tower
-from rewards.towers import ClipTower, check_weights, find_file, first_line, load_tokenizer, load_weights
+from rewards.towers import ClipTower, find_file, first_line, load_tokenizer, load_weights
+from rewards.vit_h import SIZES_OF, load_vit_h
 
-SIZES_OF = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # a model in transformers' format, of the checkpoints' sizes
 CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-
-# The widths of the attention heads in open_clip's ViT-H-14. The shapes in a checkpoint do not tell them.
-VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64
 
 # open_clip's names, and transformers' names for the same weights. The first match wins.
 RENAMES = (
@@ -103,14 +100,10 @@ class TransformersTower(ClipTower):
     """The towers of a checkpoint that is converted to a `transformers.CLIPModel`."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], tokenizer: str, dtype: str, source: str):
-        from transformers import CLIPModel
-
-        config = config_of(weights, source)
-        converted = convert_open_clip(weights)
-        check_fit(converted, config, source)
-        model = CLIPModel.from_pretrained(None, config=config, state_dict=converted)
-        preprocess = PadPreprocess(config.vision_config.image_size)
-        super().__init__(model, preprocess, load_tokenizer(tokenizer, None, config.text_config, "hps.tokenizer"), dtype)
+        model = load_vit_h(convert_open_clip(weights), source, "open_clip's ViT-H-14")
+        preprocess = PadPreprocess(model.config.vision_config.image_size)
+        words = load_tokenizer(tokenizer, None, model.config.text_config, "hps.tokenizer")
+        super().__init__(model, preprocess, words, dtype)
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """Returns token ids [B, 77] int64 as open_clip makes them: text repaired, cut to length, padded with zeros."""
@@ -162,60 +155,6 @@ def clean(prompt: str) -> str:
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip().lower()
 
 
-def config_of(weights: Mapping[str, torch.Tensor], source: str):
-    """Returns the CLIPConfig of an open_clip ViT-H-14 checkpoint, which may have fewer layers or less width.
-
-    Raises:
-        RewardError: The checkpoint has another layout.
-    """
-    from transformers import CLIPConfig
-
-    try:
-        vision_width, _, patch, _ = weights["visual.conv1.weight"].shape
-        patches = len(weights["visual.positional_embedding"]) - 1
-        vocabulary, text_width = weights["token_embedding.weight"].shape
-        projection_dim = weights["text_projection"].shape[1]
-        context = len(weights["positional_embedding"])
-        vision_mlp = len(weights["visual.transformer.resblocks.0.mlp.c_fc.bias"])
-        text_mlp = len(weights["transformer.resblocks.0.mlp.c_fc.bias"])
-    except (KeyError, ValueError, AttributeError) as error:
-        raise RewardError(f"{source} is not in open_clip's ViT-H-14 layout: no usable {error}") from error
-    if vision_width % VISION_HEAD_WIDTH or text_width % TEXT_HEAD_WIDTH:
-        raise RewardError(
-            f"{source}: towers {vision_width} and {text_width} wide are not ViT-H-14's, whose attention heads are "
-            f"{VISION_HEAD_WIDTH} and {TEXT_HEAD_WIDTH} wide"
-        )
-    shared = dict(hidden_act="gelu", layer_norm_eps=1e-5, projection_dim=projection_dim)
-    return CLIPConfig(
-        projection_dim=projection_dim,
-        vision_config=dict(
-            hidden_size=vision_width,
-            intermediate_size=vision_mlp,
-            num_hidden_layers=_depth(weights, "visual.transformer"),
-            num_attention_heads=vision_width // VISION_HEAD_WIDTH,
-            patch_size=patch,
-            image_size=patch * round(patches**0.5),
-            **shared,
-        ),
-        text_config=dict(
-            hidden_size=text_width,
-            intermediate_size=text_mlp,
-            num_hidden_layers=_depth(weights, "transformer"),
-            num_attention_heads=text_width // TEXT_HEAD_WIDTH,
-            vocab_size=vocabulary,
-            max_position_embeddings=context,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=0,
-            **shared,
-        ),
-    )
-
-
-def _depth(weights: Mapping[str, torch.Tensor], tower: str) -> int:
-    return sum(re.fullmatch(rf"{tower}\.resblocks\.\d+\.ln_1\.bias", name) is not None for name in weights)
-
-
 def convert_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Converts open_clip's names and layouts to those of transformers' CLIPModel. Unknown names are kept."""
     converted = {}
@@ -232,11 +171,3 @@ def convert_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
         else:
             converted[new] = weight
     return converted
-
-
-def check_fit(converted: Mapping[str, torch.Tensor], config, source: str) -> None:
-    """Raises a RewardError if a checkpoint has a weight too many, too few or of another shape."""
-    from transformers import CLIPModel
-
-    with torch.device("meta"):
-        check_weights(converted, CLIPModel(config), source, "open_clip's ViT-H-14")

@@ -42,6 +42,7 @@ REWARDS = {
     "pickscore": Entry("pickscore", "PickScoreReward"),
     "imagereward": Entry("imagereward", "ImageReward"),
     "cyclereward": Entry("cyclereward", "CycleReward"),
+    "mps": Entry("mps", "MpsReward"),
     "clip": Entry("clip", "ClipReward"),
     "siglip": Entry("siglip", "SiglipReward"),
     "count": Entry("count", "CountReward"),

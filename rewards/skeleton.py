@@ -51,13 +51,18 @@ def blank(kind: type) -> Reward:
 
 def clip_tower(config: dict, dtype: str, preprocess=ClipPreprocess, with_text: bool = True) -> ClipTower:
     """Returns a CLIP of that configuration, which takes every prompt as one of full length."""
-    from transformers import CLIPConfig, CLIPModel
-
-    with torch.device("meta"):
-        model = CLIPModel(CLIPConfig(**copy.deepcopy(config)))
+    model = blank_clip_model(config)
     if not with_text:
         del model.text_model, model.text_projection
     return _BlankClip(model, preprocess(model.config.vision_config.image_size), dtype=dtype)
+
+
+def blank_clip_model(config: dict):
+    """Returns transformers' CLIPModel of that configuration on the meta device."""
+    from transformers import CLIPConfig, CLIPModel
+
+    with torch.device("meta"):
+        return CLIPModel(CLIPConfig(**copy.deepcopy(config)))
 
 
 class BlankTokens:

@@ -155,6 +155,44 @@ def open_clip_state(
     return state
 
 
+def mps_state(vocab=600, width=128, context=77) -> dict[str, torch.Tensor]:
+    """Random float16 weights under the names and shapes of MPS's module, with its constants; two layers a tower.
+
+    Digits, of which the condition has none, are unlike all other characters, so that they are masked.
+    """
+    from rewards.hps import convert_open_clip
+
+    clip = convert_open_clip(open_clip_state(embed_dim=width, vocab=vocab, context=context, image_size=56))
+    state = {f"model.{name}": weight for name, weight in clip.items()}
+    for tower, count in (("text", context), ("vision", 17)):
+        state[f"model.{tower}_model.embeddings.position_ids"] = torch.arange(count).unsqueeze(0)
+    generator, inner = torch.Generator().manual_seed(7), 4 * width
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    for i in range(4):
+        cross, own = (f"cross_model.layers.{i}.{j}.fn" for j in (0, 1))
+        shapes = {
+            f"{cross}.to_q": (width, width), f"{cross}.to_kv": (128, width), f"{cross}.to_out": (width, width),
+            f"{cross}.ff.0": (2 * inner, width), f"{cross}.ff.2": (width, inner),
+            f"{own}.fused_attn_ff_proj": (width + 128 + 2 * inner, width), f"{own}.attn_out": (width, width),
+            f"{own}.ff_out.1": (width, inner),
+        }  # fmt: skip
+        state |= {f"{name}.weight": normal(*shape) * shape[1] ** -0.5 for name, shape in shapes.items()}
+        for part in (cross, own):
+            state |= {f"{part}.norm.weight": 1 + 0.1 * normal(width), f"{part}.norm.bias": torch.zeros(width)}
+        state[f"{own}.rotary_emb.inv_freq"] = 10000 ** -(torch.arange(32) / 32)
+    embeddings = state["model.text_model.embeddings.token_embedding.weight"]
+    direction = normal(embeddings.shape[1])
+    direction = (direction - direction.mean()) / direction.norm()
+    digits = torch.tensor([ord(c) - 33 + shift for c in "0123456789" for shift in (0, 256)])
+    signs = torch.ones(vocab, 1).index_fill(0, digits, -1.0)
+    state["model.text_model.embeddings.token_embedding.weight"] = embeddings + 20 * signs * direction
+    state["model.text_projection.weight"] += 0.5 * torch.outer(normal(width), direction)
+    return {name: weight.half() if weight.is_floating_point() else weight for name, weight in state.items()}
+
+
 # ---- SigLIP
 
 
@@ -234,6 +272,10 @@ def make_options(name, folder) -> dict:
             "model": str(make_mask2former(folder / "finder", classes)),
             "clip": str(make_clip(folder / "clip", seed=1)),
         }
+    if name == "mps":
+        torch.save(mps_state(), folder / "mps.pt")
+        make_tokenizer(size=600).save_pretrained(folder / "processor")
+        return {"checkpoint": str(folder / "mps.pt"), "processor": str(folder / "processor")}
     assert name in ("imagereward", "cyclereward")
     vocabulary = make_bert_tokenizer(folder / "bert") + 2
     cycle = dict(positions=160, head_at=CYCLE) if name == "cyclereward" else {}

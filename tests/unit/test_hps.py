@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from rewards import build_reward
-from rewards.hps import check_fit, clean, config_of, convert_open_clip
+from rewards.hps import clean, convert_open_clip
 from rewards.preprocess import PadPreprocess
+from rewards.towers import check_weights
+from rewards.vit_h import vit_h_config
 from tests.helpers.refusals import refusal
 from tests.helpers.reward_files import assert_gradient_is_the_central_difference, make_tokenizer, open_clip_state
 
@@ -49,9 +51,10 @@ def test_full_size_checkpoint_converts_strictly():
 
     state = meta_state(layers=(32, 24), widths=(1280, 1024), embed_dim=1024)
     with torch.device("meta"):
-        config = config_of(state, "it")
-        check_fit(convert_open_clip(state), config, "it")
+        converted = convert_open_clip(state)
+        config = vit_h_config(converted, "it", "its")
         model = CLIPModel(config)
+    check_weights(converted, model, "it", "its")
     assert sum(parameter.numel() for parameter in model.parameters()) == 986_109_441  # open_clip's ViT-H-14
     vision, text = config.vision_config, config.text_config
     assert (vision.num_attention_heads, vision.image_size, vision.patch_size) == (16, 224, 14)
@@ -70,8 +73,9 @@ def test_converted_attention_is_torchs_own():
     from transformers import CLIPModel
 
     state = open_clip_state()
-    model = CLIPModel(config_of(state, ""))
-    model.load_state_dict(convert_open_clip(state))
+    converted = convert_open_clip(state)
+    model = CLIPModel(vit_h_config(converted, "", ""))
+    model.load_state_dict(converted)
     theirs = nn.MultiheadAttention(160, 2, batch_first=True)
     prefix = "visual.transformer.resblocks.1.attn."
     theirs.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
@@ -192,7 +196,7 @@ def broken_state(kind):
         ("missing", "vision_model.encoder.layers.1.self_attn.out_proj.bias"),
         ("unknown", "ls_1.gamma"),
         ("shape", "[100], expected [128]"),
-        ("prefixed", "visual.conv1.weight"),
+        ("prefixed", "patch_embedding.weight"),
         ("another width", "192"),
     ],
 )
