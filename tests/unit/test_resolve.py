@@ -219,7 +219,7 @@ def test_choices_are_those_of_the_code_that_has_them():
     assert set(FIELDS["hps.version"].rule.choices) == set(CHECKPOINTS)
     assert set(FIELDS["hps.backend"].rule.choices) == set(BACKENDS)
     towers = [name for name in FIELDS if name.endswith(".dtype")]
-    assert len(towers) == 12 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
+    assert len(towers) == 13 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
     assert len(towers) == 9 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
 
 
