@@ -54,8 +54,7 @@ def load_module_weights(path: str | Path, field: str) -> dict[str, torch.Tensor]
     except Exception as error:  # torch refuses some pickles, and others hold no module
         raise RewardError(
             f"{field}={str(path)!r} is a pickle whose weights cannot be read without running its code; where that code "
-            "is installed and you trust the file, convert it: "
-            "torch.save(torch.load(FILE, weights_only=False).state_dict(), 'weights.pt')"
+            "is installed and you trust the file, load the module there and save its state_dict()"
         ) from error
 
 
