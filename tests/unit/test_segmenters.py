@@ -110,6 +110,17 @@ def test_a_mask_has_its_tight_box_and_mean_probability():
     assert full_size(logits[:0], (64, 64), (5, 6)).shape == (0, 5, 6)
 
 
+def test_masks_are_resized_by_way_of_the_models_own_pixels(finder, monkeypatch):
+    logits = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0))
+    steps = F.interpolate(F.interpolate(logits[None], (64, 96), mode="bilinear"), (50, 70), mode="bilinear")[0]
+    assert torch.equal(full_size(logits, (64, 96), (50, 70)), steps)
+    assert not torch.allclose(steps, F.interpolate(logits[None], (50, 70), mode="bilinear")[0], atol=0.1)
+    asked = []
+    monkeypatch.setattr("rewards.segmenters.full_size", lambda *args: asked.append(args[1:]) or full_size(*args))
+    finder.find(pictures(1, 50, 70)[0], ["bench"], 0.0)
+    assert asked == [((64, 96), (50, 70))]
+
+
 def test_each_picture_is_found_alone_and_weights_are_frozen(finder):
     assert not any(weight.requires_grad for weight in finder.parameters()) and not finder.model.training
     (image,) = pictures(1, 64, 96)
