@@ -3,13 +3,14 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rewards.detectors import DetectorPreprocess
-from rewards.segmenters import detections, full_size, instances, load_finder
+from rewards.segmenters import BoxFinder, detections, full_size, instances, load_finder
 from tests.helpers.detector_files import COCO, make_mask2former
 from tests.helpers.pictures import as_pil, pictures
 from tests.helpers.refusals import error_of
@@ -126,6 +127,17 @@ def test_each_picture_is_found_alone_and_weights_are_frozen(finder):
     (image,) = pictures(1, 64, 96)
     first, again = (finder.find(image.requires_grad_(), ["bench"], 0.0)["bench"] for _ in range(2))
     assert [one.score for one in first] == [one.score for one in again]
+
+
+@pytest.mark.parametrize(("square", "expected"), [(False, (30, 10, 60, 40)), (True, (30, 15, 60, 40))])
+def test_boxes_are_in_pixels_of_the_picture_without_its_padding(square, expected):
+    """Shares of a picture of 40 x 60 pixels, or of the square that it is padded to; what lies outside is cut off."""
+    detector = torch.nn.Module()
+    detector.preprocess = SimpleNamespace(square=square)
+    boxes = torch.tensor([[[0.5, 0.25, 1.1, 1.2]] * 2])
+    detector.forward = lambda images, names: (torch.tensor([[0.0, -9.0]]), boxes)
+    (one,) = BoxFinder(detector).find(torch.zeros(3, 40, 60), ["dog"], 0.3)["dog"]
+    assert one.score == 0.5 and one.box == pytest.approx(expected)
 
 
 # ---- what a person can get wrong
