@@ -1,7 +1,6 @@
 """Human Preference Score v3 (arXiv 2508.03789): a Qwen2-VL of 7 billion weights, fine-tuned on human choices."""
 
 import copy
-import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,10 +11,11 @@ from torch import nn
 from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
 from rewards.hpsv3_prompt import REWARD_TOKEN
-from rewards.hpsv3_tower import BlankTower, Qwen2VLTower, TextRotary, VisionRotary
+from rewards.hpsv3_tower import BlankTower, HPSv3Tower, TextRotary, VisionRotary
+from rewards.qwen_vl import load_qwen_tokenizer
 from rewards.registry import Precision
 from rewards.skeleton import blank
-from rewards.towers import check_weights, dtype_of, find_file, first_line, load_weights
+from rewards.towers import check_weights, dtype_of, find_file, load_weights
 
 FILE = "HPSv3.safetensors"
 SIZES_OF = "MizzenAI/HPSv3"  # the sizes of this model are bundled
@@ -69,7 +69,7 @@ class HPSv3Reward(Reward):
         return reward
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
-        return self.head(self.tower(images, prompts))[:, 0]
+        return self.head(self.tower(images, prompts).float())[:, 0]
 
 
 def build(config) -> tuple[nn.Module, nn.Sequential]:
@@ -88,7 +88,7 @@ def build(config) -> tuple[nn.Module, nn.Sequential]:
     return model, head.requires_grad_(False).eval()
 
 
-def load_hpsv3(weights: Mapping, tokenizer: str, dtype: str, source: str) -> tuple[Qwen2VLTower, nn.Sequential]:
+def load_hpsv3(weights: Mapping, tokenizer: str, dtype: str, source: str) -> tuple[HPSv3Tower, nn.Sequential]:
     """Builds (tower, head), of any size, from the weights of a checkpoint.
 
     Raises:
@@ -99,11 +99,11 @@ def load_hpsv3(weights: Mapping, tokenizer: str, dtype: str, source: str) -> tup
     parts = nn.ModuleDict({"visual": model.visual, "model": model.language_model, "rm_head": head})
     used = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}  # for text, not for scores
     check_weights(used, parts, source, "HPSv3's")
-    words = load_qwen_tokenizer(tokenizer, config.text_config.vocab_size)
+    words = load_tokenizer(tokenizer, config.text_config.vocab_size)
     tower_dtype = dtype_of(dtype)
     cast = {name: weight.to(torch.float if "rm_head." in name else tower_dtype) for name, weight in used.items()}
     parts.load_state_dict(cast, assign=True)
-    return Qwen2VLTower(model, words, dtype), head
+    return HPSv3Tower(model, words, dtype), head
 
 
 def config_of(weights: Mapping[str, torch.Tensor], source: str):
@@ -140,20 +140,15 @@ def _depth(weights: Mapping[str, torch.Tensor], layers: str) -> int:
     return len({match[1] for name in weights if (match := re.match(rf"{layers}\.(\d+)\.", name))})
 
 
-def load_qwen_tokenizer(name: str, vocabulary: int):
+def load_tokenizer(name: str, vocabulary: int):
     """Loads Qwen2-VL's tokenizer and adds the reward token at the end of its vocabulary.
 
     Raises:
         RewardError: It cannot be loaded, or does not have `vocabulary` tokens.
     """
-    from transformers import AddedToken, Qwen2Tokenizer
+    from transformers import AddedToken
 
-    name = os.path.expanduser(name)
-    find_file(name, "tokenizer_config.json", None, "hpsv3.tokenizer")
-    try:
-        tokenizer = Qwen2Tokenizer.from_pretrained(name)
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise RewardError(f"hpsv3.tokenizer={name!r} holds no usable Qwen2 tokenizer: {first_line(error)}") from error
+    tokenizer = load_qwen_tokenizer(name, None, "hpsv3.tokenizer")
     tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True)], special_tokens=True)
     if len(tokenizer) != vocabulary:
         raise RewardError(

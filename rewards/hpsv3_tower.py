@@ -1,55 +1,28 @@
 """The Qwen2-VL under HPSv3, read as the hpsv3 package reads it."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
-from rewards.checkpointing import checkpoint_modules
 from rewards.hpsv3_prompt import INSTRUCTION
-from rewards.qwen_vl import QwenPreprocess, patchify, places
-from rewards.towers import dtype_of
+from rewards.qwen_vl import QwenPreprocess, QwenTower, blank_tokens, patchify, places
 
 PIXELS = 256 * 28 * 28  # of every picture, about
-PROMPT_LENGTH = 77  # tokens of a prompt, to plan memory
-INSTRUCTION_LENGTH = 507  # tokens of the rest of the text behind the picture
-
-# The chat's text before the picture, and what closes the picture.
-BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-AFTER = "<|vision_end|>"
+INSTRUCTION_LENGTH = 507  # tokens of the text behind the picture, without the prompt
 
 
-class Qwen2VLTower(nn.Module):
-    """A frozen Qwen2-VL that reads a picture and an instruction. Its blocks recompute their activations.
+class HPSv3Tower(QwenTower):
+    """A Qwen2VLModel without its own rotary angles. The tower's states are those at the reward token.
 
     As in the release, the text's positions count on through the picture (no M-RoPE).
-
-    Args:
-        model: transformers' Qwen2VLModel, without its own rotary angles.
-        dtype: The precision, a key of DTYPES (towers.py).
     """
 
     def __init__(self, model: nn.Module, tokenizer=None, dtype: str = "bfloat16"):
-        super().__init__()
-        self.dtype = dtype_of(dtype)
-        self.model = model.to(self.dtype).requires_grad_(False).eval()
-        checkpoint_modules([*model.visual.blocks, *model.language_model.layers])
-        self.preprocess = QwenPreprocess(PIXELS, PIXELS)
-        self.tokenizer = tokenizer
+        super().__init__(model, QwenPreprocess(PIXELS, PIXELS), tokenizer, dtype)
 
-    def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Returns the states [B, D] float32 at the reward token, of images [B, 3, H, W] in [0, 1]; differentiable."""
-        text = self.model.language_model
-        before, after, length = (tensor.to(images.device) for tensor in self.tokenize(prompts))
-        before = text.embed_tokens(before).expand(len(images), -1, -1)
-        words = torch.cat([before, self.read_pictures(self.preprocess(images)), text.embed_tokens(after)], dim=1)
-        # A causal model does not see the padding that stands behind a prompt, so it needs no mask.
-        states = text(inputs_embeds=words, use_cache=False).last_hidden_state
-        last = states.shape[1] - after.shape[1] + length - 1
-        return states[torch.arange(len(images), device=images.device), last].float()
+    def ask(self, prompt: str) -> str:
+        return INSTRUCTION.format(text_prompt=prompt)
 
     def read_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Returns the image tokens [B, N, D] of pixels [B, 3, H, W], as `QwenPreprocess` makes them."""
         visual, batch = self.model.visual, len(pixels)
         angles = visual.rotary_pos_emb(places(*pixels.shape[-2:]).to(pixels.device))
         patches = patchify(pixels)
@@ -59,21 +32,10 @@ class Qwen2VLTower(nn.Module):
             states = block(states, cu_seqlens=ends, position_embeddings=[a.repeat(batch, 1) for a in angles])
         return visual.merger(states).unflatten(0, (batch, -1))
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns token ids [P] before and [B, L] behind the picture, and the number [B] of the latter, int64.
 
-        The text ends with the reward token, since a causal model does not see what follows. Rows are padded to L.
-        """
-        after = [AFTER + INSTRUCTION.format(text_prompt=prompt) for prompt in prompts]
-        rows = [torch.tensor(ids) for ids in self.tokenizer(after).input_ids]
-        before = torch.tensor(self.tokenizer(BEFORE).input_ids)
-        return before, nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
-
-
-class BlankTower(Qwen2VLTower):
+class BlankTower(HPSv3Tower):
     def tokenize(self, prompts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        after = torch.zeros(len(prompts), INSTRUCTION_LENGTH + PROMPT_LENGTH, dtype=torch.long, device="meta")
-        return after[0, :15], after, after[:, 0]
+        return blank_tokens(prompts, INSTRUCTION_LENGTH)
 
 
 class Rotary(nn.Module):

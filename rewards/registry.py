@@ -45,6 +45,7 @@ REWARDS = {
     "mps": Entry("mps", "MpsReward"),
     "clip": Entry("clip", "ClipReward"),
     "siglip": Entry("siglip", "SiglipReward"),
+    "vqascore": Entry("vqascore", "VQAScoreReward"),
     "count": Entry("count", "CountReward"),
     "count_hard": Entry("count", "HardCountReward", options="count"),
     "geneval": Entry("geneval", "GenEvalReward"),

@@ -124,14 +124,14 @@ def model_type(name: str, revision: str | None, field: str) -> str | None:
         raise RewardError(f"{field}={name!r}: its config.json is damaged: {first_line(error)}") from error
 
 
-def load_whole(loader, name: str, revision: str | None, kind: str, field: str):
-    """Calls `loader.from_pretrained`, and checks that the file has every weight of the model.
+def load_whole(loader, name: str, revision: str | None, kind: str, field: str, **options):
+    """Calls `loader.from_pretrained` with the options, and checks that the file has every weight of the model.
 
     Raises:
         RewardError: The model cannot be loaded or lacks weights. The message names `kind`.
     """
     try:
-        model, loaded = loader.from_pretrained(name, revision=revision or "main", output_loading_info=True)
+        model, loaded = loader.from_pretrained(name, revision=revision or "main", output_loading_info=True, **options)
     except Exception as error:  # damaged files, and pickles that are not plain weights, fail in many ways
         raise RewardError(f"{field}={name!r} cannot be loaded as a {kind} model: {first_line(error)}") from error
     missing = sorted(loaded["missing_keys"])

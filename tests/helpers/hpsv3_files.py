@@ -13,14 +13,15 @@ SPECIAL = [
 
 
 def make_qwen_tokenizer(folder) -> int:
-    """A Qwen2Tokenizer of all bytes, and of what is frequent in HPSv3's instruction. Returns its number of tokens."""
+    """A Qwen2Tokenizer of all bytes, and of what is frequent in the rewards' texts. Returns its number of tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator([INSTRUCTION], trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet)
+    trained.train_from_iterator([INSTRUCTION, "Yes " * 50], trainer)
     model = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]])
     tokenizer.add_tokens(SPECIAL, special_tokens=True)
@@ -70,3 +71,30 @@ def hpsv3_state(
     for place, inputs, outputs in zip((0, 3, 5), (text, *head), head, strict=False):
         state |= linear(f"rm_head.{place}", outputs, inputs)
     return state
+
+
+def make_qwen2_5_vl(folder, **config):
+    """A random Qwen2_5_VLForConditionalGeneration with its tokenizer, as `save_pretrained` writes them."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vocabulary = make_qwen_tokenizer(folder)
+    text = dict(
+        vocab_size=vocabulary + 10, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+    )  # fmt: skip
+    vision = dict(
+        depth=2, hidden_size=32, out_hidden_size=64, num_heads=2, intermediate_size=48, fullatt_block_indexes=[1]
+    )
+    picture = vocabulary - len(SPECIAL) + SPECIAL.index("<|image_pad|>")
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=picture, **config)
+    torch.manual_seed(3)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            std = 0.1 if weight.ndim < 2 else torch.Size(weight.shape[1:]).numel() ** -0.5
+            std *= 2 if "_proj" in name else 1  # so that the answer depends on the picture
+            weight.copy_(std * torch.randn(weight.shape, generator=generator) + (weight.ndim == 1))
+    model.save_pretrained(folder)
+    return folder

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from alignprop.prompts import load_prompts
-from tests.helpers.hpsv3_files import hpsv3_state, make_qwen_tokenizer
+from tests.helpers.hpsv3_files import hpsv3_state, make_qwen2_5_vl, make_qwen_tokenizer
 from tests.helpers.imagereward_files import CYCLE, imagereward_state, make_bert_tokenizer
 
 
@@ -277,6 +277,9 @@ def make_options(name, folder) -> dict:
         make_tokenizer(size=600).save_pretrained(folder / "processor")
         return {"checkpoint": str(folder / "mps.pt"), "processor": str(folder / "processor")}
     assert name in ("imagereward", "cyclereward")
+    if name == "vqascore":
+        return {"model": str(make_qwen2_5_vl(folder / "qwen2_5_vl")), "dtype": "float32"}
+    assert name == "imagereward"
     vocabulary = make_bert_tokenizer(folder / "bert") + 2
     cycle = dict(positions=160, head_at=CYCLE) if name == "cyclereward" else {}
     torch.save(imagereward_state(vocabulary, **cycle), folder / "ImageReward.pt")

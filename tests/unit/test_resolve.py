@@ -147,6 +147,7 @@ REFUSED = {
     "geneval.model": [""], "geneval.revision": [""], "geneval.clip": [""], "geneval.clip_revision": [""],
     "geneval.dtype": ["half"], "geneval.threshold": [1.1], "geneval.counting_threshold": [-0.1],
     "geneval.max_overlap": [2.0], "geneval.partial": ["yes"],
+    "vqascore.model": [""], "vqascore.revision": [""], "vqascore.log": [1], "vqascore.dtype": ["int8"],
     "count.model": [""], "count.threshold": [0.0, 1.0],
     "aesthetic.clip_revision": [""], "aesthetic.head_revision": [""], "clip.revision": [""], "count.revision": [""],
     "hps.checkpoint_repo": [""], "hps.checkpoint_revision": [""], "imagereward.checkpoint_repo": [""],
@@ -219,7 +220,7 @@ def test_choices_are_those_of_the_code_that_has_them():
     assert set(FIELDS["hps.version"].rule.choices) == set(CHECKPOINTS)
     assert set(FIELDS["hps.backend"].rule.choices) == set(BACKENDS)
     towers = [name for name in FIELDS if name.endswith(".dtype")]
-    assert len(towers) == 13 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
+    assert len(towers) == 14 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
 
 
 def test_every_reward_option_is_a_field():

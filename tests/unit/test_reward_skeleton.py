@@ -16,9 +16,7 @@ NAMES = [name for name in REWARDS if reward_class(name).plannable and reward_cla
 # Million parameters, of towers and head.
 FULL_SIZE = {
     "aesthetic": 304.9, "aesthetic_v2_5": 429.5, "hps": 986.1, "hpsv3": 7748.6, "pickscore": 986.1,
-    "imagereward": 446.2, "cyclereward": 446.2, "clip": 427.6, "siglip": 203.2,
-    "aesthetic": 304.9, "aesthetic_v2_5": 429.5, "hps": 986.1, "pickscore": 986.1, "imagereward": 446.2,
-    "cyclereward": 446.2, "mps": 1104.6, "clip": 427.6, "siglip": 203.2,
+    "imagereward": 446.2, "cyclereward": 446.2, "mps": 1104.6, "clip": 427.6, "siglip": 203.2, "vqascore": 8292.2,
 }  # fmt: skip
 
 
