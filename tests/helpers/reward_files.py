@@ -276,10 +276,9 @@ def make_options(name, folder) -> dict:
         torch.save(mps_state(), folder / "mps.pt")
         make_tokenizer(size=600).save_pretrained(folder / "processor")
         return {"checkpoint": str(folder / "mps.pt"), "processor": str(folder / "processor")}
-    assert name in ("imagereward", "cyclereward")
     if name == "vqascore":
         return {"model": str(make_qwen2_5_vl(folder / "qwen2_5_vl")), "dtype": "float32"}
-    assert name == "imagereward"
+    assert name in ("imagereward", "cyclereward")
     vocabulary = make_bert_tokenizer(folder / "bert") + 2
     cycle = dict(positions=160, head_at=CYCLE) if name == "cyclereward" else {}
     torch.save(imagereward_state(vocabulary, **cycle), folder / "ImageReward.pt")
