@@ -29,9 +29,9 @@ class Reward(nn.Module):
 
         Args:
             options: All arguments of the constructor.
-            tower_config: A function of (a model's name, the option that names it, "clip", "siglip", "blip" or
-                "qwen2_vl"). It returns the keywords of the model's `transformers.CLIPConfig`, `SiglipConfig`,
-                `BlipConfig` or `Qwen2VLConfig`. For the kind "vlm", any image-text model, they are those of
+            tower_config: A function of (a model's name, the option that names it, "clip", "siglip", "blip",
+                "qwen2_vl", "dinov2" and so on). It returns the keywords of the model's `transformers.CLIPConfig`,
+                `SiglipConfig` and so on. For the kind "vlm", any image-text model, they are those of
                 `AutoConfig.for_model`.
         """
         return BlankReward()

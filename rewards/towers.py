@@ -19,29 +19,44 @@ from rewards.preprocess import ClipPreprocess
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class ClipTower(nn.Module):
-    """A frozen `transformers.CLIPModel` that embeds images and prompts on the unit sphere.
+class ImageTower(nn.Module):
+    """A frozen network that embeds images on the unit sphere. Subclasses implement `image_features`.
 
     Args:
-        model: A CLIPModel. Its text half may be missing if `tokenizer` is None.
-        dtype: The precision of the towers, a key of DTYPES. Pixels are prepared and embeddings normalised in float32.
+        dtype: The precision of the network, a key of DTYPES. Pixels are prepared and embeddings normalised in float32.
 
     Raises:
         RewardError: The dtype is unknown.
     """
 
-    def __init__(self, model: nn.Module, preprocess: ClipPreprocess, tokenizer=None, dtype: str = "float32"):
+    def __init__(self, model: nn.Module, preprocess: ClipPreprocess, dtype: str = "float32"):
         super().__init__()
         self.dtype = dtype_of(dtype)
-        # The model multiplies a cosine by this. It is computed before the cast, because bfloat16 turns 100 into 98.9.
-        self.register_buffer("scale", model.logit_scale.detach().float().exp(), persistent=False)
         self.model = model.to(self.dtype).requires_grad_(False).eval()
         self.preprocess = preprocess
-        self.tokenizer = tokenizer
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
         """Returns unit vectors [B, D] float32 of images [B, 3, H, W] in [0, 1]; differentiable."""
         return F.normalize(self.image_features(self.preprocess(images).to(self.dtype)).float(), dim=-1)
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Returns vectors [B, D] of any length, given the preprocessed pixels."""
+        raise NotImplementedError
+
+
+class ClipTower(ImageTower):
+    """A frozen `transformers.CLIPModel` that embeds images and prompts on the unit sphere.
+
+    Args:
+        model: A CLIPModel. Its text half may be missing if `tokenizer` is None.
+    """
+
+    def __init__(self, model: nn.Module, preprocess: ClipPreprocess, tokenizer=None, dtype: str = "float32"):
+        # The model multiplies a cosine by this. It is computed before the cast, because bfloat16 turns 100 into 98.9.
+        scale = model.logit_scale.detach().float().exp()
+        super().__init__(model, preprocess, dtype)
+        self.register_buffer("scale", scale, persistent=False)
+        self.tokenizer = tokenizer
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> torch.Tensor:

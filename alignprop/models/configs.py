@@ -23,7 +23,7 @@ from alignprop.settings.errors import ConfigError
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "configs"
 TOWERS = {
     "clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTextRetrieval", "qwen2_vl": "Qwen2VLModel",
-    "mask2former": "Mask2FormerForUniversalSegmentation",
+    "dinov2": "Dinov2Model", "mask2former": "Mask2FormerForUniversalSegmentation",
     "vlm": "AutoModelForImageTextToText",  # of any type
 }  # fmt: skip
 

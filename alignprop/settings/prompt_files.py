@@ -15,6 +15,7 @@ from alignprop.settings.errors import ConfigError
 COLUMNS = ("prompt", "prompts", "text", "caption")  # the allowed names of the column with the prompts, in any case
 WEIGHT = "weight"  # the name of the column that says how often a prompt is drawn
 NEGATIVE = "negative_prompt"  # the name of the column with negative prompts
+TARGET = "target"  # the name of the column with paths of pictures, for rewards that compare with them
 Rows = list[tuple[str, dict[str, Any]]]
 """Prompts with their metadata."""
 
@@ -23,7 +24,8 @@ def read_prompt_file(path: Path) -> Rows:
     """Reads the prompts of a file, with their metadata.
 
     The prompt of a row is in the first of COLUMNS that the row has. Its metadata are the other columns. If the column
-    "metadata" holds an object, the entries of this object are metadata as well.
+    "metadata" holds an object, the entries of this object are metadata as well. A "target" that is the path of a file,
+    seen from the folder of the prompts, becomes that file's path from anywhere.
 
     Raises:
         ConfigError: the file cannot be read, is not UTF-8, holds no prompt, or has a line or an entry without a prompt.
@@ -42,6 +44,10 @@ def read_prompt_file(path: Path) -> Rows:
         raise ConfigError(f"{path}: {error}") from None
     if not rows:
         raise ConfigError(f"{path} holds no prompt; write one per line")
+    for _, metadata in rows:
+        target = metadata.get(TARGET)
+        if isinstance(target, str) and target and (path.parent / target).is_file():
+            metadata[TARGET] = str((path.parent / target).absolute())
     return rows
 
 

@@ -235,13 +235,56 @@ def small_sentencepiece() -> bytes:
     return file.SerializeToString()
 
 
+# ---- similarity to a picture
+
+
+def make_dino(folder, image_size=70):
+    """A random Dinov2Model, whose positions are interpolated to 224 pixels, as those of the hub's 518 are."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=image_size)
+    randomise(Dinov2Model(Dinov2Config(**size)), seed=8).save_pretrained(folder)
+    return folder
+
+
+def make_lpips(folder, net="alex"):
+    """Random weights of a narrow trunk, with a classifier, and of its features. Returns (trunk's file, lin's file)."""
+    from rewards.lpips import NETS, TrunkTower
+
+    kind = NETS[net]
+    tower = TrunkTower(kind, [16 + i for i in range(len(kind.convolutions))])
+    generator = torch.Generator().manual_seed(9)
+    state = {name: torch.randn(w.shape, generator=generator) for name, w in tower.state_dict().items()}
+    state = {name: w * w[0].numel() ** -0.5 if w.ndim > 1 else 0.1 * w for name, w in state.items()}
+    torch.save(state | {"classifier.6.bias": torch.zeros(1000)}, Path(folder) / f"{net}-trunk.pth")
+    lins = {
+        f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1, generator=generator) for i, w in enumerate(tower.tap_widths)
+    }
+    torch.save(lins, Path(folder) / f"{net}.pth")
+    return Path(folder) / f"{net}-trunk.pth", Path(folder) / f"{net}.pth"
+
+
+def save_target(path, height=80, width=100):
+    """A picture to compare with, as a PNG. Returns its path."""
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(10), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    return str(path)
+
+
 # ---- all of them
 
 
 def make_options(name, folder) -> dict:
     """The options of the reward `name` for files of its format that this writes into `folder`."""
     folder = Path(folder)
-    if name == "clip":
+    if name == "dino":
+        return {"model": str(make_dino(folder / "dino"))}
+    if name == "lpips":
+        trunk, lin = make_lpips(folder)
+        return {"trunk": str(trunk), "lin": str(lin)}
+    if name in ("clip", "clip_image"):
         return {"model": str(make_clip(folder / "clip", seed=1))}
     if name == "aesthetic":
         torch.save(laion_head(24), folder / "head.pth")

@@ -39,7 +39,10 @@ TOWERS = {  # vision, text
     "qwen2_5_vl_7b": (676_550_144, 7_070_619_136),  # with the layer of words 8,292,166,656
     "qwen2_5_vl_3b": (668_684_288, 3_085_938_688),  # 3,754,622,976, as the layer of words is the embedding
 }
-MASK2FORMER = 68_741_083
+IMAGE_TOWERS = {
+    "dinov2_small": 22_056_576, "dinov2_base": 86_580_480, "dinov2_large": 304_368_640,
+    "mask2former_swin_small": 68_741_083,  # of its default, with 80 classes
+}  # fmt: skip
 
 
 def read(stem):
@@ -73,8 +76,9 @@ def test_towers_have_the_published_numbers_of_parameters(stem):
     assert (count(vision), count(text)) == TOWERS[stem]
 
 
-def test_mask2former_has_the_number_of_parameters_of_its_default_with_80_classes():
-    assert count(build_module(read("mask2former_swin_small")["model"], torch.bfloat16, "meta")) == MASK2FORMER
+@pytest.mark.parametrize("stem", IMAGE_TOWERS)
+def test_image_towers_have_the_published_numbers_of_parameters(stem):
+    assert count(build_module(read(stem)["model"], torch.bfloat16, "meta")) == IMAGE_TOWERS[stem]
 
 
 def test_sd35_has_its_table_of_positions():
@@ -83,7 +87,7 @@ def test_sd35_has_its_table_of_positions():
 
 
 def test_every_file_is_one_of_these():
-    assert sorted(FILES) == sorted([*PARAMETERS, *TOWERS, "mask2former_swin_small"])
+    assert sorted(FILES) == sorted([*PARAMETERS, *TOWERS, *IMAGE_TOWERS])
     names = [name.lower() for stem in FILES for name in read(stem)["hub_names"]]
     assert len(names) == len(set(names))
 

@@ -135,6 +135,8 @@ REFUSED = {
     "cyclereward.tokenizer": [None], "cyclereward.dtype": ["fp8"],
     "mps.checkpoint": [None], "mps.checkpoint_repo": [""], "mps.checkpoint_revision": [""], "mps.processor": [""],
     "mps.dtype": ["fp16"],
+    "dino.model": [""], "dino.revision": [3], "dino.dtype": [None], "lpips.net": ["squeeze"], "lpips.lin": [""],
+    "lpips.trunk": [""], "lpips.trunk_repo": [""], "lpips.trunk_revision": [""], "lpips.dtype": ["half"],
     "pretrained.vae": [""], "pretrained.denoiser": [""], "pretrained.quantize": ["int2", None],
     "pretrained.quantize_products": ["int8", None], "memory.decode_activations": ["cpu", 1],
     "pretrained.quantize_text_encoders": ["fp16", None], "quantize_rewards": [8, None],
@@ -220,7 +222,7 @@ def test_choices_are_those_of_the_code_that_has_them():
     assert set(FIELDS["hps.version"].rule.choices) == set(CHECKPOINTS)
     assert set(FIELDS["hps.backend"].rule.choices) == set(BACKENDS)
     towers = [name for name in FIELDS if name.endswith(".dtype")]
-    assert len(towers) == 14 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
+    assert len(towers) == 16 and all(set(FIELDS[name].rule.choices) == set(DTYPES) for name in towers)
 
 
 def test_every_reward_option_is_a_field():

@@ -9,8 +9,8 @@ FIELDS = (
         "The prompts of training: the name of a prompt set, a text file with one prompt in each line, a .jsonl, "
         ".json, .csv or .tsv file with a column `prompt`, `prompts`, `text` or `caption`, or 'dataset:NAME:SPLIT', a "
         "dataset of the Hugging Face hub with such a column. The other columns are metadata for the reward. The column "
-        "`weight` also says how often a prompt is drawn, and `negative_prompt` replaces the field of that name.",
-        (TRAINING,),
+        "`weight` also says how often a prompt is drawn, `negative_prompt` replaces the field of that name, and "
+        "`target` is the path of a picture that some rewards compare with.", (TRAINING,),
     ),
     Field("eval_prompt_fn", "eval_simple_animals", text(), "The prompts of evaluations, in the forms of prompt_fn."),
     Field(
