@@ -28,6 +28,7 @@ def main() -> None:
         check_prompts(entries)
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     write_comparison(entries, options.output)
     print(f"wrote {options.output}")
 

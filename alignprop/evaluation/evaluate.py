@@ -238,7 +238,7 @@ def _columns(rows: list[dict[str, float]]) -> dict[str, torch.Tensor]:
 
 def write_scores(evaluation: Evaluation, path: Path) -> None:
     """Writes a CSV file with a row for each picture: its prompt, its size, its scores and its looks."""
-    columns = {"reward": evaluation.rewards, **evaluation.terms, **evaluation.looks}
+    columns = {"reward": evaluation.rewards, **evaluation.looks, **evaluation.terms}  # a term may have a look's name
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "prompt", *(["size"] if evaluation.sizes else []), *columns])

@@ -35,8 +35,12 @@ def save_grid(images: Pictures, labels: Sequence[str], path: str | os.PathLike, 
 
 def read_grid(path: str | os.PathLike) -> list[tuple[str, Image.Image]]:
     """Returns the (label, picture) pairs in a PNG of `save_grid`, in the size drawn; none from any other PNG."""
-    with Image.open(path) as grid:
-        return [(label, grid.crop(box)) for label, box in json.loads(grid.info.get(CONTENTS, "[]"))]
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a grid of large pictures is our own file
+    try:
+        with Image.open(path) as grid:
+            return [(label, grid.crop(box)) for label, box in json.loads(grid.info.get(CONTENTS, "[]"))]
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def save_before_after(before: Pictures, after: Pictures, labels: Sequence[str], path: str | os.PathLike) -> None:

@@ -60,14 +60,14 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, fmt: PerChannel) -> torch
     """Returns `left` [..., n], rounded to 8 bits row by row, times `right` [n, m], which has 8 bits."""
     rows = left.flatten(0, -2)
     scale = not_zero(rows.abs().amax(1, keepdim=True) / fmt.largest)
-    values = fmt.round(rows / scale)
+    # A GPU takes the first matrix in the order of rows, and the second one in the order of columns.
+    values = fmt.round(rows / scale).contiguous()
+    right = right.t().contiguous().t()
     if fmt.dtype == torch.int8 and left.is_cpu:  # there torch's own product of integers is 20 times slower
         sums = (values.float() @ right.float()).to(left.dtype)
     elif fmt.dtype == torch.int8:
         sums = torch._int_mm(values, right).to(left.dtype)
     else:
-        if right.is_contiguous():  # the product takes a second matrix only in the order of columns
-            right = right.t().contiguous().t()
         one = torch.ones((), device=left.device)
         sums = torch._scaled_mm(values, right, one, one, out_dtype=left.dtype)
     return sums.mul_(scale).unflatten(0, left.shape[:-1])

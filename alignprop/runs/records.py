@@ -12,6 +12,7 @@
 
 import io
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,10 @@ from alignprop.engine.background import Background
 from alignprop.evaluation.evaluate import Evaluation, write_scores
 from alignprop.evaluation.pictures import Pictures, plot_curves, save_before_after, save_grid
 from alignprop.evaluation.report.page import write_page
-from alignprop.evaluation.report.source import read_run
-from alignprop.evaluation.report.verdict import Verdict
+from alignprop.evaluation.report.source import RunData, read_run
+from alignprop.evaluation.report.verdict import Verdict, judge
 from alignprop.evaluation.stop_when import MEASURES
-from alignprop.runs.checkpoint import checkpoints_of, clean_up, prune, run_folder_of
+from alignprop.runs.checkpoint import checkpoints_of, clean_up, prune, run_folder_of, step_of
 from alignprop.runs.tracking import MetricsLog
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import save_config
@@ -75,7 +76,8 @@ class Records:
         self.metrics.rows()  # This finds a damaged file before anything in the folder is changed.
         clean_up(self.folder, step)
         for file in (self.folder / "samples").glob("step_*.*"):
-            if int(file.stem.removeprefix("step_")) > step:
+            number = file.stem.removeprefix("step_")
+            if number.isdigit() and int(number) > step:
                 file.unlink()
         # A run that starts from step 0 also drops an earlier evaluation of step 0.
         self.metrics.truncate_after(step or -1)
@@ -114,8 +116,16 @@ class Records:
 
     def _report(self, evaluation: Evaluation, row: dict) -> None:
         self._draw(evaluation, row)
-        self._verdict = write_page(read_run(self.folder, [*self.metrics.rows(), row]))
         self.metrics.append(row)
+        self._verdict = self._report_on(write_page)
+
+    def _report_on(self, function: Callable[[RunData], Verdict | None]) -> Verdict | None:
+        """Returns what `function` says of the run. If it fails there is only a warning: a page must not cost the run."""
+        try:
+            return function(read_run(self.folder, self.metrics.rows()))
+        except Exception as error:
+            print(f"warning: there is no report of the run ({type(error).__name__}: {error})", file=sys.stderr)
+            return None
 
     def is_evaluated(self, step: int) -> bool:
         return any(row["step"] == step for row in self.evaluations())
@@ -126,7 +136,7 @@ class Records:
         return [row for row in self.metrics.rows() if row["kind"] == "eval"]
 
     def prune_checkpoints(self, measure: Callable[[dict], float | None]) -> None:
-        """Deletes old checkpoints, except for the newest, the best, and the one that `resume_from` names.
+        """Deletes old checkpoints, except for the newest, the best, and those that `resume_from` and the report name.
 
         This happens in the background, after the evaluation that may decide the best has been reported.
 
@@ -141,6 +151,9 @@ class Records:
         # A checkpoint that `resume_from` names is kept (not the one of "latest"): the user may start from it once more.
         named = self.started_from and Path(self.config.resume_from).name in (self.started_from.name, "best")
         keep = [self.started_from] if named else []
+        verdict = self._report_on(lambda run: judge(run.points, run.untrained))
+        if verdict and verdict.turned is not None:  # the report recommends the last checkpoint before the turn
+            keep += [path for path in checkpoints_of(self.folder) if step_of(path) <= verdict.best][-1:]
         prune(self.folder, self.config.num_checkpoint_limit, keep, held_out)
 
     def _draw(self, evaluation: Evaluation, row: dict) -> None:

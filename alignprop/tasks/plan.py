@@ -27,7 +27,7 @@ def compare_policies(config, gpu_memory: float | None = None, gpu: str | None = 
     c = resolve(config, 1)
     named = GPUS[gpu] if gpu else None if gpu_memory else _measured(PRECISIONS[c.mixed_precision])
     gib = gpu_memory or (named.gib if named else None)
-    size = gib and gib * GIB
+    size = gib * GIB if gib else gpu_bytes()
     build, found, done = skeletons(c), [], {}
     sizes = picture_sizes(c.resolution)
     largest = f", the largest pictures, {size_name(sizes[0])}" if len(sizes) > 1 else ""
@@ -68,7 +68,11 @@ def _measured(dtype: torch.dtype) -> Gpu | None:
     """Measures the GPU of this machine and says what was found; None without a GPU."""
     if (free := gpu_bytes()) is None:
         return None
-    found = measure(torch.device("cuda"), free / GIB, dtype)
+    try:
+        found = measure(torch.device("cuda"), free / GIB, dtype)
+    except RuntimeError as error:  # among them that the GPU is full
+        print(f"This GPU's pace could not be measured ({str(error).splitlines()[0]}), so no seconds are predicted")
+        return None
     print(
         f"This GPU, measured: {found.flops / 1e12:.0f} TFLOP/s in {str(dtype).removeprefix('torch.')}, "
         f"{found.bus / 1e9:.0f} GB/s from the host"

@@ -11,6 +11,8 @@ import pytest
 from alignprop.evaluation.report import page
 from alignprop.evaluation.report.page import write_page
 from alignprop.evaluation.report.source import read_run
+from alignprop.evaluation.report.verdict import student
+from alignprop.runs import records
 from alignprop.tasks import evaluate
 from scripts import compare
 from tests.helpers.training import train
@@ -106,6 +108,35 @@ def test_a_turned_run_names_the_checkpoint_that_is_kept(run_with_hostile_prompts
     assert page._kept(run, verdict).startswith("No checkpoint")
 
 
+def test_a_report_that_fails_costs_no_run(toy_config, monkeypatch, capsys):
+    monkeypatch.setattr(page, "judge", lambda *args: 1 / 0)
+    trainer = train(toy_config(num_epochs=1))
+    assert [row["step"] for row in read(trainer.run.folder).rows if row["kind"] == "eval"] == [0, trainer.global_step]
+    assert "warning: there is no report of the run (ZeroDivisionError: division by zero)" in capsys.readouterr().err
+
+
+def test_a_run_may_continue_with_another_reward(toy_config):
+    folder = train(toy_config(num_epochs=1)).run.folder
+    train(toy_config(num_epochs=2, resume_from=str(folder), reward_fn="colour", eval_reward_fn=""))
+    assert read(folder).trained == ["colour"] and (folder / "report.html").exists()
+
+
+def test_files_of_a_person_beside_the_samples_are_left_alone(toy_config):
+    folder = train(toy_config(num_epochs=1)).run.folder
+    mine = folder / "samples" / "step_000001 (copy).png"
+    mine.write_text("a person's file")
+    train(toy_config(num_epochs=2, resume_from=str(folder)))
+    assert mine.exists()
+
+
+def test_the_checkpoint_that_the_report_recommends_is_kept(toy_config, monkeypatch):
+    verdict = page.Verdict("hacked", "It fell.", best=2, turned=4)
+    monkeypatch.setattr(records, "judge", lambda *args: verdict)
+    options = dict(num_epochs=4, eval_freq=1, save_freq=1, num_checkpoint_limit=1, train__learning_rate=0.05)
+    trainer = train(toy_config(**options))
+    assert 2 in read(trainer.run.folder).checkpoints()
+
+
 def test_several_sizes_and_one_evaluation(toy_config):
     """Two sizes: pictures of unequal shapes. An interrupted run: only the evaluation before the first step."""
     folder = train(toy_config(num_epochs=1, resolution="16x24,24x16", num_eval_images=4)).run.folder
@@ -137,7 +168,7 @@ def test_a_run_is_compared_with_the_base_picture_by_picture(toy_config, tmp_path
     prompts = run.points[-1].prompts
     means = [difference[[i for i, p in enumerate(prompts) if p == prompt]].mean() for prompt in set(prompts)]
     error = abs(means[0] - means[1]).item() / 2  # of two prompts
-    assert f"{sum(means).item() / 2:+.3g}" in texts and f"± {1.96 * error:.4g}" in texts
+    assert f"{sum(means).item() / 2:+.3g}" in texts and f"± {student(1.96, 1) * error:.4g}" in texts
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "twice", "others"])

@@ -84,6 +84,25 @@ def test_rows_of_zeros_give_the_bias(name):
     assert torch.equal(layer(torch.zeros(20, 64)), layer.bias.expand(20, -1))
 
 
+@pytest.mark.parametrize("name", NARROW)
+def test_a_gpu_gets_rows_and_columns_in_its_order(name, monkeypatch):
+    """The tokens of one picture can be a view that has its channels first in memory, and so can their gradient."""
+    seen, narrow = [], FORMATS[name]
+    layer = narrow_layer(name, out=64).to("meta")
+    to_int8, to_fp8 = torch._int_mm, torch._scaled_mm
+
+    def product(*args, **kwargs):
+        seen.append([(t.stride(0) >= t.stride(1)) for t in args[:2]])
+        return (to_int8 if narrow.dtype == torch.int8 else to_fp8)(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    x = torch.zeros(1, 64, 5, 7, device="meta").permute(0, 2, 3, 1).reshape(1, 35, 64).requires_grad_()
+    y = layer(x).permute(0, 2, 1).reshape(1, 64, 5, 7)
+    y.backward(torch.zeros(1, 64, 5, 7, device="meta"))
+    assert seen == [[True, False], [True, False]]
+
+
 def test_only_layers_of_8_bits_multiply_so():
     layers = nn.ModuleList([nn.Linear(64, 64), nn.Conv2d(64, 64, 3), nn.Linear(64, 64)]).requires_grad_(False)
     pack(layers[:2], FORMATS["int8"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignprop.evaluation.looks import looks
-from alignprop.evaluation.report.verdict import Point, change, drifts, index, judge, listed
+from alignprop.evaluation.report.verdict import Point, change, drifts, index, judge, listed, student
 from tests.helpers.shaped import normal
 
 PROMPTS = [f"prompt {i // 2}" for i in range(16)]  # 8 prompts of two pictures
@@ -32,20 +32,42 @@ def test_a_change_is_the_mean_over_prompts_with_the_standard_error_of_the_prompt
     d = after - before
     means = torch.stack([d[:2].mean(), d[2], d[3:].mean()])
     assert found.mean == pytest.approx(means.mean().item())
-    assert found.error == pytest.approx(means.std().item() / math.sqrt(3))
+    assert found.error == pytest.approx(means.std().item() / math.sqrt(3)) and found.count == 3
 
 
 def test_only_changes_of_three_standard_errors_count():
     one = torch.zeros(16).double()
     spread = torch.tensor([1.0, -1.0] * 4).repeat_interleave(2).double()  # the error is 1/sqrt(7)
-    for size, counts in ((2.97, False), (3.03, True)):
+    # The two-sided .27 % of Student's t with 7 degrees of freedom is 4.53.
+    for size, counts in ((4.45, False), (4.60, True)):
         after = spread + size / math.sqrt(7)
         assert change(one, after, PROMPTS).rose is counts and change(one, -after, PROMPTS).fell is counts
         assert not change(one, after, PROMPTS).fell and not change(one, -after, PROMPTS).rose
 
 
-def test_one_prompt_says_nothing_and_nan_neither():
-    assert not change(torch.zeros(4), torch.ones(4), ["a"] * 4).rose
+@pytest.mark.parametrize(("freedom", "expected"), [(3, 9.22), (7, 4.53), (20, 3.42), (1000, 3.01)])
+def test_few_prompts_need_a_larger_change(freedom, expected):
+    """The quantiles of Student's t at the probability that a normal distribution has at 3."""
+    assert student(3.0, freedom) == pytest.approx(expected, rel=0.08 if freedom == 3 else 0.01)
+    assert student(1.96, 10) == pytest.approx(2.228, rel=0.005)
+
+
+def test_with_one_prompt_the_pictures_are_compared():
+    before, after = normal(12).double(), 5 + normal(12, seed=1).double()
+    found, alone = (change(before, after, prompts) for prompts in (["a"] * 12, [*"abcdefghijkl"]))
+    assert found == alone and found.rose
+    assert not change(torch.zeros(1), torch.ones(1), ["a"]).rose
+
+
+def test_a_run_that_diverged_is_said_to_have():
+    made = points([0, 1], clip=[1, 1])
+    made[1].scores["clip"][3] = math.nan
+    verdict = judge(made, ["clip"])
+    assert (verdict.kind, verdict.best) == ("broken", None)
+    assert verdict.sentence == "At step 10 clip is not finite for some pictures: the run has diverged."
+
+
+def test_nan_counts_as_no_change():
     found = change(torch.zeros(2), torch.tensor([1.0, math.nan]), ["a", "b"])
     assert not found.rose and not found.fell
 
@@ -125,6 +147,14 @@ def test_one_evaluation_is_too_early():
 
 
 # ---- remarks
+
+
+def test_a_look_that_was_zero_is_no_drift():
+    made = [
+        Point(s, PROMPTS, {"reward": NOISE, "saturation": torch.full((16,), v).double()})
+        for s, v in ((0, 0.0), (1, 0.5))
+    ]
+    assert drifts(*made) == []
 
 
 def test_drifts_are_told_and_small_changes_are_not():

@@ -58,7 +58,9 @@ def write_comparison(entries: Mapping[str, tuple[Point, list[Image.Image]]], pat
         path: the file to write.
     """
     (first, _), *_ = entries.values()
+    alike = len({tuple(point.scores) for point, _ in entries.values()}) == 1  # else their rewards may differ
     names = [name for name in first.scores if all(name in point.scores for point, _ in entries.values())]
+    names = [name for name in names if alike or name != "reward"]
     rows = [
         [
             (point.scores[name].mean().item(), None if point is first else _change(first, point, name))
@@ -117,8 +119,10 @@ def _kept(run: RunData, verdict: Verdict) -> str:
     if verdict.turned is None or verdict.best is None:
         return ""
     saved = [step for step in run.checkpoints() if step <= verdict.best]
-    if not verdict.best or not saved:
-        return "No checkpoint of that step or before it is kept. The base model was better than the last checkpoint."
+    if not verdict.best:
+        return "The base model was better than the last checkpoint."
+    if not saved:
+        return "No checkpoint of that step or before it is kept."
     exact = "" if saved[-1] == verdict.best else ", the last one before that step"
     return f"checkpoints/checkpoint_{saved[-1]} is kept{exact}."
 

@@ -66,6 +66,7 @@ def read_run(folder: Path, rows: list[dict]) -> RunData:
     trained = next((list(row["rewards"]) for row in reversed(rows) if row["kind"] == "train"), [])
     names = points[-1].scores if points else {}
     untrained = [name for name in names if name not in (*trained, "reward", *LOOKS)] if trained else []
+    trained = [name for name in trained if name in names]  # a run may continue with another reward
     same = [point for point in points if point.scores.keys() == names.keys()]
     return RunData(folder, config, rows, same, trained, untrained)
 
@@ -102,8 +103,9 @@ def read_entry(path: Path) -> tuple[Point, list[Image.Image]]:
         ConfigError: the folder holds neither.
     """
     if (path / "scores.csv").exists():
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        return Point(0, *read_scores(path / "scores.csv"), _measures(summary)), pictures_of(path / "grid.png")
+        summary = path / "summary.json"  # which an evaluation writes after the scores
+        measures = _measures(json.loads(summary.read_text(encoding="utf-8"))) if summary.exists() else {}
+        return Point(0, *read_scores(path / "scores.csv"), measures), pictures_of(path / "grid.png")
     files = sorted(path.glob("samples/step_*.csv"))
     if not files:
         raise ConfigError(f"{str(path)!r} holds no evaluation: it has neither scores.csv nor samples/step_*.csv")

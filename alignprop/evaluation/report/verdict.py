@@ -2,8 +2,9 @@
 
 The words come from paired differences. Picture j of every evaluation has the same prompt and the same noise, so two
 evaluations are compared picture by picture. Pictures of one prompt are alike. So the differences are averaged for each
-prompt first, and the standard error is taken over the prompts. A change counts if it is larger than `CERTAIN` standard
-errors.
+prompt first, and the standard error is taken over the prompts. With a single prompt it is taken over the pictures. A
+change counts if it is larger than `CERTAIN` standard errors, or than Student's t of the same probability if there are
+few of them.
 
 A judge is a score that was measured and not trained. A judge has turned at the first evaluation from which on all are
 certainly below that judge's best one. The run has turned when its first judge has. The best step is then the one before
@@ -25,28 +26,44 @@ DRIFT = 0.25  # and so is a change of a look by more than this share.
 
 
 class Change(NamedTuple):
-    """The mean of paired differences, and its standard error over the prompts. The error of a single prompt is inf."""
+    """The mean of `count` paired differences, and its standard error."""
 
     mean: float
     error: float
+    count: int
 
     @property
     def rose(self) -> bool:
-        return self.mean > CERTAIN * self.error
+        return self.mean > self.within(CERTAIN)
 
     @property
     def fell(self) -> bool:
-        return -self.mean > CERTAIN * self.error
+        return -self.mean > self.within(CERTAIN)
+
+    def within(self, deviations: float) -> float:
+        """Returns half the width of the interval that a normal distribution has within so many standard deviations."""
+        return student(deviations, self.count - 1) * self.error if self.count > 1 else math.inf
+
+
+def student(z: float, freedom: int) -> float:
+    """Returns the quantile of Student's t that has the probability of z (Abramowitz and Stegun, 26.7.5)."""
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
 
 
 def change(before: torch.Tensor, after: torch.Tensor, prompts: Sequence[str]) -> Change:
     """Returns the change of scores [n] of the same n pictures."""
     differences = after - before
-    means = torch.stack([differences[rows].mean() for rows in rows_by(prompts).values()])
     if not differences.isfinite().all():
-        return Change(math.nan, math.inf)
+        return Change(math.nan, math.inf, len(differences))
+    groups = [differences[rows].mean() for rows in rows_by(prompts).values()]
+    means = torch.stack(groups) if len(groups) > 1 else differences
     error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.inf
-    return Change(means.mean().item(), error)
+    return Change(means.mean().item(), error, len(means))
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class Verdict:
 
     Attributes:
         kind: "better", "kept" (the judges stayed as they were), "hacked", "unmeasured", "fell", "still" (the reward
-            did not change), or "early" (there are not two evaluations).
+            did not change), "broken" (scores are not finite), or "early" (there are not two evaluations).
         sentence: the verdict in one line.
         best: the step whose pictures the judges like most; None without such judges.
         turned: the step from which on a judge stays below its best; None if none does.
@@ -98,6 +115,10 @@ def judge(points: Sequence[Point], untrained: Sequence[str]) -> Verdict:
     if len(points) < 2:
         return Verdict("early", "There is no second evaluation yet to compare the first one with.")
     first, last = points[0], points[-1]
+    broken = [name for name in ("reward", *untrained) if not last.scores[name].isfinite().all()]
+    if broken:
+        sentence = f"At step {last.step} {listed(broken)} is not finite for some pictures: the run has diverged."
+        return Verdict("broken", sentence, advice=ADVICE["fell"])
     reward = change(first.scores["reward"], last.scores["reward"], last.prompts)
     moved, remarks = _moved(reward), drifts(first, last)
     together = index(points, untrained)
@@ -130,8 +151,8 @@ def index(points: Sequence[Point], names: Sequence[str]) -> torch.Tensor | None:
     columns = []
     for name in names:
         scores = torch.stack([point.scores[name] for point in points])
-        deviation = scores.std()
-        if deviation > 0:  # false for NaN, too
+        deviation = scores[scores.isfinite()].std()
+        if deviation > 0:
             columns.append(scores / deviation)
     return torch.stack(columns).mean(dim=0) if columns else None
 
@@ -163,7 +184,7 @@ def drifts(first: Point, last: Point) -> list[str]:
             continue
         moved = change(first.scores[name], last.scores[name], last.prompts)
         start = first.scores[name].mean().item()
-        if (moved.rose or moved.fell) and abs(moved.mean) > DRIFT * start:
+        if start and (moved.rose or moved.fell) and abs(moved.mean) > DRIFT * start:
             found.append(f"The {name} of the pictures {_moved(moved)} by {abs(moved.mean) / start:.0%}.")
     return found
 
@@ -194,6 +215,6 @@ ADVICE = {
     "fell": ["Lower train.learning_rate. If updates were skipped, see docs/troubleshooting.md."],
     "still": [
         "Train longer, or raise train.learning_rate.",
-        "Evaluate more pictures (num_eval_images), so that small changes can be told from chance.",
+        "Evaluate on more prompts (num_eval_prompts, num_eval_images), so that small changes can be told from chance.",
     ],
 }
