@@ -120,7 +120,7 @@ class Records:
         self._verdict = self._report_on(write_page)
 
     def _report_on(self, function: Callable[[RunData], Verdict | None]) -> Verdict | None:
-        """Returns what `function` says of the run. If it fails there is only a warning: a page must not cost the run."""
+        """Returns what `function` says of the run. If it fails, it only warns, because a page must not cost the run."""
         try:
             return function(read_run(self.folder, self.metrics.rows()))
         except Exception as error:
