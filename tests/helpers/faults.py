@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,9 @@ def contents(run: Path) -> dict:
         elif path.name == "training_state.pt":
             state = read_state(path.parent)
             found |= flat({k: v for k, v in state.items() if k != "config"}, name)
+        elif path.name == "report.html":
+            own = r"<title>.*?</title>|<h1>.*?</h1>|<tr><td>command</td>.*?</tr>"  # the run's name and its command
+            found[name] = re.sub(own, "", path.read_text(encoding="utf-8"))
         elif path.name not in ("config.json", "manifest.json"):
             found[name] = path.read_bytes()
     return found
