@@ -24,7 +24,7 @@ from alignprop.engine.processes import on_main
 from alignprop.engine.seeding import generator
 from alignprop.engine.sharding import is_fsdp
 from alignprop.engine.speed import compile_blocks
-from alignprop.evaluation.evaluate import Evaluation
+from alignprop.evaluation.results import Evaluation
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import read_lora
 from alignprop.memory.checkpointing import apply_policy

@@ -15,8 +15,9 @@ from alignprop.engine.processes import make_accelerator, on_main, start_processe
 from alignprop.engine.seeding import generators
 from alignprop.engine.sharding import check_engine, check_policy, is_fsdp
 from alignprop.engine.speed import use_channels_last
-from alignprop.evaluation.evaluate import Evaluation, Evaluator
+from alignprop.evaluation.evaluate import Evaluator
 from alignprop.evaluation.judges import Judges, build_judges, measured
+from alignprop.evaluation.results import Evaluation
 from alignprop.evaluation.stop_when import parse_stop_when, reason_to_stop, values
 from alignprop.lora.frozen import merge_frozen, parse_loras
 from alignprop.lora.scaling import linear_schedule

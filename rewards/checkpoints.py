@@ -50,7 +50,7 @@ def load_module_weights(path: str | Path, field: str) -> dict[str, torch.Tensor]
     try:
         with safe_globals([(_Shell, name) for name in foreign]):
             module = torch.load(path, map_location="cpu", weights_only=True)
-        return load_weights_of(module) if isinstance(module, dict) else dict(_tensors(module))
+        return _weights_of(module) if isinstance(module, dict) else dict(_tensors(module))
     except Exception as error:  # torch refuses some pickles, and others hold no module
         raise RewardError(
             f"{field}={str(path)!r} is a pickle whose weights cannot be read without running its code; where that code "
@@ -58,7 +58,7 @@ def load_module_weights(path: str | Path, field: str) -> dict[str, torch.Tensor]
         ) from error
 
 
-def load_weights_of(content: dict) -> dict[str, torch.Tensor]:
+def _weights_of(content: dict) -> dict[str, torch.Tensor]:
     """Returns the tensors of a dict, or of its entry "state_dict", which may lie beside foreign objects."""
     weights = content.get("state_dict", content)
     return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}

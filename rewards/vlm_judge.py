@@ -98,10 +98,9 @@ class VlmJudge(Reward):
         super().__init__()
         if not lowest < highest:
             raise RewardError(f"{self.group}.lowest={lowest!r} is not below {self.group}.highest={highest!r}")
-        names = ("prompt", "lowest", "highest")
         for name in PLACEHOLDER.findall(question):
-            if name not in names:
-                hint = did_you_mean(name, names)
+            if name not in PLACES:
+                hint = did_you_mean(name, PLACES)
                 raise RewardError(
                     f"{self.group}.question has {{{name}}}; allowed: {{prompt}}, {{lowest}}, {{highest}}{hint}"
                 )

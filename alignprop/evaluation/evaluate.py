@@ -4,12 +4,8 @@ Picture j of a prompt set always has the same prompt and the same noise. The bat
 do not change them. An evaluation does not touch the randomness of training.
 """
 
-import csv
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,77 +15,20 @@ from tqdm.auto import tqdm
 
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.engine.sharding import is_sharded
-from alignprop.evaluation.judges import Judges, diversity, rows_by
+from alignprop.evaluation.judges import Judges, diversity
 from alignprop.evaluation.looks import looks
-from alignprop.evaluation.pictures import Pictures, save_grid
+from alignprop.evaluation.results import Evaluation
 from alignprop.lora.adapters import adapted_networks
 from alignprop.method.base_distance import base_conditioning, chain_distance
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, encode, select
 from alignprop.prompts import PromptSet
 from alignprop.settings.fields.rules import size_name
-from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import chunks
 
 Sample = Callable[[list[torch.Generator], Conditioning, list[str], list[dict]], torch.Tensor]
 
 NUM_COMPARED = 8  # The base distance is measured on the first 8 pictures, whatever the batch size.
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The results of an evaluation of n pictures.
-
-    Attributes:
-        prompts: the prompts of the n pictures.
-        images: the first pictures, float [min(n, keep), 3, H, W] in [0, 1]; a list if the run has several sizes.
-        rewards: the scores under the reward of interest, float64 [n].
-        terms: the scores under each single reward, by its name, float64 [n].
-        measures: the measures of all pictures together, as far as they were measured: "diversity"
-            (evaluation/judges.py) and "base_distance" (method/base_distance.py).
-        metadata: the metadata rows of the n prompts.
-        looks: how the n pictures look, by the names of evaluation/looks.py, float64 [n].
-        sizes: the sizes of the n pictures, such as "768x512"; empty if the run has only one size.
-    """
-
-    prompts: list[str]
-    images: Pictures
-    rewards: torch.Tensor
-    terms: dict[str, torch.Tensor]
-    measures: dict[str, float] = field(default_factory=dict)
-    metadata: list[dict] = field(default_factory=list)
-    looks: dict[str, torch.Tensor] = field(default_factory=dict)
-    sizes: list[str] = field(default_factory=list)
-
-    @property
-    def columns(self) -> dict[str, torch.Tensor]:
-        """All scores by name, [n] each; the reward is included only if it does not equal one of the terms."""
-        alone = any(torch.equal(self.rewards, scores) for scores in self.terms.values())
-        return self.terms if alone else {"reward": self.rewards, **self.terms}
-
-    def row(self) -> dict:
-        """Returns the means as a row of metrics.jsonl."""
-        by_size = {name: self.rewards[rows].mean().item() for name, rows in rows_by(self.sizes).items()}
-        return {
-            "kind": "eval",
-            "reward": self.rewards.mean().item(),
-            "reward_std": self.rewards.std(correction=0).item(),
-            "rewards": {name: scores.mean().item() for name, scores in self.terms.items()},
-            **({"reward_by_size": by_size} if by_size else {}),
-            **self.measures,
-            **({"looks": {name: values.mean().item() for name, values in self.looks.items()}} if self.looks else {}),
-        }
-
-    def labels(self) -> list[str]:
-        """Returns a caption for each kept picture: its prompt and its score under the first single reward."""
-        scores = next(iter(self.terms.values())).tolist()
-        return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], scores, strict=False)]
-
-
-def statistics(scores: torch.Tensor) -> dict[str, float]:
-    """Returns the mean, the standard deviation and the standard error of the mean of scores [n], and n."""
-    std = scores.std().item() if len(scores) > 1 else 0.0
-    return {"mean": scores.mean().item(), "std": std, "stderr": std / math.sqrt(len(scores)), "n": len(scores)}
 
 
 class _Picture(NamedTuple):
@@ -234,50 +173,3 @@ class Evaluator:
 
 def _columns(rows: list[dict[str, float]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([row[name] for row in rows]).double() for name in rows[0]}
-
-
-def write_scores(evaluation: Evaluation, path: Path) -> None:
-    """Writes a CSV file with a row for each picture: its prompt, its size, its scores and its looks."""
-    columns = {"reward": evaluation.rewards, **evaluation.looks, **evaluation.terms}  # a term may have a look's name
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "prompt", *(["size"] if evaluation.sizes else []), *columns])
-        for j, prompt in enumerate(evaluation.prompts):
-            values = [column[j].item() for column in columns.values()]
-            writer.writerow([f"{j:06d}.png", prompt, *evaluation.sizes[j : j + 1], *values])
-
-
-def write_report(evaluation: Evaluation, folder: Path) -> dict:
-    """Writes scores.csv (a row per picture), summary.json and grid.png.
-
-    summary.json has the statistics overall, per prompt, per size if there are several, and per tag if the metadata have
-    the column "tag". With tags it also has the mean over the tags of their means, in which a tag with few pictures
-    weighs as much as one with many. A picture without a tag is in none of these.
-
-    Returns:
-        The content of summary.json.
-    """
-    write_scores(evaluation, folder / "scores.csv")
-    all_scores = {"reward": evaluation.rewards, **evaluation.terms}
-    summary = {name: statistics(scores) for name, scores in all_scores.items()}
-    summary |= evaluation.measures
-    groups = {"per_prompt": evaluation.prompts, "per_size": evaluation.sizes, "per_tag": _tags(evaluation.metadata)}
-    for group, values in groups.items():
-        rows = {value: rows for value, rows in rows_by(values).items() if value}
-        if rows:
-            summary[group] = {
-                value: {name: statistics(scores[those]) for name, scores in all_scores.items()}
-                for value, those in rows.items()
-            }
-    if "per_tag" in summary:
-        tags = summary["per_tag"].values()
-        summary["mean_of_tags"] = {name: sum(tag[name]["mean"] for tag in tags) / len(tags) for name in all_scores}
-    write_json(folder / "summary.json", summary)
-    save_grid(evaluation.images, evaluation.labels(), folder / "grid.png")
-    return summary
-
-
-def _tags(metadata: list[dict]) -> list[str]:
-    """Returns the tag of each row, empty for a row that has none."""
-    tags = [row.get("tag") if isinstance(row, dict) else None for row in metadata]
-    return ["" if tag is None else str(tag) for tag in tags]

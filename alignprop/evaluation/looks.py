@@ -2,6 +2,7 @@
 
 import torch
 
+LOOKS = ("saturation", "sharpness")
 LUMA = (0.299, 0.587, 0.114)  # the weights of red, green and blue in ITU-R BT.601
 
 

@@ -22,11 +22,11 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from alignprop.engine.background import Background
-from alignprop.evaluation.evaluate import Evaluation, write_scores
 from alignprop.evaluation.pictures import Pictures, plot_curves, save_before_after, save_grid
 from alignprop.evaluation.report.page import write_page
 from alignprop.evaluation.report.source import RunData, read_run
 from alignprop.evaluation.report.verdict import Verdict, judge
+from alignprop.evaluation.results import Evaluation, write_scores
 from alignprop.evaluation.stop_when import MEASURES
 from alignprop.runs.checkpoint import checkpoints_of, clean_up, prune, run_folder_of, step_of
 from alignprop.runs.tracking import MetricsLog
@@ -122,7 +122,8 @@ class Records:
     def _report_on(self, function: Callable[[RunData], Verdict | None]) -> Verdict | None:
         """Returns what `function` says of the run. If it fails, it only warns, because a page must not cost the run."""
         try:
-            return function(read_run(self.folder, self.metrics.rows()))
+            steps = [step_of(checkpoint) for checkpoint in checkpoints_of(self.folder)]
+            return function(read_run(self.folder, self.metrics.rows(), steps))
         except Exception as error:
             print(f"warning: there is no report of the run ({type(error).__name__}: {error})", file=sys.stderr)
             return None

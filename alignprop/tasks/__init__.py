@@ -7,8 +7,9 @@ from pathlib import Path
 
 from alignprop.engine.background import Background
 from alignprop.engine.processes import on_main
-from alignprop.evaluation.evaluate import Evaluation, Sample, statistics, write_report
+from alignprop.evaluation.evaluate import Sample
 from alignprop.evaluation.pictures import plot_bars, plot_soup, save_comparison, save_image
+from alignprop.evaluation.results import Evaluation, statistics, write_report
 from alignprop.lora.adapters import adapted_networks, set_adapter
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import read_lora

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from alignprop.engine.seeding import generator, generators, seed_global
-from alignprop.evaluation.evaluate import statistics, write_report
 from alignprop.evaluation.judges import diversity
 from alignprop.evaluation.pictures import save_image
+from alignprop.evaluation.results import statistics, write_report
 from alignprop.lora import kohya
 from alignprop.lora.adapters import add_adapter, get_adapter, trained_parameters
 from alignprop.lora.factors import add_lora, set_lora

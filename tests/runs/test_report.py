@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +14,7 @@ from alignprop.evaluation.report.page import write_page
 from alignprop.evaluation.report.source import read_run
 from alignprop.evaluation.report.verdict import student
 from alignprop.runs import records
+from alignprop.runs.checkpoint import checkpoints_of, step_of
 from alignprop.tasks import evaluate
 from scripts import compare
 from tests.helpers.training import train
@@ -46,7 +48,7 @@ def run_with_hostile_prompts(toy_config, tmp_path):
 
 def read(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return read_run(folder, rows)
+    return read_run(folder, rows, [step_of(path) for path in checkpoints_of(folder)])
 
 
 def test_a_run_has_a_page_that_needs_nothing_else(run_with_hostile_prompts):
@@ -65,7 +67,7 @@ def test_a_run_has_a_page_that_needs_nothing_else(run_with_hostile_prompts):
 def test_the_page_says_what_the_files_say(run_with_hostile_prompts):
     run = read(run_with_hostile_prompts)
     assert (run.trained, run.untrained) == (["tests.helpers.toy_rewards:redness"], ["jpeg_compressibility"])
-    assert [point.step for point in run.points] == [0, *run.checkpoints()]
+    assert [point.step for point in run.points] == [0, *run.checkpoints]
     texts = " ".join(Elements((run.folder / "report.html").read_text(encoding="utf-8")).texts)
     for row in (row for row in run.rows if row["kind"] == "eval" and row["step"] in (0, run.points[-1].step)):
         assert f"{row['rewards']['jpeg_compressibility']:.4g}" in texts
@@ -96,16 +98,15 @@ def test_evaluations_of_other_prompts_are_left_out(run_with_hostile_prompts):
     assert write_page(read(run.folder)) is not None
 
 
-def test_a_turned_run_names_the_checkpoint_that_is_kept(run_with_hostile_prompts, monkeypatch):
+def test_a_turned_run_names_the_checkpoint_that_is_kept(run_with_hostile_prompts):
     run = read(run_with_hostile_prompts)
-    last = run.points[-1]
-    verdict = page.Verdict("hacked", "It fell.", best=last.step - 1, turned=last.step)
-    steps = run.checkpoints()
+    steps, last = run.checkpoints, run.points[-1].step
+    verdict = page.Verdict("hacked", "It fell.", best=last - 1, turned=last)
     assert page._kept(run, verdict) == f"checkpoints/checkpoint_{steps[0]} is kept, the last one before that step."
-    monkeypatch.setattr(type(run), "checkpoints", lambda run: [last.step - 1])
-    assert page._kept(run, verdict) == f"checkpoints/checkpoint_{last.step - 1} is kept."
-    monkeypatch.setattr(type(run), "checkpoints", lambda run: [])
-    assert page._kept(run, verdict).startswith("No checkpoint")
+    assert page._kept(replace(run, checkpoints=[last - 1]), verdict) == f"checkpoints/checkpoint_{last - 1} is kept."
+    assert page._kept(replace(run, checkpoints=[]), verdict) == "No checkpoint of that step or before it is kept."
+    at_first = page.Verdict("hacked", "It fell.", best=0, turned=last)
+    assert page._kept(run, at_first) == "The base model was better than the last checkpoint."
 
 
 def test_a_report_that_fails_costs_no_run(toy_config, monkeypatch, capsys):
@@ -134,7 +135,7 @@ def test_the_checkpoint_that_the_report_recommends_is_kept(toy_config, monkeypat
     monkeypatch.setattr(records, "judge", lambda *args: verdict)
     options = dict(num_epochs=4, eval_freq=1, save_freq=1, num_checkpoint_limit=1, train__learning_rate=0.05)
     trainer = train(toy_config(**options))
-    assert 2 in read(trainer.run.folder).checkpoints()
+    assert 2 in read(trainer.run.folder).checkpoints
 
 
 def test_several_sizes_and_one_evaluation(toy_config):
@@ -143,7 +144,7 @@ def test_several_sizes_and_one_evaluation(toy_config):
     ratios = re.findall(r"aspect-ratio: (\d+) / (\d+)", (folder / "report.html").read_text())
     assert {int(w) > int(h) for w, h in ratios} == {True, False}
     rows = [row for row in read(folder).rows if row["step"] == 0]
-    assert write_page(read_run(folder, rows)).kind == "early"
+    assert write_page(read_run(folder, rows, [])).kind == "early"
 
 
 # ---- comparisons
@@ -169,6 +170,13 @@ def test_a_run_is_compared_with_the_base_picture_by_picture(toy_config, tmp_path
     means = [difference[[i for i, p in enumerate(prompts) if p == prompt]].mean() for prompt in set(prompts)]
     error = abs(means[0] - means[1]).item() / 2  # of two prompts
     assert f"{sum(means).item() / 2:+.3g}" in texts and f"± {student(1.96, 1) * error:.4g}" in texts
+
+
+def test_rewards_of_different_kinds_are_not_compared(toy_config, tmp_path, monkeypatch):
+    one = evaluate(toy_config(task="evaluate", run_name="one", num_eval_images=4))
+    two = evaluate(toy_config(task="evaluate", run_name="two", num_eval_images=4, reward_fn="colour"))
+    found = compared(monkeypatch, tmp_path, one, two).texts
+    assert "tests.helpers.toy_rewards:contrast" in found and "reward" not in found
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "twice", "others"])

@@ -33,7 +33,7 @@ def decode(vae, latents, context):
 
 
 @pytest.mark.parametrize("layers", ["plain", "lean", "checkpointed"])
-def test_the_gradient_has_the_same_bits(vae, layers):
+def test_the_gradient_has_the_same_bits(layers):
     vae = load_model(str(TINY / "pipeline")).decoder
     if layers != "plain":
         make_lean(vae)

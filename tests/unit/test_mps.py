@@ -166,6 +166,17 @@ def test_the_released_module_is_read_without_its_code(options, reward, pickled, 
     assert torch.equal(found(images, PROMPTS), reward(images, PROMPTS))
 
 
+def test_a_state_dict_beside_a_foreign_object_is_read(options, reward, images, tmp_path, monkeypatch):
+    module = types.ModuleType("trainer")
+    module.Settings = type("Settings", (), {"__module__": "trainer"})
+    monkeypatch.setitem(sys.modules, "trainer", module)
+    content = {"state_dict": torch.load(options["checkpoint"]), "settings": module.Settings(), "epoch": 3}
+    torch.save(content, tmp_path / "last.ckpt")
+    monkeypatch.undo()
+    found = build_reward("mps", {"mps": options | {"checkpoint": str(tmp_path / "last.ckpt")}})
+    assert torch.equal(found(images, PROMPTS), reward(images, PROMPTS))
+
+
 def test_safetensors_in_a_folder(options, reward, images, tmp_path):
     from safetensors.torch import save_file
 

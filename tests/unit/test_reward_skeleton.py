@@ -36,14 +36,16 @@ def tower_config_of(*which):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_full_size_reward_has_a_gradient_without_memory(name):
-    """Those of 8 billion weights take minutes; tests of their own have the gradient at a small size."""
+def test_a_full_size_reward_needs_no_memory(name):
     reward = full_size(name)
     assert sum(p.numel() for p in reward.parameters()) / 1e6 == pytest.approx(FULL_SIZE[name], abs=0.06)
     assert {t.device.type for t in [*reward.parameters(), *reward.buffers()]} == {"meta"}
     assert not any(p.requires_grad for p in reward.parameters())
-    if FULL_SIZE[name] > 5000:
-        return
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_size_reward_has_a_gradient_without_memory(name):
+    reward = full_size(name)
     images = torch.zeros(2, 3, 512, 512, device="meta", requires_grad=True)
     scores = reward(images, ["a cat", "a dog"])
     assert scores.shape == (2,) and scores.dtype == torch.float32
@@ -51,7 +53,7 @@ def test_a_full_size_reward_has_a_gradient_without_memory(name):
     assert gradient.shape == images.shape
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if FULL_SIZE[name] < 5000])
+@pytest.mark.parametrize("name", NAMES)
 def test_precision_is_that_of_the_option(name):
     reward = full_size(name, dtype="bfloat16")
     halves = {p.dtype for key, p in reward.named_parameters() if ".head." not in key}

@@ -67,6 +67,12 @@ def test_a_run_that_diverged_is_said_to_have():
     assert verdict.sentence == "At step 10 clip is not finite for some pictures: the run has diverged."
 
 
+def test_an_evaluation_with_nan_in_between_is_not_the_best():
+    made = points([0, 1, 2], clip=[0, 1, 2])
+    made[1].scores["clip"][3] = math.nan
+    assert judge(made, ["clip"]).best == 20
+
+
 def test_nan_counts_as_no_change():
     found = change(torch.zeros(2), torch.tensor([1.0, math.nan]), ["a", "b"])
     assert not found.rose and not found.fell

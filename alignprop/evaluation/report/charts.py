@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 
 from alignprop.evaluation.report.verdict import Point
+from alignprop.evaluation.stop_when import MEASURES
 
 TRAINED, UNTRAINED, OTHER = "#c2410c", "#1d4ed8", "#475569"
 
@@ -25,7 +26,7 @@ def curves(
         (_title(name, trained, untrained), [_mean(point, name) for point in points], _colour(name, trained, untrained))
         for name in names
     ]
-    for name in ("diversity", "base_distance"):
+    for name in MEASURES:
         values = [point.measures.get(name) for point in points]
         if None not in values:
             named.append((name.replace("_", " "), [(value, 0.0) for value in values], OTHER))

@@ -17,7 +17,7 @@ from PIL import Image
 from alignprop.evaluation.judges import rows_by
 from alignprop.evaluation.report.charts import curves
 from alignprop.evaluation.report.source import RunData
-from alignprop.evaluation.report.verdict import Change, Point, Verdict, change, index, judge
+from alignprop.evaluation.report.verdict import Point, Verdict, change, index, judge
 
 SHOWN, ROWS, TIMES, EXTREMES = 12, 6, 8, 4  # pictures with a slider; prompts and evaluations over time; prompts listed
 LARGE, SMALL = 512, 160  # pixels of the longer side of embedded pictures
@@ -61,13 +61,12 @@ def write_comparison(entries: Mapping[str, tuple[Point, list[Image.Image]]], pat
     alike = len({tuple(point.scores) for point, _ in entries.values()}) == 1  # else their rewards may differ
     names = [name for name in first.scores if all(name in point.scores for point, _ in entries.values())]
     names = [name for name in names if alike or name != "reward"]
-    rows = [
-        [
-            (point.scores[name].mean().item(), None if point is first else _change(first, point, name))
-            for point, _ in entries.values()
-        ]
+    means = [[point.scores[name].mean().item() for point, _ in entries.values()] for name in names]
+    changes = [
+        [change(first.scores[name], p.scores[name], p.prompts) if p is not first else None for p, _ in entries.values()]
         for name in names
     ]
+    rows = [[*zip(*pair, strict=True)] for pair in zip(means, changes, strict=True)]
     count = min(SHOWN, *(len(pictures) for _, pictures in entries.values()))
     pictures = [
         (first.prompts[j], [embedded(pictures[j], LARGE) for _, pictures in entries.values()]) for j in range(count)
@@ -118,9 +117,9 @@ def _kept(run: RunData, verdict: Verdict) -> str:
     """Returns a sentence about the checkpoint of the best step; empty if nothing turned."""
     if verdict.turned is None or verdict.best is None:
         return ""
-    saved = [step for step in run.checkpoints() if step <= verdict.best]
     if not verdict.best:
         return "The base model was better than the last checkpoint."
+    saved = [step for step in run.checkpoints if step <= verdict.best]
     if not saved:
         return "No checkpoint of that step or before it is kept."
     exact = "" if saved[-1] == verdict.best else ", the last one before that step"
@@ -162,18 +161,13 @@ def _table(run: RunData, verdict: Verdict) -> list[dict]:
     for name in dict.fromkeys(["reward", *run.trained, *run.untrained, *last.scores]):
         role = "trained" if name in ("reward", *run.trained) else "not trained" if name in run.untrained else "look"
         means = [point.scores[name].mean().item() if point else None for point in (first, best, last)]
-        rows.append({"name": name, "role": role, "means": means, "change": _change(first, last, name)})
+        moved = change(first.scores[name], last.scores[name], last.prompts)
+        rows.append({"name": name, "role": role, "means": means, "change": moved})
     for name in first.measures:
         if name in last.measures:
             means = [point.measures.get(name) if point else None for point in (first, best, last)]
             rows.append({"name": name.replace("_", " "), "role": "all pictures", "means": means, "change": None})
     return rows
-
-
-def _change(before: Point, after: Point, name: str) -> Change | None:
-    if before.prompts != after.prompts:
-        return None
-    return change(before.scores[name], after.scores[name], after.prompts)
 
 
 def _extremes(run: RunData) -> dict[str, list[tuple[str, float]]]:

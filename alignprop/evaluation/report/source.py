@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from alignprop.evaluation.looks import LOOKS
 from alignprop.evaluation.pictures import read_grid
 from alignprop.evaluation.report.verdict import Point
+from alignprop.evaluation.stop_when import MEASURES
 from alignprop.settings.errors import ConfigError
 
 TEXTS = ("image", "prompt", "size")  # the columns of a file of scores that are no numbers
-LOOKS = ("saturation", "sharpness")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class RunData:
         config: the resolved configuration, in groups.
         rows: the rows of metrics.jsonl.
         points: the evaluations of the same pictures as the last one, oldest first.
+        checkpoints: the steps of the checkpoints, in order.
         trained: the names of the scores that were trained.
         untrained: the names of the scores that were only measured.
     """
@@ -33,6 +35,7 @@ class RunData:
     config: dict
     rows: list[dict]
     points: list[Point]
+    checkpoints: list[int]
     trained: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
 
@@ -40,21 +43,14 @@ class RunData:
         """Returns the pictures that were kept of the evaluation at a step."""
         return pictures_of(self.folder / "samples" / f"step_{step:06d}.png")
 
-    def checkpoints(self) -> list[int]:
-        """Returns the steps of the checkpoints, in order."""
-        return sorted(
-            int(path.name.removeprefix("checkpoint_"))
-            for path in self.folder.glob("checkpoints/checkpoint_*")
-            if path.name.removeprefix("checkpoint_").isdigit()
-        )
 
-
-def read_run(folder: Path, rows: list[dict]) -> RunData:
+def read_run(folder: Path, rows: list[dict], checkpoints: list[int]) -> RunData:
     """Reads a run folder.
 
     Args:
         folder: the run folder.
         rows: the rows of its metrics.jsonl.
+        checkpoints: the steps of its checkpoints, in order.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     points = [
@@ -68,11 +64,11 @@ def read_run(folder: Path, rows: list[dict]) -> RunData:
     untrained = [name for name in names if name not in (*trained, "reward", *LOOKS)] if trained else []
     trained = [name for name in trained if name in names]  # a run may continue with another reward
     same = [point for point in points if point.scores.keys() == names.keys()]
-    return RunData(folder, config, rows, same, trained, untrained)
+    return RunData(folder, config, rows, same, checkpoints, trained, untrained)
 
 
 def _measures(row: dict) -> dict[str, float]:
-    return {name: row[name] for name in ("diversity", "base_distance") if row.get(name) is not None}
+    return {name: row[name] for name in MEASURES if row.get(name) is not None}
 
 
 def read_scores(path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from alignprop.evaluation.judges import rows_by
+from alignprop.evaluation.looks import LOOKS
 
 CERTAIN = 3.0  # The best evaluation is chosen after looking at all of them, so two standard errors would be too few.
 ALIKE = 0.5  # Diversity below this share of its first value is worth a remark,
@@ -127,7 +128,7 @@ def judge(points: Sequence[Point], untrained: Sequence[str]) -> Verdict:
         return Verdict("unmeasured", sentence, remarks=remarks, advice=ADVICE["unmeasured"])
     turns = {name: place for name in untrained if (place := turning_point(points, name)) is not None}
     turned = min(turns.values(), default=None)
-    best = int(together[:turned].mean(dim=1).argmax())
+    best = _best(together[:turned])
     if turned is not None:
         kind, link = "fell" if reward.fell else "hacked", "but" if reward.rose else "and"
         sentence = (
@@ -157,13 +158,18 @@ def index(points: Sequence[Point], names: Sequence[str]) -> torch.Tensor | None:
     return torch.stack(columns).mean(dim=0) if columns else None
 
 
+def _best(scores: torch.Tensor) -> int:
+    """Returns the place of the evaluation with the highest mean of scores [evaluations, n]. NaN is below all others."""
+    return int(scores.mean(dim=1).nan_to_num(-math.inf).argmax())
+
+
 def turning_point(points: Sequence[Point], name: str) -> int | None:
     """Returns the place of the first evaluation from which on all scores of a judge are certainly below its best ones.
 
     None: there is no such evaluation, because the last one is not below.
     """
     scores = torch.stack([point.scores[name] for point in points])
-    best, turned = int(scores.mean(dim=1).argmax()), None
+    best, turned = _best(scores), None
     for place in range(len(points) - 1, best, -1):
         if not change(scores[best], scores[place], points[-1].prompts).fell:
             break
@@ -179,7 +185,7 @@ def drifts(first: Point, last: Point) -> list[str]:
         found.append(
             f"Pictures of the same prompt became more alike: the diversity fell from {before:.3g} to {after:.3g}."
         )
-    for name in ("saturation", "sharpness"):
+    for name in LOOKS:
         if name not in first.scores or name not in last.scores:
             continue
         moved = change(first.scores[name], last.scores[name], last.prompts)
