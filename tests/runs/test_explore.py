@@ -7,6 +7,7 @@ import gradio
 import pytest
 import torch
 
+from alignprop.evaluation.looks import LOOKS
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import resolve
 from alignprop.settings.warnings import warnings_for
@@ -61,7 +62,8 @@ def test_without_a_checkpoint_guidance_and_seed_of_the_base_are_compared(toy_con
 def first_scores(folder):
     """Of the first picture of an evaluation: its prompt, and its score under each reward."""
     names, row = (line.split(",") for line in (folder / "scores.csv").read_text().splitlines()[:2])
-    return row[1], dict(zip(names[3:], map(float, row[3:]), strict=True))
+    scores = dict(zip(names[3:], map(float, row[3:]), strict=True))
+    return row[1], {name: score for name, score in scores.items() if name not in LOOKS}
 
 
 def test_a_picture_and_its_scores_are_those_of_an_evaluation(toy_config, loras):
