@@ -65,10 +65,11 @@ def test_a_row_that_would_not_end_in_time_is_not_begun(tmp_path, monkeypatch):
 
 
 def test_what_a_row_is_expected_to_take():
-    before = [{**ROWS[0], "wall_seconds": 40.0}]
-    assert expected_seconds(ROWS[1], before) == START  # another model
-    assert expected_seconds(ROWS[9], before) == 40.0
-    assert expected_seconds(ROWS[2], before) == 60.0  # more steps with gradient
+    row = {"model": "sd15", "active": 1}
+    before = [{**row, "wall_seconds": 40.0}]
+    assert expected_seconds({"model": "sdxl", "active": 1}, before) == START
+    assert expected_seconds(row, before) == 40.0
+    assert expected_seconds({**row, "active": 50}, [{**row, "wall_seconds": 60.0}]) == 90.0
 
 
 def test_a_row_that_dies_has_its_last_line_and_costs_no_other(tmp_path, monkeypatch):
@@ -126,7 +127,7 @@ def test_an_error_in_a_row_is_the_commands(tmp_path, monkeypatch, capsys):
         check_gpu.main()
     monkeypatch.setattr(sys, "argv", ["check_gpu.py", f"--table={tmp_path / 'out.json'}"])
     check_gpu.main()
-    assert capsys.readouterr().out.count("| tiny int8 | streaming | 1 | 2 |  |  |  |  | out of memory |") == 2
+    assert capsys.readouterr().out.count("| tiny int8 products | streaming | 1 | 2 |  |  |  |  | out of memory |") == 2
 
 
 def test_without_a_gpu_it_says_what_to_do():
