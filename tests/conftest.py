@@ -43,9 +43,10 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def no_plots(request, monkeypatch):
-    """Drawing curves costs more than the toy runs; the test of the run folder keeps it."""
+    """Drawing curves costs more than the toy runs; the tests of run folders and of reports keep it."""
     if "complete" not in request.node.name:
         monkeypatch.setattr("alignprop.runs.records.plot_curves", lambda rows, path: None)
+        monkeypatch.setattr("alignprop.evaluation.report.page.curves", lambda *_: [])
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ def curves(
 def _panel(title: str, steps: list[int], values: list[tuple[float, float]], colour: str, marks: dict) -> str:
     from matplotlib.figure import Figure  # Figure draws with Agg, whatever the user's backend is.
 
-    figure = Figure(figsize=(3.6, 2.5), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(3.6, 2.5))  # with fixed margins, because finding them means to draw everything twice
+    axis = figure.add_axes((0.19, 0.18, 0.78, 0.7))
     means, errors = zip(*values, strict=True)
     axis.errorbar(steps, means, yerr=errors, marker="o", markersize=3, capsize=2, color=colour)
     for name, step in marks.items():
