@@ -29,6 +29,7 @@ PARAMETERS = {  # denoiser, VAE, text encoders
 }
 TOWERS = {  # vision, text
     "clip_vit_l_14": (303_179_776, CLIP_L),
+    "clip_vit_l_14_336": (303_507_456, CLIP_L),
     "clip_vit_h_14": (630_766_080, 352_984_064),
     "siglip_base": (92_884_224, 110_271_744),  # with scale and bias 203,155,970
     "siglip_so400m": (428_225_600, 449_734_896),  # 877,960,498
@@ -42,6 +43,8 @@ TOWERS = {  # vision, text
 IMAGE_TOWERS = {
     "dinov2_small": 22_056_576, "dinov2_base": 86_580_480, "dinov2_large": 304_368_640,
     "mask2former_swin_small": 68_741_083,  # of its default, with 80 classes
+    # FlanT5 without the output layer, which transformers ties here; with it 2,849,757,184 and 11,135,332,352.
+    "clip_flant5_xl": 2_849_757_184 - 32_128 * 2048, "clip_flant5_xxl": 11_135_332_352 - 32_128 * 4096,
 }  # fmt: skip
 
 
@@ -98,6 +101,8 @@ def parts(facts):
         written = facts["model"]
         assert written.pop("num_labels", 80) == 80  # which a config writes as a table of labels
         written.pop("model_type", None)  # which a configuration's own class leaves out
+        for name in [name for name in written if name.startswith("mm_")]:  # CLIP-FlanT5's, which transformers lacks
+            del written[name]
         config = getattr(transformers, written.pop("_class_name")).config_class()
         names = [name for name in ("text_config", "vision_config") if name in written]
         towers = [(written.pop(name), getattr(config, name).to_dict()) for name in names]

@@ -43,6 +43,16 @@ def test_a_full_size_reward_needs_no_memory(name):
     assert not any(p.requires_grad for p in reward.parameters())
 
 
+# The language model, the projection, and all but the last of the 24 layers of CLIP.
+@pytest.mark.parametrize(("model", "millions"), [("clip-flant5-xl", 3147.0), ("clip-flant5-xxl", 11447.2)])
+def test_vqascore_has_more_models_of_full_size(model, millions):
+    reward = full_size("vqascore", model=f"zhiqiulin/{model}")
+    assert sum(p.numel() for p in reward.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+    images = torch.zeros(2, 3, 512, 512, device="meta", requires_grad=True)
+    (gradient,) = torch.autograd.grad(reward(images, ["a cat", "a dog"]).sum(), images)
+    assert gradient.shape == images.shape
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_size_reward_has_a_gradient_without_memory(name):
     reward = full_size(name)

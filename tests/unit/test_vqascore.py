@@ -148,7 +148,7 @@ def test_planned_bytes_are_those_that_are_loaded(dtype, tied, tmp_path):
 def test_absent_and_foreign_models_are_one_line(options, tmp_path):
     assert "vqascore.model='nobody/absent'" in error_of_reward(model="nobody/absent")
     message = error_of_reward(model=str(make_clip(tmp_path / "clip")))
-    assert "is a 'clip' model; expected 'qwen2_5_vl'" in message
+    assert "is a 'clip' model; expected one of 'qwen2_5_vl' (Qwen/Qwen2.5-VL-7B-Instruct), " in message
     assert "dtype='int3' is not known" in error_of_reward(**options | {"dtype": "int3"})
 
 
@@ -163,7 +163,7 @@ def test_a_file_that_lacks_weights_is_one_line(options, tmp_path):
 
 
 def test_a_tokenizer_without_one_token_for_the_answer_is_refused(options, tmp_path, monkeypatch):
-    monkeypatch.setattr("rewards.vqascore.ANSWER", "Yes, indeed")
+    monkeypatch.setattr("rewards.vqa_qwen.ANSWER", "Yes, indeed")
     message = error_of_reward(**options)
     assert "vqascore.model" in message and "1 for 'Yes, indeed'" in message
 
@@ -177,6 +177,8 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(options, tmp_path):
     tokenizer.add_tokens([f"<|{i}|>" for i in range(20)])
     tokenizer.save_pretrained(tmp_path / "model")
     assert "does not fit the model" in error_of_reward(model=str(tmp_path / "model"))
+    message = error_of_reward(**options | {"tokenizer": str(tmp_path / "model")})
+    assert "vqascore.tokenizer" in message and "does not fit the model" in message
 
 
 def test_a_narrow_picture_is_one_line(reward):

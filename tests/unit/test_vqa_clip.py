@@ -1,0 +1,236 @@
+"""VQAScore on CLIP-FlanT5, against its maths in float64 with transformers' own T5, CLIP and processor."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import gelu, linear
+
+from alignprop.models.formats import FORMATS
+from alignprop.models.packed import pack, packable
+from rewards import build_reward
+from rewards.skeleton import skeleton_reward
+from rewards.vqa_clip import SquarePreprocess
+from tests.helpers.hpsv3_files import make_qwen_tokenizer
+from tests.helpers.refusals import refusal
+from tests.helpers.reward_files import make_dino
+from tests.helpers.reward_references import as_images
+from tests.helpers.vqa_files import make_clip_t5, make_t5_tokenizer
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+PROMPTS = ["a red cat", "two {dogs} on a sofa, and a <fox>"]
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+CHAT = SYSTEM + ' USER: <image>\nDoes this figure show "{prompt}"? Please answer yes or no. ASSISTANT: '
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.25])[:, None, None]  # of make_clip
+
+error_of_reward = partial(refusal, "vqascore")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    return make_clip_t5(tmp_path_factory.mktemp("clip_t5"))
+
+
+@pytest.fixture(scope="module")
+def reward(options):
+    return build_reward("vqascore", {"vqascore": options})
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+
+def facts_of(options) -> dict:
+    return json.loads(Path(options["model"], "config.json").read_text())
+
+
+def reference(options, pixels, prompt):
+    """The probability in float64, of one picture's pixels [3, 56, 56]: exp(-loss) of the answer."""
+    from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration, T5Tokenizer
+
+    facts, files = facts_of(options), Path(options["model"]).glob("pytorch_model-*.bin")
+    state = {name: weight.double() for file in files for name, weight in torch.load(file).items()}
+    tokenizer = T5Tokenizer.from_pretrained(options["tokenizer"])
+    model = T5ForConditionalGeneration(T5Config(**facts)).double().eval()
+    # The package cuts the embeddings and the output layer to the tokens that the tokenizer has.
+    model.lm_head.weight = torch.nn.Parameter(state.pop("lm_head.weight")[: len(tokenizer)])
+    assert set(model.load_state_dict(state, strict=False).missing_keys) == {"lm_head.weight"}
+    clip = CLIPVisionModel.from_pretrained(facts["mm_vision_tower"]).double()
+    seen = clip(pixels[None].double(), output_hidden_states=True).hidden_states[-2][:, 1:]
+    first, second = ([state[f"mm_projector.{place}.{part}"] for part in ("weight", "bias")] for place in (0, 2))
+    picture = linear(gelu(linear(seen, *first)), *second)
+    texts = [torch.tensor([tokenizer(text).input_ids]) for text in CHAT.format(prompt=prompt).split("<image>")]
+    words = torch.cat([model.shared(texts[0]), picture, model.shared(texts[1])], dim=1)
+    answer = torch.tensor([tokenizer("Yes").input_ids])
+    assert answer.shape == (1, 2) and answer[0, 1] == tokenizer.eos_token_id
+    return (-model(inputs_embeds=words, labels=answer).loss).exp()
+
+
+def processed(array) -> torch.Tensor:
+    """The pixels [3, 56, 56] of a picture [H, W, 3] of 8 bits, by PIL and transformers' processor."""
+    from transformers import CLIPImageProcessorPil
+
+    picture, side = Image.fromarray(array.numpy()), max(array.shape[:2])
+    square = Image.new("RGB", (side, side), (127, 102, 76))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    sizes = dict(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    processor = CLIPImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.25], **sizes)
+    return processor(square, return_tensors="pt").pixel_values[0]
+
+
+def picture(*shape) -> torch.Tensor:
+    return torch.randint(0, 256, (*shape, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def test_score_and_gradient_are_those_of_the_maths_in_float64(reward, options, images):
+    scores = reward(images.requires_grad_(), PROMPTS)
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    pixels = ((images.detach() - MEAN) / STD).requires_grad_()
+    expected = torch.stack([reference(options, *each) for each in zip(pixels, PROMPTS, strict=True)])
+    (towards,) = torch.autograd.grad(expected.sum(), pixels)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=0)
+    assert (gradient - towards / STD).norm() < 1e-5 * (towards / STD).norm()
+    assert (gradient != 0).all()
+    assert not any(p.requires_grad or p.grad is not None for p in reward.parameters())
+
+
+@pytest.mark.parametrize(("shape", "rtol"), [((56, 56), 1e-5), ((56, 41), 1e-5), ((33, 56), 1e-5), ((90, 120), 1e-3)])
+def test_a_picture_file_scores_as_the_processor_reads_it(shape, rtol, reward, options):
+    """The last shape is resized, and PIL rounds to 8 bits after each of two passes."""
+    array = picture(*shape)
+    expected = reference(options, processed(array), PROMPTS[0])
+    torch.testing.assert_close(reward(as_images(array), PROMPTS[:1])[0].double(), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(56, 41), (33, 56), (150, 70), (20, 31)])
+def test_pixels_are_padded_before_they_are_resized(shape):
+    preprocess = SquarePreprocess(56, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+    array = picture(*shape)
+    difference = (preprocess(as_images(array))[0] - processed(array)).abs() * STD * 255
+    assert difference.max() < (1e-3 if max(shape) == 56 else 1.2)
+
+
+def test_a_picture_scores_alone_as_among_others(reward, images):
+    together = reward(images, PROMPTS)
+    alone = torch.cat([reward(image[None], [prompt]) for image, prompt in zip(images, PROMPTS, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    assert (together - reward(images.flip(0), PROMPTS)).abs().min() > 1e-2 * together.max()
+    assert (together - reward(images, PROMPTS[::-1])).abs().min() > 1e-2 * together.max()
+
+
+@pytest.mark.parametrize(("model_type", "layout"), [("t5", "bin"), ("clip_t5", "safetensors")])
+def test_both_names_of_the_family_and_both_formats_of_files_are_read(model_type, layout, reward, images, tmp_path):
+    other = build_reward("vqascore", {"vqascore": make_clip_t5(tmp_path, model_type=model_type, layout=layout)})
+    assert torch.equal(other(images, PROMPTS), reward(images, PROMPTS))
+
+
+def test_the_logarithm_is_an_option(reward, options, images):
+    logarithms = build_reward("vqascore", {"vqascore": options | {"log": True}})(images, PROMPTS)
+    scores = reward(images, PROMPTS)
+    assert scores.dtype == torch.float32 and (scores > 0).all() and (scores < 1).all()
+    torch.testing.assert_close(logarithms, scores.log())
+
+
+def test_bfloat16_is_the_default(options, reward, images):
+    half = build_reward("vqascore", {"vqascore": {k: v for k, v in options.items() if k != "dtype"}})
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    scores = half(images, PROMPTS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, reward(images, PROMPTS), rtol=0.2, atol=0)
+
+
+def test_layers_in_8_bits_score_about_the_same(options, reward, images):
+    packed = build_reward("vqascore", {"vqascore": options})
+    pack(packable(packed), FORMATS["int8"])
+    scores = packed(images.requires_grad_(), PROMPTS)
+    torch.testing.assert_close(scores, reward(images, PROMPTS), rtol=0.1, atol=0)
+    assert (torch.autograd.grad(scores.sum(), images)[0] != 0).all()
+
+
+def planned(options, dtype):
+    """The reward on the meta device, from the files that it is loaded from."""
+    facts = facts_of(options)
+    clip = json.loads(Path(facts["mm_vision_tower"], "config.json").read_text())
+    parts = {(options["model"], "vlm"): facts, (facts["mm_vision_tower"], "clip"): clip}
+    given = {"model": options["model"], "dtype": dtype}
+    return skeleton_reward("vqascore", {"vqascore": given}, lambda name, field, kind: parts[name, kind])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_plan_has_the_layers_that_are_loaded(dtype, options):
+    real = build_reward("vqascore", {"vqascore": options | {"dtype": dtype}})
+    plan = planned(options, dtype)
+    shapes = [{k: (t.shape, t.dtype) for k, t in [*r.named_parameters(), *r.named_buffers()]} for r in (real, plan)]
+    assert shapes[0] == shapes[1]
+    assert len(packable(real)) == len(packable(plan)) > 20
+    # One of CLIP's two layers is read.
+    assert len(real.terms["vqascore"].tower.vision.encoder.layers) == 1
+    images = torch.zeros(2, 3, 512, 384, device="meta", requires_grad=True)
+    (gradient,) = torch.autograd.grad(plan(images, PROMPTS).sum(), images)
+    assert gradient.shape == images.shape
+
+
+# ---- what a person can get wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mm_vision_tower": None}, "a T5 without pictures: its config.json has no mm_vision_tower"),
+        ({"mm_vision_tower": "nobody/absent"}, "mm_vision_tower='nobody/absent': no such folder"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type='linear' is not supported; allowed: 'mlp2x_gelu'"),
+        ({"mm_vision_select_feature": "cls_patch"}, "'cls_patch' is not supported; allowed: 'patch'"),
+        ({"mm_vision_select_layer": "last"}, "mm_vision_select_layer='last' is no whole number"),
+        ({"mm_vision_select_layer": -4}, "mm_vision_select_layer=-4 is outside of the CLIP's 2 layers"),
+        ({"mm_hidden_size": 24}, "mm_hidden_size=24, but mm_vision_tower="),
+        ({"d_model": "wide"}, "its config.json is not that of a T5"),
+        ({"model_type": "bert"}, "is a 'bert' model; expected one of 'qwen2_5_vl' (Qwen/"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_does_not_fit_is_one_line(changes, words, options, tmp_path):
+    shutil.copytree(options["model"], tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts_of(options) | changes))
+    message = error_of_reward(**options | {"model": str(tmp_path / "model")})
+    assert "vqascore.model" in message and words in message
+
+
+def test_files_that_are_damaged_or_lack_weights_are_one_line(options, tmp_path):
+    shutil.copytree(options["model"], tmp_path / "model")
+    given = options | {"model": str(tmp_path / "model")}
+    first = sorted((tmp_path / "model").glob("*.bin"))[0]
+    weights = torch.load(first)
+    lost = next(name for name in sorted(weights) if "EncDecAttention.q" in name)
+    torch.save({name: weight for name, weight in weights.items() if name != lost}, first)
+    assert f"lacks 1 weights of a CLIP-FlanT5 model, such as {lost}" in error_of_reward(**given)
+    first.write_bytes(b"not a file of weights")
+    assert "cannot be loaded as a CLIP-FlanT5 model" in error_of_reward(**given)
+    (tmp_path / "model" / "config.json").write_text("{")
+    assert "its config.json is damaged" in error_of_reward(**given)
+
+
+def test_a_tower_that_is_no_clip_is_one_line(options, tmp_path):
+    shutil.copytree(options["model"], tmp_path / "model")
+    facts = facts_of(options) | {"mm_vision_tower": str(make_dino(tmp_path / "dino"))}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts))
+    message = error_of_reward(**options | {"model": str(tmp_path / "model")})
+    assert "mm_vision_tower" in message and "is a 'dinov2' model, expected 'clip'" in message
+
+
+def test_another_tokenizer_is_one_line(options, tmp_path):
+    assert "vqascore.tokenizer='google/flan-t5-xl'" in error_of_reward(**options | {"tokenizer": None})
+    make_qwen_tokenizer(tmp_path / "qwen")
+    message = error_of_reward(**options | {"tokenizer": str(tmp_path / "qwen")})
+    assert "vqascore.tokenizer" in message and "T5 tokenizer" in message
+    for number, changes in enumerate([{"extra": 150}, {"yes": "▁yes"}]):
+        make_t5_tokenizer(tmp_path / str(number), **changes)
+        message = error_of_reward(**options | {"tokenizer": str(tmp_path / str(number))})
+        assert "vqascore.tokenizer" in message and "does not fit the model (190 tokens" in message
