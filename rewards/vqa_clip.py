@@ -118,14 +118,22 @@ class ClipVQATower(nn.Module):
         """
         raise NotImplementedError
 
+    def spell(self, prompts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Returns the token ids of the text before the picture, and for each prompt those of the text behind it."""
+        raise NotImplementedError
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns token ids [P] before and [B, L] behind the picture, and the number [B] of the latter, int64.
 
         The two texts are tokenized apart, as in the t2v_metrics package. Rows are padded to L on the right.
         """
-        rows = [torch.tensor(ids) for ids in self.tokenizer([AFTER.format(prompt) for prompt in prompts]).input_ids]
-        before = torch.tensor(self.tokenizer(BEFORE).input_ids)
-        return before, nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+        before, behind = self.spell(prompts)
+        rows = [torch.tensor(ids) for ids in behind]
+        return (
+            torch.tensor(before),
+            nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            torch.tensor([len(row) for row in rows]),
+        )
 
 
 def blank_tokens(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from rewards.base import TowerConfig
 from rewards.errors import RewardError
 from rewards.skeleton import blank_clip_model
 from rewards.towers import dtype_of, find_file, first_line, load_clip, load_whole
-from rewards.vqa_clip import ANSWER, ClipVQATower, SquarePreprocess, blank_tokens
+from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens
 
 TOKENIZER = "google/flan-t5-xl"  # All sizes of FlanT5 have the same one.
 ALLOWED = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_use_im_start_end": False}
@@ -36,6 +36,10 @@ class ClipT5Tower(ClipVQATower):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.shared(tokens)
+
+    def spell(self, prompts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        # Both texts have an end token of their own, as in training.
+        return self.tokenizer(BEFORE).input_ids, self.tokenizer([AFTER.format(text) for text in prompts]).input_ids
 
     def answer_logits(self, words: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         places = torch.arange(words.shape[1], device=words.device)

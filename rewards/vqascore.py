@@ -13,6 +13,7 @@ from rewards.errors import RewardError
 from rewards.registry import Precision
 from rewards.skeleton import blank
 from rewards.towers import find_file, first_line
+from rewards.vqa_llava import blank_llava, load_llava
 from rewards.vqa_qwen import blank_qwen, load_qwen
 from rewards.vqa_t5 import blank_clip_t5, load_clip_t5
 
@@ -42,6 +43,7 @@ FAMILIES = {
     "qwen2_5_vl": Family(load_qwen, blank_qwen, "Qwen/Qwen2.5-VL-7B-Instruct"),
     "clip_t5": Family(load_clip_t5, blank_clip_t5, "zhiqiulin/clip-flant5-xl"),
     "t5": Family(load_clip_t5, blank_clip_t5, "zhiqiulin/clip-flant5-xl"),
+    "llava": Family(load_llava, blank_llava, "llava-hf/llava-1.5-7b-hf"),
 }
 
 
@@ -52,7 +54,7 @@ class VQAScoreReward(Reward):
     question of that package. A probability near 0 or 1 has almost no gradient, and its logarithm has none near 1.
 
     Args:
-        model: The hub name or folder of a Qwen2.5-VL or a CLIP-FlanT5.
+        model: The hub name or folder of a Qwen2.5-VL, a CLIP-FlanT5 or a LLaVA-1.5.
         revision: The branch, tag or commit of the hub's repository. None: the newest.
         tokenizer: The hub name or folder of another tokenizer. None: that of the model, and google/flan-t5-xl for a
             CLIP-FlanT5.

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from rewards.vqa_clip import AFTER, BEFORE
 from tests.helpers.reward_files import make_clip, randomise
 
 T5 = dict(
@@ -65,6 +66,55 @@ def clip_t5_state(clip: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     seen = {name: weight for name, weight in clip.items() if name.startswith("vision_model.")}
     state |= {f"vision_tower.vision_tower.{name}": weight for name, weight in seen.items()}
     return state
+
+
+def make_llama_tokenizer(folder, extra=0, yes="Yes") -> int:
+    """A LlamaTokenizer of all bytes, and of what is frequent in the question. Returns its number of tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaTokenizer
+
+    special = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    characters = ["▁", *map(chr, range(33, 127))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=characters, special_tokens=special, show_progress=False
+    )
+    trained.train_from_iterator([BEFORE, AFTER.strip(), f"{yes} " * 50], trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
+    tokenizer.add_tokens(["<image>", "<pad>", *(f"<{i}>" for i in range(extra))], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def make_llava(folder, **config) -> dict:
+    """Writes a LLaVA-1.5 under the names of llava-hf's files, with its tokenizer. Returns options of `vqascore`."""
+    from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration
+
+    folder = Path(folder) / "llava"
+    tokens = make_llama_tokenizer(folder)
+    text = dict(
+        model_type="llama", vocab_size=tokens + 30, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=4096, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    vision = dict(
+        model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_attention_heads=2,
+        num_hidden_layers=2, image_size=56, patch_size=14, projection_dim=24,
+    )  # fmt: skip
+    ids = dict(image_token_index=tokens - 2, pad_token_id=tokens - 1, image_seq_length=16)
+    config = LlavaConfig(text_config=text, vision_config=vision, **ids | config)
+    model = randomise(LlavaForConditionalGeneration(config), seed=7)
+    model.lm_head.weight.data *= 0.1  # so that the rounding of pixels to 8 bits moves the score little
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    state = {name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in state.items()}
+    (folder / "model.safetensors").unlink()
+    write_shards(folder, state, "safetensors")
+    sizes = dict(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    CLIPImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.25], **sizes).save_pretrained(folder)
+    return {"model": str(folder), "dtype": "float32"}
 
 
 def write_shards(folder: Path, state: dict[str, torch.Tensor], layout: str) -> None:

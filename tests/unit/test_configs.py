@@ -45,6 +45,7 @@ IMAGE_TOWERS = {
     "mask2former_swin_small": 68_741_083,  # of its default, with 80 classes
     # FlanT5 without the output layer, which transformers ties here; with it 2,849,757,184 and 11,135,332,352.
     "clip_flant5_xl": 2_849_757_184 - 32_128 * 2048, "clip_flant5_xxl": 11_135_332_352 - 32_128 * 4096,
+    "llava_15_7b": 7_063_427_072, "llava_15_13b": 13_351_494_656,
 }  # fmt: skip
 
 

@@ -44,9 +44,17 @@ def test_a_full_size_reward_needs_no_memory(name):
 
 
 # The language model, the projection, and all but the last of the 24 layers of CLIP.
-@pytest.mark.parametrize(("model", "millions"), [("clip-flant5-xl", 3147.0), ("clip-flant5-xxl", 11447.2)])
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [
+        ("zhiqiulin/clip-flant5-xl", 3147.0),
+        ("zhiqiulin/clip-flant5-xxl", 11447.2),
+        ("llava-hf/llava-1.5-7b-hf", 7050.8),
+        ("llava-hf/llava-1.5-13b-hf", 13338.9),
+    ],
+)
 def test_vqascore_has_more_models_of_full_size(model, millions):
-    reward = full_size("vqascore", model=f"zhiqiulin/{model}")
+    reward = full_size("vqascore", model=model)
     assert sum(p.numel() for p in reward.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
     images = torch.zeros(2, 3, 512, 512, device="meta", requires_grad=True)
     (gradient,) = torch.autograd.grad(reward(images, ["a cat", "a dog"]).sum(), images)

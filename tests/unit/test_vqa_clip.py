@@ -1,4 +1,4 @@
-"""VQAScore on CLIP-FlanT5, against its maths in float64 with transformers' own T5, CLIP and processor."""
+"""VQAScore on CLIP-FlanT5 and LLaVA-1.5, against transformers' own models and processor in float64."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import cross_entropy, gelu, linear
 
 from alignprop.models.formats import FORMATS
 from alignprop.models.packed import pack, packable
@@ -19,7 +19,7 @@ from tests.helpers.hpsv3_files import make_qwen_tokenizer
 from tests.helpers.refusals import refusal
 from tests.helpers.reward_files import make_dino
 from tests.helpers.reward_references import as_images
-from tests.helpers.vqa_files import make_clip_t5, make_t5_tokenizer
+from tests.helpers.vqa_files import make_clip_t5, make_llama_tokenizer, make_llava, make_t5_tokenizer
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -34,16 +34,6 @@ MEAN, STD = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3
 error_of_reward = partial(refusal, "vqascore")
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    return make_clip_t5(tmp_path_factory.mktemp("clip_t5"))
-
-
-@pytest.fixture(scope="module")
-def reward(options):
-    return build_reward("vqascore", {"vqascore": options})
-
-
 @pytest.fixture
 def images():
     return torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
@@ -53,7 +43,7 @@ def facts_of(options) -> dict:
     return json.loads(Path(options["model"], "config.json").read_text())
 
 
-def reference(options, pixels, prompt):
+def clip_t5(options, pixels, prompt):
     """The probability in float64, of one picture's pixels [3, 56, 56]: exp(-loss) of the answer."""
     from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
@@ -75,6 +65,58 @@ def reference(options, pixels, prompt):
     return (-model(inputs_embeds=words, labels=answer).loss).exp()
 
 
+def llava(options, pixels, prompt):
+    """The same for LLaVA-1.5, by transformers' own forward."""
+    from transformers import LlamaTokenizer, LlavaForConditionalGeneration
+
+    tokenizer = LlamaTokenizer.from_pretrained(options["model"])
+    model = LlavaForConditionalGeneration.from_pretrained(options["model"]).double().eval()
+    before, after = CHAT.format(prompt=prompt).split("<image>")
+    spell = partial(tokenizer, add_special_tokens=False)
+    before, after = spell(before).input_ids, spell(after.rstrip() + " Yes</s>").input_ids
+    assert tokenizer.convert_ids_to_tokens(before[-1:]) == ["▁"]
+    assert tokenizer.convert_ids_to_tokens(after[:2]) == ["▁", "<0x0A>"]
+    assert tokenizer.convert_ids_to_tokens(after[-2:]) == ["▁Yes", "</s>"]
+    ids = torch.tensor([[tokenizer.bos_token_id] + before + [model.config.image_token_id] * 16 + after])
+    logits = model(input_ids=ids, pixel_values=pixels[None].double(), use_cache=False).logits
+    words = model.config.image_token_id  # the tokens from here on were added
+    assert words == tokenizer.vocab_size == len(tokenizer) - 2
+    return (-cross_entropy(logits[0, -3:-1, :words], ids[0, -2:])).exp()
+
+
+FAMILIES = {"clip_t5": (make_clip_t5, clip_t5), "llava": (make_llava, llava)}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def options(family, tmp_path_factory):
+    return FAMILIES[family][0](tmp_path_factory.mktemp(family))
+
+
+@pytest.fixture(scope="module")
+def reference(family, options):
+    return partial(FAMILIES[family][1], options)
+
+
+@pytest.fixture(scope="module")
+def reward(options):
+    return build_reward("vqascore", {"vqascore": options})
+
+
+@pytest.fixture(scope="module")
+def t5_options(tmp_path_factory):
+    return make_clip_t5(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture(scope="module")
+def llava_options(tmp_path_factory):
+    return make_llava(tmp_path_factory.mktemp("llava"))
+
+
 def processed(array) -> torch.Tensor:
     """The pixels [3, 56, 56] of a picture [H, W, 3] of 8 bits, by PIL and transformers' processor."""
     from transformers import CLIPImageProcessorPil
@@ -91,11 +133,11 @@ def picture(*shape) -> torch.Tensor:
     return torch.randint(0, 256, (*shape, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-def test_score_and_gradient_are_those_of_the_maths_in_float64(reward, options, images):
+def test_score_and_gradient_are_those_of_the_models_in_float64(reward, reference, images):
     scores = reward(images.requires_grad_(), PROMPTS)
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     pixels = ((images.detach() - MEAN) / STD).requires_grad_()
-    expected = torch.stack([reference(options, *each) for each in zip(pixels, PROMPTS, strict=True)])
+    expected = torch.stack([reference(*each) for each in zip(pixels, PROMPTS, strict=True)])
     (towards,) = torch.autograd.grad(expected.sum(), pixels)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=0)
     assert (gradient - towards / STD).norm() < 1e-5 * (towards / STD).norm()
@@ -104,10 +146,10 @@ def test_score_and_gradient_are_those_of_the_maths_in_float64(reward, options, i
 
 
 @pytest.mark.parametrize(("shape", "rtol"), [((56, 56), 1e-5), ((56, 41), 1e-5), ((33, 56), 1e-5), ((90, 120), 1e-3)])
-def test_a_picture_file_scores_as_the_processor_reads_it(shape, rtol, reward, options):
+def test_a_picture_file_scores_as_the_processor_reads_it(shape, rtol, reward, reference):
     """The last shape is resized, and PIL rounds to 8 bits after each of two passes."""
     array = picture(*shape)
-    expected = reference(options, processed(array), PROMPTS[0])
+    expected = reference(processed(array), PROMPTS[0])
     torch.testing.assert_close(reward(as_images(array), PROMPTS[:1])[0].double(), expected, rtol=rtol, atol=0)
 
 
@@ -123,13 +165,16 @@ def test_a_picture_scores_alone_as_among_others(reward, images):
     together = reward(images, PROMPTS)
     alone = torch.cat([reward(image[None], [prompt]) for image, prompt in zip(images, PROMPTS, strict=True)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
-    assert (together - reward(images.flip(0), PROMPTS)).abs().min() > 1e-2 * together.max()
-    assert (together - reward(images, PROMPTS[::-1])).abs().min() > 1e-2 * together.max()
+    assert (together - reward(images.flip(0), PROMPTS)).abs().min() > 2e-3 * together.max()
+    assert (together - reward(images, PROMPTS[::-1])).abs().min() > 2e-3 * together.max()
 
 
 @pytest.mark.parametrize(("model_type", "layout"), [("t5", "bin"), ("clip_t5", "safetensors")])
-def test_both_names_of_the_family_and_both_formats_of_files_are_read(model_type, layout, reward, images, tmp_path):
-    other = build_reward("vqascore", {"vqascore": make_clip_t5(tmp_path, model_type=model_type, layout=layout)})
+def test_both_names_of_clip_t5_and_both_formats_are_read(model_type, layout, t5_options, images, tmp_path):
+    reward, other = (
+        build_reward("vqascore", {"vqascore": options})
+        for options in (t5_options, make_clip_t5(tmp_path, model_type=model_type, layout=layout))
+    )
     assert torch.equal(other(images, PROMPTS), reward(images, PROMPTS))
 
 
@@ -159,8 +204,10 @@ def test_layers_in_8_bits_score_about_the_same(options, reward, images):
 def planned(options, dtype):
     """The reward on the meta device, from the files that it is loaded from."""
     facts = facts_of(options)
-    clip = json.loads(Path(facts["mm_vision_tower"], "config.json").read_text())
-    parts = {(options["model"], "vlm"): facts, (facts["mm_vision_tower"], "clip"): clip}
+    parts = {(options["model"], "vlm"): facts}
+    if "mm_vision_tower" in facts:
+        clip = json.loads(Path(facts["mm_vision_tower"], "config.json").read_text())
+        parts[facts["mm_vision_tower"], "clip"] = clip
     given = {"model": options["model"], "dtype": dtype}
     return skeleton_reward("vqascore", {"vqascore": given}, lambda name, field, kind: parts[name, kind])
 
@@ -172,6 +219,7 @@ def test_a_plan_has_the_layers_that_are_loaded(dtype, options):
     shapes = [{k: (t.shape, t.dtype) for k, t in [*r.named_parameters(), *r.named_buffers()]} for r in (real, plan)]
     assert shapes[0] == shapes[1]
     assert len(packable(real)) == len(packable(plan)) > 20
+    assert not any("vision_tower" in name for name in real.state_dict()), "the CLIP has one name"
     # One of CLIP's two layers is read.
     assert len(real.terms["vqascore"].tower.vision.encoder.layers) == 1
     images = torch.zeros(2, 3, 512, 384, device="meta", requires_grad=True)
@@ -196,16 +244,16 @@ def test_a_plan_has_the_layers_that_are_loaded(dtype, options):
         ({"model_type": "bert"}, "is a 'bert' model; expected one of 'qwen2_5_vl' (Qwen/"),
     ],
 )  # fmt: skip
-def test_a_configuration_that_does_not_fit_is_one_line(changes, words, options, tmp_path):
-    shutil.copytree(options["model"], tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(json.dumps(facts_of(options) | changes))
-    message = error_of_reward(**options | {"model": str(tmp_path / "model")})
+def test_a_clip_t5_configuration_that_does_not_fit_is_one_line(changes, words, t5_options, tmp_path):
+    shutil.copytree(t5_options["model"], tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts_of(t5_options) | changes))
+    message = error_of_reward(**t5_options | {"model": str(tmp_path / "model")})
     assert "vqascore.model" in message and words in message
 
 
-def test_files_that_are_damaged_or_lack_weights_are_one_line(options, tmp_path):
-    shutil.copytree(options["model"], tmp_path / "model")
-    given = options | {"model": str(tmp_path / "model")}
+def test_files_that_are_damaged_or_lack_weights_are_one_line(t5_options, tmp_path):
+    shutil.copytree(t5_options["model"], tmp_path / "model")
+    given = t5_options | {"model": str(tmp_path / "model")}
     first = sorted((tmp_path / "model").glob("*.bin"))[0]
     weights = torch.load(first)
     lost = next(name for name in sorted(weights) if "EncDecAttention.q" in name)
@@ -217,20 +265,55 @@ def test_files_that_are_damaged_or_lack_weights_are_one_line(options, tmp_path):
     assert "its config.json is damaged" in error_of_reward(**given)
 
 
-def test_a_tower_that_is_no_clip_is_one_line(options, tmp_path):
-    shutil.copytree(options["model"], tmp_path / "model")
-    facts = facts_of(options) | {"mm_vision_tower": str(make_dino(tmp_path / "dino"))}
+def test_a_tower_that_is_no_clip_is_one_line(t5_options, tmp_path):
+    shutil.copytree(t5_options["model"], tmp_path / "model")
+    facts = facts_of(t5_options) | {"mm_vision_tower": str(make_dino(tmp_path / "dino"))}
     (tmp_path / "model" / "config.json").write_text(json.dumps(facts))
-    message = error_of_reward(**options | {"model": str(tmp_path / "model")})
+    message = error_of_reward(**t5_options | {"model": str(tmp_path / "model")})
     assert "mm_vision_tower" in message and "is a 'dinov2' model, expected 'clip'" in message
 
 
-def test_another_tokenizer_is_one_line(options, tmp_path):
-    assert "vqascore.tokenizer='google/flan-t5-xl'" in error_of_reward(**options | {"tokenizer": None})
+def test_another_t5_tokenizer_is_one_line(t5_options, tmp_path):
+    assert "vqascore.tokenizer='google/flan-t5-xl'" in error_of_reward(**t5_options | {"tokenizer": None})
     make_qwen_tokenizer(tmp_path / "qwen")
-    message = error_of_reward(**options | {"tokenizer": str(tmp_path / "qwen")})
+    message = error_of_reward(**t5_options | {"tokenizer": str(tmp_path / "qwen")})
     assert "vqascore.tokenizer" in message and "T5 tokenizer" in message
     for number, changes in enumerate([{"extra": 150}, {"yes": "▁yes"}]):
         make_t5_tokenizer(tmp_path / str(number), **changes)
-        message = error_of_reward(**options | {"tokenizer": str(tmp_path / str(number))})
+        message = error_of_reward(**t5_options | {"tokenizer": str(tmp_path / str(number))})
         assert "vqascore.tokenizer" in message and "does not fit the model (190 tokens" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"mm_vision_tower": "x"},
+            "authors' own layout; expected the layout of transformers, as llava-hf/llava-1.5-7b-hf",
+        ),
+        ({"text_config": {"model_type": "mistral"}}, "text_config.model_type='mistral' is not supported; allowed: 'll"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "is not supported; allowed: 'clip_vision_model'"),
+        ({"vision_feature_select_strategy": "full"}, "strategy='full' is not supported; allowed: 'default'"),
+        ({"vision_feature_layer": -4}, "vision_feature_layer=-4 is not one of the CLIP's 2 layers"),
+        ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer=[-2, -1] is not one of"),
+        ({"image_token_index": "x"}, "its config.json is not that of a LLaVA"),
+    ],
+)
+def test_a_llava_configuration_that_does_not_fit_is_one_line(changes, words, llava_options, tmp_path):
+    shutil.copytree(llava_options["model"], tmp_path / "model")
+    facts = facts_of(llava_options)
+    for name, change in changes.items():
+        facts[name] = facts[name] | change if isinstance(change, dict) else change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts))
+    message = error_of_reward(**llava_options | {"model": str(tmp_path / "model")})
+    assert "vqascore.model" in message and words in message
+
+
+def test_another_llama_tokenizer_is_one_line(llava_options, tmp_path):
+    make_llama_tokenizer(tmp_path / "long", extra=40)
+    make_llama_tokenizer(tmp_path / "other", yes="no")
+    for name in ("long", "other"):
+        message = error_of_reward(**llava_options | {"tokenizer": str(tmp_path / name)})
+        assert "vqascore.tokenizer" in message and "does not fit the model" in message
+    message = error_of_reward(**llava_options | {"tokenizer": str(tmp_path)})
+    assert "vqascore.tokenizer" in message and "the folder has no tokenizer_config.json" in message
