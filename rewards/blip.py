@@ -13,7 +13,7 @@ from rewards.errors import RewardError
 from rewards.heads import AestheticHead
 from rewards.preprocess import TorchvisionPreprocess
 from rewards.skeleton import blank
-from rewards.towers import check_weights, dtype_of, find_file, first_line, load_weights
+from rewards.towers import check_weights, dtype_of, load_weights, read_tokenizer
 
 SIZES_OF = "THUDM/ImageReward"  # the sizes of this model are bundled; CycleReward's are the same
 HEAD_WIDTH = 64  # of the attention heads in both of BLIP's towers; the shapes in a checkpoint do not tell it
@@ -221,12 +221,7 @@ def load_bert_tokenizer(name: str, vocab_size: int, field: str):
     """
     from transformers import AddedToken, BertTokenizer
 
-    name = os.path.expanduser(name)
-    find_file(name, "tokenizer_config.json", None, field)
-    try:
-        tokenizer = BertTokenizer.from_pretrained(name)
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise RewardError(f"{field}={name!r} holds no usable BERT tokenizer: {first_line(error)}") from error
+    tokenizer = read_tokenizer(BertTokenizer, name, None, "BERT", field)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens([AddedToken("[ENC]", special=True)], special_tokens=True)
     if len(tokenizer) != vocab_size:

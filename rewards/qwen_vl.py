@@ -1,7 +1,6 @@
 """What the rewards on Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (2502.13923) share: pictures, text and how to load."""
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from rewards.checkpointing import checkpoint_modules
 from rewards.errors import RewardError
 from rewards.preprocess import ClipPreprocess
-from rewards.towers import dtype_of, find_file, first_line
+from rewards.towers import dtype_of, read_tokenizer
 
 PATCH, FRAMES, MERGE = 14, 2, 2  # pixels along a patch; frames in a patch; patches along a token
 SIDE = PATCH * MERGE  # pixels along the square that becomes one token
@@ -160,9 +159,4 @@ def load_qwen_tokenizer(name: str, revision: str | None, field: str):
     """Loads the Qwen2Tokenizer of a hub name or folder. Raises a RewardError if there is none."""
     from transformers import Qwen2Tokenizer
 
-    name = os.path.expanduser(name)
-    find_file(name, "tokenizer_config.json", revision, field)
-    try:
-        return Qwen2Tokenizer.from_pretrained(name, revision=revision or "main")
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise RewardError(f"{field}={name!r} holds no usable Qwen2 tokenizer: {first_line(error)}") from error
+    return read_tokenizer(Qwen2Tokenizer, name, revision, "Qwen2", field)

@@ -132,10 +132,15 @@ def load_clip(
 
 def model_type(name: str, revision: str | None, field: str) -> str | None:
     """Returns the model type in the config.json of a hub name or folder. Raises a RewardError if it is not readable."""
-    config = find_file(name, "config.json", revision, field).read_text()
+    return read_config(name, revision, field).get("model_type")
+
+
+def read_config(name: str, revision: str | None, field: str) -> dict:
+    """Returns the config.json of a hub name or folder. Raises a RewardError if it is missing or damaged."""
+    text = find_file(name, "config.json", revision, field).read_text()
     try:
-        return json.loads(config).get("model_type")
-    except (ValueError, AttributeError) as error:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
         raise RewardError(f"{field}={name!r}: its config.json is damaged: {first_line(error)}") from error
 
 
@@ -159,12 +164,7 @@ def load_tokenizer(name: str, revision: str | None, text_config, field: str):
     """Loads the CLIPTokenizer of a hub name or folder. Raises a RewardError if it does not fit the text tower."""
     from transformers import CLIPTokenizer
 
-    name = os.path.expanduser(name)
-    find_file(name, "tokenizer_config.json", revision, field)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(name, revision=revision or "main")
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise RewardError(f"{field}={name!r} holds no usable CLIP tokenizer: {first_line(error)}") from error
+    tokenizer = read_tokenizer(CLIPTokenizer, name, revision, "CLIP", field)
     # If the files are missing, transformers makes an almost empty vocabulary. Older CLIP configs say eos_token_id=2 and
     # mean "the highest id".
     end = text_config.eos_token_id
@@ -175,6 +175,16 @@ def load_tokenizer(name: str, revision: str | None, text_config, field: str):
             f"fit the text tower ({text_config.vocab_size} tokens, end token {end})"
         )
     return tokenizer
+
+
+def read_tokenizer(loader, name: str, revision: str | None, kind: str, field: str):
+    """Calls `loader.from_pretrained` for a hub name or folder. Raises a RewardError that names `kind` if it fails."""
+    name = os.path.expanduser(name)
+    find_file(name, "tokenizer_config.json", revision, field)
+    try:
+        return loader.from_pretrained(name, revision=revision or "main")
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise RewardError(f"{field}={name!r} holds no usable {kind} tokenizer: {first_line(error)}") from error
 
 
 def find_file(name: str, filename: str, revision: str | None, field: str) -> Path:

@@ -8,7 +8,7 @@ import torch
 
 from rewards.base import TowerConfig
 from rewards.errors import RewardError
-from rewards.towers import dtype_of, find_file, first_line, load_preprocess, load_whole
+from rewards.towers import dtype_of, first_line, load_preprocess, load_whole, read_tokenizer
 from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens
 
 
@@ -67,7 +67,7 @@ def load_llava(
     preprocess = load_preprocess(SquarePreprocess, name, revision, config.vision_config.image_size, field)
     files, files_field, files_revision = name, field, revision
     if tokenizer:
-        files, files_field, files_revision = os.path.expanduser(tokenizer), "vqascore.tokenizer", None
+        files, files_field, files_revision = tokenizer, "vqascore.tokenizer", None
     words, answer = load_llama_tokenizer(files, files_revision, config.text_config.vocab_size, files_field)
     # The tokens that were added, for the picture and for padding, are no words of the original model.
     return LlavaTower(model, preprocess, words, answer, words.vocab_size, dtype)
@@ -119,11 +119,7 @@ def load_llama_tokenizer(name: str, revision: str | None, vocabulary: int, field
     """
     from transformers import LlamaTokenizer
 
-    find_file(name, "tokenizer_config.json", revision, field)
-    try:
-        tokenizer = LlamaTokenizer.from_pretrained(name, revision=revision or "main")
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise RewardError(f"{field}={name!r} holds no usable Llama tokenizer: {first_line(error)}") from error
+    tokenizer = read_tokenizer(LlamaTokenizer, name, revision, "Llama", field)
     texts = [AFTER.format(""), f"{AFTER.format('')} {ANSWER}"]
     asked, (*before, answer) = tokenizer(texts, add_special_tokens=False).input_ids
     if asked != before or len(tokenizer) > vocabulary:

@@ -10,7 +10,7 @@ from torch import nn
 from rewards.base import TowerConfig
 from rewards.errors import RewardError
 from rewards.skeleton import blank_clip_model
-from rewards.towers import dtype_of, find_file, first_line, load_clip, load_whole
+from rewards.towers import dtype_of, first_line, load_clip, load_whole, read_tokenizer
 from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens
 
 TOKENIZER = "google/flan-t5-xl"  # All sizes of FlanT5 have the same one.
@@ -131,12 +131,7 @@ def load_t5_tokenizer(name: str, vocabulary: int, field: str) -> tuple:
     """
     from transformers import T5Tokenizer
 
-    name = os.path.expanduser(name)
-    find_file(name, "tokenizer_config.json", None, field)
-    try:
-        tokenizer = T5Tokenizer.from_pretrained(name)
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise RewardError(f"{field}={name!r} holds no usable T5 tokenizer: {first_line(error)}") from error
+    tokenizer = read_tokenizer(T5Tokenizer, name, None, "T5", field)
     answer = tokenizer(ANSWER).input_ids
     fits = len(answer) == 2 and answer[1] == tokenizer.eos_token_id and answer[0] != tokenizer.unk_token_id
     if not fits or len(tokenizer) > vocabulary:

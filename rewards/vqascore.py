@@ -1,7 +1,5 @@
 """VQAScore (arXiv 2404.01291): how probable it is that a model of pictures and text says that the picture shows it."""
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +10,7 @@ from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
 from rewards.registry import Precision
 from rewards.skeleton import blank
-from rewards.towers import find_file, first_line
+from rewards.towers import read_config
 from rewards.vqa_llava import blank_llava, load_llava
 from rewards.vqa_qwen import blank_qwen, load_qwen
 from rewards.vqa_t5 import blank_clip_t5, load_clip_t5
@@ -77,7 +75,8 @@ class VQAScoreReward(Reward):
         dtype: Precision = "bfloat16",
     ):
         super().__init__()
-        facts, field = read_config(model, revision, "vqascore.model"), "vqascore.model"
+        field = "vqascore.model"
+        facts = read_config(model, revision, field)
         family = find_family(facts.pop("model_type", None), model, field)
         self.log, self.tower = log, family.load(model, revision, facts, tokenizer, dtype, field)
 
@@ -100,12 +99,3 @@ def find_family(kind: str | None, name: str, field: str) -> Family:
         known = ", ".join(f"{kind!r} ({family.example})" for kind, family in FAMILIES.items())
         raise RewardError(f"{field}={name!r} is a {kind!r} model; expected one of {known}")
     return FAMILIES[kind]
-
-
-def read_config(name: str, revision: str | None, field: str) -> dict:
-    """Returns the config.json of a hub name or folder. Raises a RewardError if it is missing or damaged."""
-    text = find_file(os.path.expanduser(name), "config.json", revision, field).read_text()
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise RewardError(f"{field}={name!r}: its config.json is damaged: {first_line(error)}") from error

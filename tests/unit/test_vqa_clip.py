@@ -147,7 +147,10 @@ def test_score_and_gradient_are_those_of_the_models_in_float64(reward, reference
 
 @pytest.mark.parametrize(("shape", "rtol"), [((56, 56), 1e-5), ((56, 41), 1e-5), ((33, 56), 1e-5), ((90, 120), 1e-3)])
 def test_a_picture_file_scores_as_the_processor_reads_it(shape, rtol, reward, reference):
-    """The last shape is resized, and PIL rounds to 8 bits after each of two passes."""
+    """The last shape is resized, and PIL rounds to 8 bits after each of two passes.
+
+    The weights of make_clip_t5 and make_llava answer smoothly, so that this rounding moves the score little.
+    """
     array = picture(*shape)
     expected = reference(processed(array), PROMPTS[0])
     torch.testing.assert_close(reward(as_images(array), PROMPTS[:1])[0].double(), expected, rtol=rtol, atol=0)
@@ -190,14 +193,14 @@ def test_bfloat16_is_the_default(options, reward, images):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     scores = half(images, PROMPTS)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, reward(images, PROMPTS), rtol=0.2, atol=0)
+    torch.testing.assert_close(scores, reward(images, PROMPTS), rtol=0.02, atol=0)
 
 
 def test_layers_in_8_bits_score_about_the_same(options, reward, images):
     packed = build_reward("vqascore", {"vqascore": options})
     pack(packable(packed), FORMATS["int8"])
     scores = packed(images.requires_grad_(), PROMPTS)
-    torch.testing.assert_close(scores, reward(images, PROMPTS), rtol=0.1, atol=0)
+    torch.testing.assert_close(scores, reward(images, PROMPTS), rtol=0.04, atol=0)
     assert (torch.autograd.grad(scores.sum(), images)[0] != 0).all()
 
 
