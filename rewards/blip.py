@@ -10,10 +10,11 @@ from torch import nn
 
 from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
+from rewards.files import check_weights, load_weights, read_tokenizer
 from rewards.heads import AestheticHead
 from rewards.preprocess import TorchvisionPreprocess
 from rewards.skeleton import blank
-from rewards.towers import check_weights, dtype_of, load_weights, read_tokenizer
+from rewards.towers import dtype_of
 
 SIZES_OF = "THUDM/ImageReward"  # the sizes of this model are bundled; CycleReward's are the same
 HEAD_WIDTH = 64  # of the attention heads in both of BLIP's towers; the shapes in a checkpoint do not tell it

@@ -7,7 +7,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from rewards.errors import RewardError
-from rewards.towers import find_file, load_weights
+from rewards.files import find_file, load_weights
 
 
 def find_checkpoint(file: str, repo: str | None, revision: str | None, fields: tuple[str, str], hint: str = "") -> Path:

@@ -10,8 +10,9 @@ from torch import nn
 
 from rewards.base import did_you_mean
 from rewards.errors import RewardError
+from rewards.files import find_file, load_whole, model_type
 from rewards.preprocess import PIL_FILTERS, resize
-from rewards.towers import find_file, load_tokenizer, load_whole, model_type
+from rewards.towers import load_tokenizer
 
 
 class Detector(nn.Module):

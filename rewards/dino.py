@@ -8,11 +8,12 @@ import torch
 
 from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
+from rewards.files import load_whole, model_type
 from rewards.preprocess import ClipPreprocess
 from rewards.registry import Precision
 from rewards.skeleton import blank
 from rewards.target import BlankTargets, SimilarityReward
-from rewards.towers import ImageTower, load_whole, model_type
+from rewards.towers import ImageTower
 
 # DINOv2's evaluation transform: the shortest side becomes 256, of which the middle 224 are kept.
 RESIZE_TO, SIZE = 256, 224

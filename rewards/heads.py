@@ -7,7 +7,7 @@ from torch import nn
 
 from rewards.checkpoints import find_checkpoint
 from rewards.errors import RewardError
-from rewards.towers import load_weights
+from rewards.files import load_weights
 
 WIDTHS = (1024, 128, 64, 16, 1)
 

@@ -9,10 +9,11 @@ import torch
 
 from rewards.base import Reward, TowerConfig, did_you_mean
 from rewards.errors import RewardError
+from rewards.files import find_file, first_line, load_weights
 from rewards.preprocess import PadPreprocess
 from rewards.registry import Precision
 from rewards.skeleton import blank, clip_tower
-from rewards.towers import ClipTower, find_file, first_line, load_tokenizer, load_weights
+from rewards.towers import ClipTower, load_tokenizer
 from rewards.vit_h import SIZES_OF, load_vit_h
 
 CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

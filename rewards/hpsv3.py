@@ -10,12 +10,13 @@ from torch import nn
 
 from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
+from rewards.files import check_weights, find_file, load_weights
 from rewards.hpsv3_prompt import REWARD_TOKEN
 from rewards.hpsv3_tower import BlankTower, HPSv3Tower, TextRotary, VisionRotary
 from rewards.qwen_vl import load_qwen_tokenizer
 from rewards.registry import Precision
 from rewards.skeleton import blank
-from rewards.towers import check_weights, dtype_of, find_file, load_weights
+from rewards.towers import dtype_of
 
 FILE = "HPSv3.safetensors"
 SIZES_OF = "MizzenAI/HPSv3"  # the sizes of this model are bundled

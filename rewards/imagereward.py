@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from rewards.blip import BlipReward
+from rewards.files import find_file
 from rewards.heads import AestheticHead
 from rewards.registry import Precision
-from rewards.towers import find_file
 
 FILE = "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's outputs on the paper's data

@@ -12,11 +12,12 @@ from torch import nn
 from rewards.base import Reward, TowerConfig, did_you_mean
 from rewards.checkpoints import find_checkpoint
 from rewards.errors import RewardError
+from rewards.files import check_weights, load_weights
 from rewards.preprocess import resize
 from rewards.registry import Precision
 from rewards.skeleton import blank
 from rewards.target import BlankTargets, TargetReward
-from rewards.towers import check_weights, dtype_of, load_weights
+from rewards.towers import dtype_of
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
 EPSILON = 1e-10

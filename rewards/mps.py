@@ -10,10 +10,11 @@ from rewards.base import Reward, TowerConfig
 from rewards.checkpoints import find_checkpoint, load_module_weights
 from rewards.cross_attention import HEAD_WIDTH, CrossModel
 from rewards.errors import RewardError
+from rewards.files import check_weights
 from rewards.preprocess import ClipPreprocess
 from rewards.registry import Precision
 from rewards.skeleton import BlankTokens, blank, blank_clip_model
-from rewards.towers import ClipTower, check_weights, load_preprocess, load_tokenizer
+from rewards.towers import ClipTower, load_preprocess, load_tokenizer
 from rewards.vit_h import SIZES_OF, load_vit_h
 
 # What the overall score is about. The texts of the paper's other three scores are not published.

@@ -8,8 +8,8 @@ import torch
 
 from rewards.base import Reward
 from rewards.errors import RewardError
+from rewards.files import first_line
 from rewards.pictures import to_pictures
-from rewards.towers import first_line
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 

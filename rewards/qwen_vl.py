@@ -8,8 +8,9 @@ from torch import nn
 
 from rewards.checkpointing import checkpoint_modules
 from rewards.errors import RewardError
+from rewards.files import read_tokenizer
 from rewards.preprocess import ClipPreprocess
-from rewards.towers import dtype_of, read_tokenizer
+from rewards.towers import dtype_of
 
 PATCH, FRAMES, MERGE = 14, 2, 2  # pixels along a patch; frames in a patch; patches along a token
 SIDE = PATCH * MERGE  # pixels along the square that becomes one token

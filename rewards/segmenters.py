@@ -11,7 +11,7 @@ from torch import nn
 
 from rewards.detectors import DETECTORS, Detector, DetectorPreprocess, class_named, load_detector, preprocess_of
 from rewards.errors import RewardError
-from rewards.towers import load_whole, model_type
+from rewards.files import load_whole, model_type
 
 MASK2FORMER = "mask2former"
 MOST = 100  # The detections of a picture, over all classes.

@@ -10,10 +10,11 @@ import torch
 
 from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
+from rewards.files import find_file, first_line, load_whole, model_type
 from rewards.preprocess import SquashPreprocess
 from rewards.registry import Precision
 from rewards.skeleton import BlankTokens, blank
-from rewards.towers import ClipTower, find_file, first_line, load_preprocess, load_whole, model_type
+from rewards.towers import ClipTower, load_preprocess
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 

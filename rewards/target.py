@@ -9,7 +9,8 @@ from PIL import Image
 
 from rewards.base import Reward
 from rewards.errors import RewardError
-from rewards.towers import ImageTower, first_line
+from rewards.files import first_line
+from rewards.towers import ImageTower
 
 COLUMN = "target"  # the entry of the metadata with the path of a picture
 KEPT_BYTES = 2**28  # of prepared targets, on the CPU

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from rewards.errors import RewardError
-from rewards.towers import check_weights
+from rewards.files import check_weights
 
 SIZES_OF = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # a model in transformers' format, of the checkpoints' sizes
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from rewards.errors import RewardError
-from rewards.towers import dtype_of, first_line, load_whole, model_type
+from rewards.files import first_line, load_whole, model_type
+from rewards.towers import dtype_of
 
 
 class LocalVlm(nn.Module):

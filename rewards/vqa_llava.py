@@ -8,7 +8,8 @@ import torch
 
 from rewards.base import TowerConfig
 from rewards.errors import RewardError
-from rewards.towers import dtype_of, first_line, load_preprocess, load_whole, read_tokenizer
+from rewards.files import first_line, load_whole, read_tokenizer
+from rewards.towers import dtype_of, load_preprocess
 from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from rewards.base import TowerConfig
 from rewards.errors import RewardError
+from rewards.files import load_whole
 from rewards.qwen_vl import (
     PATCH,
     SIDE,
@@ -19,7 +20,7 @@ from rewards.qwen_vl import (
     patchify,
     places,
 )
-from rewards.towers import dtype_of, load_whole
+from rewards.towers import dtype_of
 
 FEWEST, MOST = 4 * SIDE**2, 16384 * SIDE**2  # pixels of a picture, as qwen-vl-utils limits them
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'

@@ -9,8 +9,9 @@ from torch import nn
 
 from rewards.base import TowerConfig
 from rewards.errors import RewardError
+from rewards.files import first_line, load_whole, read_tokenizer
 from rewards.skeleton import blank_clip_model
-from rewards.towers import dtype_of, first_line, load_clip, load_whole, read_tokenizer
+from rewards.towers import dtype_of, load_clip
 from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens
 
 TOKENIZER = "google/flan-t5-xl"  # All sizes of FlanT5 have the same one.

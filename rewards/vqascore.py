@@ -8,9 +8,9 @@ from torch import nn
 
 from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
+from rewards.files import read_config
 from rewards.registry import Precision
 from rewards.skeleton import blank
-from rewards.towers import read_config
 from rewards.vqa_llava import blank_llava, load_llava
 from rewards.vqa_qwen import blank_qwen, load_qwen
 from rewards.vqa_t5 import blank_clip_t5, load_clip_t5

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from rewards import build_reward
+from rewards.files import check_weights
 from rewards.hps import clean, convert_open_clip
 from rewards.preprocess import PadPreprocess
-from rewards.towers import check_weights
 from rewards.vit_h import vit_h_config
 from tests.helpers.refusals import refusal
 from tests.helpers.reward_files import assert_gradient_is_the_central_difference, make_tokenizer, open_clip_state

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from alignprop.models.formats import find_format
 from alignprop.models.packed import is_packed, pack, packable
 from rewards import build_reward
+from rewards.files import check_weights
 from rewards.hpsv3 import build, config_of
 from rewards.hpsv3_prompt import INSTRUCTION, REWARD_TOKEN
 from rewards.skeleton import skeleton_reward
-from rewards.towers import check_weights
 from tests.helpers import hpsv3_maths
 from tests.helpers.hpsv3_files import hpsv3_state, make_qwen_tokenizer
 from tests.helpers.refusals import error_of, refusal

@@ -8,8 +8,8 @@ import torch
 
 from rewards import build_reward
 from rewards.blip import build_blip, configs_of, split_checkpoint
+from rewards.files import check_weights
 from rewards.imagereward import MEAN, STD
-from rewards.towers import check_weights
 from tests.helpers.imagereward_files import imagereward_state, make_bert_tokenizer
 from tests.helpers.refusals import refusal
 from tests.helpers.reward_files import assert_gradient_is_the_central_difference, make_options

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewards import build_reward
+from rewards.files import check_weights
 from rewards.mps import CONDITION, words_that_matter
-from rewards.towers import check_weights
 from rewards.vit_h import vit_h_config
 from tests.helpers.refusals import refusal
 from tests.helpers.reward_files import laion_head, make_options
