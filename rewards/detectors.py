@@ -11,7 +11,7 @@ from torch import nn
 from rewards.base import did_you_mean
 from rewards.errors import RewardError
 from rewards.files import find_file, load_whole, model_type
-from rewards.preprocess import PIL_FILTERS, resize
+from rewards.preprocess import PIL_FILTERS, resize_like_pil
 from rewards.towers import load_tokenizer
 
 
@@ -161,8 +161,7 @@ class DetectorPreprocess(nn.Module):
         height, width = images.shape[-2:]
         if self.square:
             images = F.pad(images, (0, max(height, width) - width, 0, max(height, width) - height))
-        # Bicubic weights overshoot [0, 1]. The 8-bit pictures of the model's own processor cannot.
-        return (resize(images, *self.fitted(*images.shape[-2:]), self.mode).clamp(0, 1) - self.mean) / self.std
+        return (resize_like_pil(images, *self.fitted(*images.shape[-2:]), self.mode) - self.mean) / self.std
 
     def fitted(self, height: int, width: int) -> tuple[int, int]:
         """Returns the height and width in pixels that a picture is resized to."""

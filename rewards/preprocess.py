@@ -21,11 +21,29 @@ def resize(images: torch.Tensor, height: int, width: int, mode: str = "bicubic")
     return F.interpolate(images, (height, width), mode=mode, antialias=True, align_corners=False)
 
 
+def resize_like_pil(images: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
+    """Resizes images [B, 3, H, W] as PIL does: first the width, then the height, with 8 bits per value after each.
+
+    So a reward sees the pixels that its published code sees. Only a value close to the middle of two levels can become
+    the other one, because PIL computes in integers: about one of a thousand values with bicubic weights, and one of a
+    hundred with bilinear ones. The gradient is that of the resize without the rounding. If the size is already right,
+    no bit is changed.
+    """
+    for size in ((images.shape[-2], width), (height, width)):
+        if size != images.shape[-2:]:
+            images = round_to_8_bits(resize(images, *size, mode).clamp(0, 1))
+    return images
+
+
+def round_to_8_bits(images: torch.Tensor) -> torch.Tensor:
+    """Rounds values in [0, 1] to the nearest of 256 levels. The gradient passes as if it did not round."""
+    return images + ((images.detach() * 255 + 0.5).floor() / 255 - images.detach())
+
+
 class ClipPreprocess(nn.Module):
     """CLIP's own preprocessing: resizes the shortest side to `resize_to`, crops the centre to `size`, and normalises.
 
-    It equals transformers' CLIPImageProcessor on PIL images, except for rounding. PIL rounds to 8 bits after each of
-    its two resize passes, and this class keeps float32. The pixels differ by at most about 1/255 before normalising.
+    It equals transformers' CLIPImageProcessor on PIL images (see `resize_like_pil`).
 
     Args:
         size: The side in pixels of the square that the tower expects.
@@ -90,14 +108,9 @@ class ClipPreprocess(nn.Module):
     def fit(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         short = min(height, width)
-        images = self.resize_like_pil(images, *(int(self.resize_to * side / short) for side in (height, width)))
+        images = resize_like_pil(images, *(int(self.resize_to * side / short) for side in (height, width)), self.mode)
         top, left = (self.margin(side - self.size) for side in images.shape[-2:])
         return images[..., top : top + self.size, left : left + self.size]
-
-    def resize_like_pil(self, images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Resizes one side after the other, and clamps bicubic overshoot after each."""
-        images = resize(images, images.shape[-2], width, self.mode).clamp(0, 1)
-        return resize(images, height, width, self.mode).clamp(0, 1)
 
     def margin(self, surplus: int) -> int:
         """Returns how many of the `surplus` rows or columns a crop cuts away at the top or the left."""
@@ -118,14 +131,14 @@ class SquashPreprocess(ClipPreprocess):
     crops = False
 
     def fit(self, images: torch.Tensor) -> torch.Tensor:
-        return self.resize_like_pil(images, self.size, self.size)
+        return resize_like_pil(images, self.size, self.size, self.mode)
 
 
 class PadPreprocess(ClipPreprocess):
     """HPSv2's preprocessing: resizes the longest side to `size` and pads with black. Bicubic overshoot is kept.
 
-    It equals the hpsv2 package's transform with torchvision 0.17 or later. Older versions resized tensors without
-    antialiasing.
+    It equals the hpsv2 package's transform with torchvision 0.17 or later, which resizes tensors, and does not round
+    them. Older versions resized tensors without antialiasing.
     """
 
     def fit(self, images: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from rewards.checkpointing import checkpoint_modules
 from rewards.errors import RewardError
 from rewards.files import read_tokenizer
-from rewards.preprocess import ClipPreprocess
+from rewards.preprocess import ClipPreprocess, resize_like_pil
 from rewards.towers import dtype_of
 
 PATCH, FRAMES, MERGE = 14, 2, 2  # pixels along a patch; frames in a patch; patches along a token
@@ -49,8 +49,7 @@ def smart_size(height: int, width: int, fewest: int, most: int) -> tuple[int, in
 class QwenPreprocess(ClipPreprocess):
     """Qwen-VL's preprocessing: resizes to about the picture's own ratio, and normalises as CLIP does.
 
-    It equals qwen-vl-utils and transformers' Qwen2VLImageProcessor on PIL images, except for rounding (see
-    `ClipPreprocess`).
+    It equals qwen-vl-utils and transformers' Qwen2VLImageProcessor on PIL images (see `resize_like_pil`).
 
     Args:
         fewest: The number of pixels below which a picture is enlarged.
@@ -64,7 +63,7 @@ class QwenPreprocess(ClipPreprocess):
         self.fewest, self.most = fewest, most
 
     def fit(self, images: torch.Tensor) -> torch.Tensor:
-        return self.resize_like_pil(images, *smart_size(*images.shape[-2:], self.fewest, self.most))
+        return resize_like_pil(images, *smart_size(*images.shape[-2:], self.fewest, self.most), self.mode)
 
 
 def patchify(pixels: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class SquarePreprocess(ClipPreprocess):
     """LLaVA-1.5's preprocessing: pads the picture to a square with CLIP's mean colour, and then does what CLIP does.
 
     The colour is rounded down to 8 bits. The picture is in the middle, and an odd row or column goes below it or to its
-    right. See `ClipPreprocess` for the rounding.
+    right.
     """
 
     def fit(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """Compares each reward with its reference, on random weights of tiny sizes, and prints a Markdown table.
 
-    python scripts/reward_table.py [hps clip pickscore imagereward cyclereward siglip aesthetic aesthetic_v2_5]
+    python scripts/reward_table.py [hps clip pickscore imagereward cyclereward siglip aesthetic aesthetic_v2_5 hpsv3 …]
 
 The references are published code (the packages hpsv2, image-reward and cyclereward, which the first call installs aside
-in `work/`) and transformers' processors and models. They are in `tests/helpers/reward_references.py`. The columns are
-measured on pictures that need no resize, unless they say "resized":
+in `work/`), transformers' processors and models, and for the newer judges their maths in float64. They are in
+`tests/helpers/`. The columns, of pictures that need no resize, and in brackets of pictures that do:
 
-- pixels: the largest difference in 1/255, before normalising; in brackets, for resized pictures (PIL rounds to 8 bits
-  after each of its two passes, the rewards keep float32)
+- pixels: the largest difference in 1/255, before normalising; in brackets the share of pixels that differ
 - tokens: whether all ids are equal, also for odd prompts
 - scores: the largest relative difference; in brackets, for all pictures, relative to the scores' standard deviation
 - gradient: the relative norm of the difference to autograd through the reference
@@ -24,7 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.helpers.reward_references import CASES, Difference, compare
+from tests.helpers.reward_cases import CASES
+from tests.helpers.reward_references import Difference, compare
 
 
 def main(names: list[str]) -> None:
@@ -44,10 +44,8 @@ def main(names: list[str]) -> None:
 
 def row(name: str, d: Difference) -> str:
     tokens = {None: "–", True: "equal", False: "differ"}[d.tokens]
-    return (
-        f"| {name} | {number(d.pixels)} ({d.resized:.2f}) | {tokens} | {number(d.scores)} ({number(d.resized_scores)}) "
-        f"| {number(d.gradient)} |"
-    )
+    pixels, scores = f"{number(d.pixels)} ({number(d.resized)})", f"{number(d.scores)} ({number(d.resized_scores)})"
+    return f"| {name} | {pixels} | {tokens} | {scores} | {number(d.gradient)} |"
 
 
 def number(value: float) -> str:

@@ -42,6 +42,12 @@ def offline(monkeypatch):
 
 
 @pytest.fixture
+def without_rounding(monkeypatch):
+    """Resized pictures are not rounded to 8 bits, so that a difference quotient shows the gradient."""
+    monkeypatch.setattr("rewards.preprocess.round_to_8_bits", lambda images: images)
+
+
+@pytest.fixture
 def no_plots(request, monkeypatch):
     """Drawing curves costs more than the toy runs; the tests of run folders and of reports keep it."""
     if "complete" not in request.node.name:

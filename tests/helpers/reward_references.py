@@ -48,6 +48,7 @@ class Case:
         scores: the reference's [6].
         gradient: the reference's ∂ Σ scores[:2] / ∂ pixels[:2], [2, 3, h, w].
         answers: all that a reference in another process left.
+        metadata: of each picture; None without.
     """
 
     reward: WeightedReward
@@ -57,13 +58,36 @@ class Case:
     scores: torch.Tensor
     gradient: torch.Tensor
     answers: dict | None = None
+    metadata: list[dict] | None = None
+
+    @property
+    def preprocess(self):
+        """Makes the pixels of the reward, and has the `std` by which it divides them."""
+        (term,) = self.reward.terms.values()
+        tower = term.blip if hasattr(term, "blip") else term.tower
+        return getattr(tower, "preprocess", AsTheyAre())
+
+    def ours(self, first: int, last: int, images: torch.Tensor) -> torch.Tensor:
+        """The scores of the pictures from `first` to before `last`."""
+        metadata = None if self.metadata is None else self.metadata[first:last]
+        return self.reward(images, PROMPTS[first:last], metadata)
+
+
+class AsTheyAre:
+    """The preprocessing of a reward that has none."""
+
+    std = 1
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images
 
 
 @dataclass(frozen=True)
 class Difference:
     """
     Attributes:
-        pixels, resized: largest difference in 1/255, before normalising, of pictures that fit and of others.
+        pixels: largest difference in 1/255, before normalising, of the two pictures that fit.
+        resized: share of the pixels of the others that differ by more than a hundredth of 1/255.
         tokens: whether all ids are equal; None without text.
         scores, gradient: relative, of the two pictures that fit.
         resized_scores: relative to the scores' own spread, of all pictures.
@@ -78,22 +102,20 @@ class Difference:
 
 
 def compare(case: Case) -> Difference:
-    (term,) = case.reward.terms.values()
-    preprocess = term.blip.preprocess if hasattr(term, "blip") else term.tower.preprocess
+    preprocess = case.preprocess
     steps = [
-        ((preprocess(image)[0] - pixels) * preprocess.std * 255).abs().max().item()
+        ((preprocess(image)[0] - pixels) * preprocess.std * 255).abs().flatten()
         for image, pixels in zip(case.images, case.pixels, strict=True)
     ]
     with torch.no_grad():
-        pairs = zip(case.images, PROMPTS, strict=True)
-        scores = torch.cat([case.reward(image, [prompt]) for image, prompt in pairs])
+        scores = torch.cat([case.ours(i, i + 1, image) for i, image in enumerate(case.images)])
     fitting = torch.cat(case.images[:2]).requires_grad_()
-    (gradient,) = torch.autograd.grad(case.reward(fitting, PROMPTS[:2]).sum(), fitting)
+    (gradient,) = torch.autograd.grad(case.ours(0, 2, fitting).sum(), fitting)
     expected = case.gradient / preprocess.std  # the reference's is with respect to normalised pixels
     error = scores - case.scores
     return Difference(
-        pixels=max(steps[:2]),
-        resized=max(steps[2:]),
+        pixels=torch.cat(steps[:2]).max().item(),
+        resized=(torch.cat(steps[2:]) > 0.01).float().mean().item(),
         tokens=None if case.tokens is None else torch.equal(*case.tokens),
         scores=(error[:2].abs().max() / case.scores[:2].abs().max()).item(),
         gradient=((gradient - expected).norm() / expected.norm()).item(),

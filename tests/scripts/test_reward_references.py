@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from rewards import build_reward
+from tests.helpers.reward_cases import CASES
 from tests.helpers.reward_files import make_options
-from tests.helpers.reward_references import CASES, PROMPTS, as_images, compare, pictures
+from tests.helpers.reward_references import PROMPTS, as_images, compare, pictures
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +24,16 @@ def made(tmp_path_factory):
 def test_a_reward_equals_its_reference(name, made):
     case = made(name)
     difference = compare(case)
-    assert case.scores.std() > 1e-3  # the weights tell the samples apart, far above the tolerances
+    # The weights tell the samples apart, far above the tolerances.
+    assert case.scores.std() > 1e-4 * case.scores.abs().max()
     assert difference.pixels < 1e-4
-    assert difference.tokens is (None if name.startswith("aesthetic") else True)
+    assert difference.tokens in (True, None)
     assert difference.scores < 1e-5
-    assert case.gradient.flatten(1).norm(dim=1).min() > 1e-4 and difference.gradient < 1e-5
-    # Resized by PIL, pixels are rounded to 8 bits after each of two passes: (0.7 + 0.5)/255 at most. The hpsv2
-    # package resizes float tensors, as its reward does.
-    exact = name == "hps"
-    assert difference.resized < (1e-3 if exact else 1.2) and difference.resized_scores < (1e-5 if exact else 2e-2)
+    norms = case.gradient.flatten(1).norm(dim=1)
+    assert norms.min() > 1e-2 * norms.max() > 0 and difference.gradient < 1e-5
+    # PIL computes in integers, so a value near the middle of two levels can become the other one.
+    assert difference.resized < 5e-3 and difference.resized_scores < 5e-3
+    assert not any(p.requires_grad or p.grad is not None for p in case.reward.parameters())
 
 
 def test_the_hpsv2_backend_is_the_package(made):
@@ -41,14 +43,14 @@ def test_the_hpsv2_backend_is_the_package(made):
 
 # Scores of two pictures, which are resized, and the norm of their gradient, with the weights of `make_options`.
 GOLDEN = {
-    "hps": (0.01544548, -0.1295593, 0.1004474),
-    "clip": (0.3492863, 0.2941867, 0.153556),
-    "pickscore": (-2.003661, -0.4709592, 21.54937),
-    "imagereward": (-0.4052632, -0.8976876, 0.2765229),
-    "cyclereward": (-0.2102134, -0.2137976, 0.03551879),
-    "siglip": (0.256519, 0.1981784, 0.1334495),
-    "aesthetic": (-0.2300119, -0.2333587, 0.008461547),
-    "aesthetic_v2_5": (-0.06406005, 0.1142084, 0.302478),
+    "hps": (0.01544545, -0.1295592, 0.1004474),
+    "clip": (0.3492337, 0.2942793, 0.1535508),
+    "pickscore": (-1.99883, -0.4765688, 21.52876),
+    "imagereward": (-0.405234, -0.8977441, 0.2765652),
+    "cyclereward": (-0.210189, -0.2138229, 0.03551984),
+    "siglip": (0.2565219, 0.1980164, 0.1333754),
+    "aesthetic": (-0.2300241, -0.2333552, 0.008465014),
+    "aesthetic_v2_5": (-0.06371363, 0.1144015, 0.3022431),
 }
 
 

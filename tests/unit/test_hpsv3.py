@@ -1,4 +1,4 @@
-"""HPSv3's checkpoint, text and score, against the same maths in float64 (hpsv3_maths.py)."""
+"""HPSv3's checkpoint, text and precision. Its scores are compared in test_reward_references."""
 
 import hashlib
 from functools import partial
@@ -15,15 +15,14 @@ from rewards.files import check_weights
 from rewards.hpsv3 import build, config_of
 from rewards.hpsv3_prompt import INSTRUCTION, REWARD_TOKEN
 from rewards.skeleton import skeleton_reward
-from tests.helpers import hpsv3_maths
 from tests.helpers.hpsv3_files import hpsv3_state, make_qwen_tokenizer
+from tests.helpers.judge_references import shrink_hpsv3
 from tests.helpers.refusals import error_of, refusal
 from tests.helpers.reward_files import make_options
 
 pytestmark = pytest.mark.usefixtures("offline")
 
 PROMPTS = ["a red cat", "two {dogs} on a sofa, café 猫"]
-SMALL = 112 * 112  # pixels, so that the tests are quick
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +32,7 @@ def options(tmp_path_factory):
 
 def small(options):
     reward = build_reward("hpsv3", {"hpsv3": options})
-    preprocess = reward.terms["hpsv3"].tower.preprocess
-    assert (preprocess.fewest, preprocess.most) == (200704, 200704)
-    preprocess.fewest = preprocess.most = SMALL
+    shrink_hpsv3(reward)
     return reward
 
 
@@ -72,39 +69,7 @@ def test_the_instruction_is_the_released_one():
     assert INSTRUCTION.endswith(REWARD_TOKEN) and INSTRUCTION.count(REWARD_TOKEN) == 1
 
 
-def test_tokens_are_those_of_the_whole_chat_up_to_the_reward_token(tower):
-    before, after, lengths = tower.tokenize(PROMPTS)
-    assert lengths[0] != lengths[1] and after.shape == (2, max(lengths))
-    (reward_token,) = tower.tokenizer(REWARD_TOKEN).input_ids
-    assert reward_token == len(tower.tokenizer) - 1
-    for prompt, row, length in zip(PROMPTS, after, lengths, strict=True):
-        whole = hpsv3_maths.tokens_of(tower.tokenizer, prompt, 0).tolist()
-        ours = [*before.tolist(), *row[:length].tolist()]
-        assert ours == whole[: len(ours)] and ours[-1] == reward_token
-
-
 # ---- score and gradient
-
-
-def test_score_and_gradient_are_those_of_the_maths_in_float64(reward, tower, options, images):
-    """The maths reads the chat to its end, a picture at a time, with the rounded frequencies of the release."""
-    state = load_file(options["checkpoint"])
-    words = tower.tokenizer
-    ids = [words.convert_tokens_to_ids(token) for token in (REWARD_TOKEN, "<|image_pad|>")]
-    exact = images.double().requires_grad_()
-    outputs = [
-        hpsv3_maths.score(state, picture, hpsv3_maths.tokens_of(words, prompt, 16), *ids)
-        for picture, prompt in zip(exact, PROMPTS, strict=True)
-    ]
-    expected = torch.stack(outputs)[:, 0]
-    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
-    scores = reward(images.requires_grad_(), PROMPTS)
-    (gradient,) = torch.autograd.grad(scores.sum(), images)
-    assert scores.shape == (2,) and scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=0)
-    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
-    assert (gradient != 0).all()
-    assert not any(p.requires_grad or p.grad is not None for p in reward.parameters())
 
 
 def test_score_sees_image_and_prompt(reward, images):

@@ -1,4 +1,4 @@
-"""MPS against its formulas in double precision, and the files that it is published in."""
+"""MPS: its words and the files that it is published in. Its scores are compared in test_reward_references."""
 
 import os
 import sys
@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from rewards import build_reward
@@ -40,70 +39,6 @@ def images():
 
 
 # ---- the formulas
-
-
-def score_of(state, tower, image, prompt) -> torch.Tensor:
-    """The score of one picture [1, 3, 56, 56] float64, from a checkpoint's weights, with sums written out."""
-    clip = tower.model.double()
-    words, text = texts(clip, tower, prompt)
-    condition, _ = texts(clip, tower, CONDITION)
-    likeness = torch.einsum("id,jd->ji", words, condition).max(dim=0).values
-    mask = torch.where(likeness / likeness.max() > 0.01, 0.0, -torch.inf)
-    pixels = (image - tower.preprocess.mean.double()) / tower.preprocess.std.double()
-    x = clip.visual_projection(clip.vision_model(pixel_values=pixels).last_hidden_state)[0]
-    for i in range(4):
-        one, two = (partial(weight_of, state, f"cross_model.layers.{i}.{j}.fn") for j in (0, 1))
-        h = F.layer_norm(x, x.shape[-1:], one("norm"))
-        key, value = (words @ one("to_kv").T).split(64, dim=-1)
-        x = x + attention(h @ one("to_q").T, key, value, mask) @ one("to_out").T
-        x = x + gated(h @ one("ff.0").T) @ one("ff.2").T
-        h = F.layer_norm(x, x.shape[-1:], two("norm")) @ two("fused_attn_ff_proj").T
-        query, key, value, inner = h.split((128, 64, 64, 1024), dim=-1)
-        query = torch.cat([turned(part) for part in query.split(64, dim=-1)], dim=-1)
-        x = x + attention(query, turned(key), value, 0.0) @ two("attn_out").T + gated(inner) @ two("ff_out.1").T
-    return clip.logit_scale.exp() * F.cosine_similarity(x[0], text, dim=0)
-
-
-def texts(clip, tower, prompt):
-    output = clip.text_model(input_ids=tower.tokenize([prompt]))
-    return clip.text_projection(output.last_hidden_state)[0], clip.text_projection(output.pooler_output)[0]
-
-
-def weight_of(state, part, name):
-    return state[f"{part}.{name}.weight"].double()
-
-
-def attention(query, key, value, mask):
-    parts = [(part @ key.T / 8 + mask).softmax(dim=-1) @ value for part in query.split(64, dim=-1)]
-    return torch.cat(parts, dim=-1)
-
-
-def gated(x):
-    x, gate = x.chunk(2, dim=-1)
-    return gate * gate.sigmoid() * x
-
-
-def turned(x):
-    """Each pair (i, i + 32) as a complex number, turned by the position times its frequency."""
-    angles = torch.outer(torch.arange(len(x)).double(), 10000 ** -(torch.arange(32).double() / 32))
-    pairs = torch.complex(x[:, :32], x[:, 32:]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([pairs.real, pairs.imag], dim=-1)
-
-
-def test_score_and_gradient_are_the_formulas_in_double_precision(options, reward, images):
-    images.requires_grad_()
-    scores = reward(images, PROMPTS)
-    (gradient,) = torch.autograd.grad(scores.sum(), images)
-    state, tower = torch.load(options["checkpoint"]), reward.terms["mps"].tower
-    exact = images.detach().double().requires_grad_()
-    try:
-        pairs = zip(exact.split(1), PROMPTS, strict=True)
-        expected = torch.stack([score_of(state, tower, *pair) for pair in pairs])
-        (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
-    finally:
-        tower.model.float()
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=0)
-    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
 
 
 def test_words_unlike_the_condition_are_not_looked_at(reward):

@@ -1,11 +1,13 @@
-"""Rewards that compare with a picture of the user's: the picture's way into the reward, and each one's own formula."""
+"""Rewards that compare with a picture of the user's: how that picture is found and read.
+
+Their scores are compared in test_reward_references.
+"""
 
 import sys
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from alignprop.prompts import load_prompts
@@ -14,7 +16,7 @@ from rewards import target as target_module
 from rewards.lpips import NETS, cover
 from rewards.target import load_picture
 from tests.helpers.refusals import error_of, refusal
-from tests.helpers.reward_files import make_clip, make_lpips, make_options, make_siglip, save_target
+from tests.helpers.reward_files import make_clip, make_options, make_siglip, save_target
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -127,95 +129,7 @@ def test_errors_name_the_prompt_and_the_file(options, tmp_path):
     assert "text.png" in error_of(reward, images, ["a cat"], [{"target": str(tmp_path / "text.png")}])
 
 
-# ---- the formulas
-
-
-def gradients(score, images):
-    (gradient,) = torch.autograd.grad(score(images), images)
-    return gradient
-
-
-def assert_equals_in_double_precision(reward, images, expected, target):
-    """expected: of one picture [1, 3, H, W] in float64."""
-    metadata = [{"target": target}] * len(images)
-    scores = reward(images, ["a"] * len(images), metadata)
-    exact = images.double()
-    torch.testing.assert_close(
-        scores.double(), torch.cat([expected(i).reshape(1) for i in exact.split(1)]), rtol=1e-5, atol=1e-7
-    )
-    ours = gradients(lambda x: reward(x, ["a"] * len(x), metadata).sum(), images.requires_grad_())
-    theirs = gradients(lambda x: sum(expected(i) for i in x.split(1)).sum(), exact.requires_grad_())
-    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
-
-
-def test_dino_is_the_cosine_of_the_class_tokens(options, tmp_path):
-    from transformers import Dinov2Model
-
-    model = Dinov2Model.from_pretrained(options["dino"]["model"]).double()
-    mean, std = (torch.tensor(v).view(3, 1, 1).double() for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-    def embed(x):  # of 256 pixels, so that nothing is resized
-        return model(pixel_values=(x[..., 16:240, 16:240] - mean) / std).pooler_output
-
-    target = save_target(tmp_path / "target.png", 256, 256)
-    wanted = embed(load_picture(target, "").double()).detach()
-    reward = build("dino", options)
-    assert_equals_in_double_precision(
-        reward, noise(2, 3, 256, 256), lambda x: F.cosine_similarity(embed(x), wanted), target
-    )
-
-
-def test_clip_image_is_the_cosine_of_the_projected_embeddings(options, tmp_path):
-    from transformers import CLIPModel
-
-    model = CLIPModel.from_pretrained(options["clip_image"]["model"]).double()
-    mean, std = (torch.tensor(v).view(3, 1, 1).double() for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
-
-    def embed(x):
-        return model.get_image_features(pixel_values=(x - mean) / std).pooler_output
-
-    target = save_target(tmp_path / "target.png", 64, 64)
-    wanted = embed(load_picture(target, "").double()).detach()
-    reward = build("clip_image", options)
-    assert not any("text" in name for name, _ in reward.named_parameters())
-    assert_equals_in_double_precision(
-        reward, noise(2, 3, 64, 64), lambda x: F.cosine_similarity(embed(x), wanted), target
-    )
-
-
-def published_features(net, x, state):
-    """The maps of torchvision's network, by functions; conv strides and paddings are those of its documentation."""
-    stage = {"alex": [(0, 4, 2), "pool3", (3, 1, 2), "pool3", (6, 1, 1), (8, 1, 1), (10, 1, 1)]}
-    blocks = [(0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)]
-    vgg = [step for block in blocks for step in [*[(i, 1, 1) for i in block], "pool2"]]
-    stops = {"alex": (0, 3, 6, 8, 10), "vgg": (2, 7, 14, 21, 28)}[net]
-    maps = []
-    for step in stage.get(net, vgg):
-        if isinstance(step, str):
-            x = F.max_pool2d(x, int(step[-1]), 2)
-            continue
-        place, stride, padding = step
-        weight, bias = (state[f"features.{place}.{kind}"].double() for kind in ("weight", "bias"))
-        x = F.conv2d(x, weight, bias, stride, padding).clamp(min=0)
-        if place in stops:
-            maps.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
-    return maps
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_lpips_is_the_published_formula(net, tmp_path):
-    trunk, lin = make_lpips(tmp_path, net)
-    state, lins, target = torch.load(trunk), torch.load(lin), save_target(tmp_path / "target.png", 72, 72)
-    shift, scale = (torch.tensor(v).view(3, 1, 1).double() for v in ((-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)))
-    maps = lambda x: published_features(net, (2 * x - 1 - shift) / scale, state)  # noqa: E731
-    wanted = maps(load_picture(target, "").double())
-
-    def expected(x):
-        pairs = zip(maps(x), wanted, lins.values(), strict=True)
-        return -sum((w.double() * (a - b).square()).sum(dim=1).mean() for a, b, w in pairs)
-
-    reward = build_reward("lpips", {"lpips": {"net": net, "trunk": str(trunk), "lin": str(lin)}})
-    assert_equals_in_double_precision(reward, noise(2, 3, 72, 72), expected, target)
+# ---- LPIPS
 
 
 def test_lpips_is_finite_where_all_features_are_zero(options, target):

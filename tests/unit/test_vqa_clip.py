@@ -1,4 +1,4 @@
-"""VQAScore on CLIP-FlanT5 and LLaVA-1.5, against transformers' own models and processor in float64."""
+"""VQAScore on CLIP-FlanT5 and LLaVA-1.5: pixels, options, files. Its scores are compared in test_reward_references."""
 
 import json
 import shutil
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torch.nn.functional import cross_entropy, gelu, linear
 
 from alignprop.models.formats import FORMATS
 from alignprop.models.packed import pack, packable
@@ -16,6 +14,8 @@ from rewards import build_reward
 from rewards.skeleton import skeleton_reward
 from rewards.vqa_clip import SquarePreprocess
 from tests.helpers.hpsv3_files import make_qwen_tokenizer
+from tests.helpers.judge_references import TINY_CLIP, square_pixels
+from tests.helpers.pictures import differing
 from tests.helpers.refusals import refusal
 from tests.helpers.reward_files import make_dino
 from tests.helpers.reward_references import as_images
@@ -24,12 +24,6 @@ from tests.helpers.vqa_files import make_clip_t5, make_llama_tokenizer, make_lla
 pytestmark = pytest.mark.usefixtures("offline")
 
 PROMPTS = ["a red cat", "two {dogs} on a sofa, and a <fox>"]
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions."
-)
-CHAT = SYSTEM + ' USER: <image>\nDoes this figure show "{prompt}"? Please answer yes or no. ASSISTANT: '
-MEAN, STD = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.25])[:, None, None]  # of make_clip
 
 error_of_reward = partial(refusal, "vqascore")
 
@@ -43,48 +37,7 @@ def facts_of(options) -> dict:
     return json.loads(Path(options["model"], "config.json").read_text())
 
 
-def clip_t5(options, pixels, prompt):
-    """The probability in float64, of one picture's pixels [3, 56, 56]: exp(-loss) of the answer."""
-    from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration, T5Tokenizer
-
-    facts, files = facts_of(options), Path(options["model"]).glob("pytorch_model-*.bin")
-    state = {name: weight.double() for file in files for name, weight in torch.load(file).items()}
-    tokenizer = T5Tokenizer.from_pretrained(options["tokenizer"])
-    model = T5ForConditionalGeneration(T5Config(**facts)).double().eval()
-    # The package cuts the embeddings and the output layer to the tokens that the tokenizer has.
-    model.lm_head.weight = torch.nn.Parameter(state.pop("lm_head.weight")[: len(tokenizer)])
-    assert set(model.load_state_dict(state, strict=False).missing_keys) == {"lm_head.weight"}
-    clip = CLIPVisionModel.from_pretrained(facts["mm_vision_tower"]).double()
-    seen = clip(pixels[None].double(), output_hidden_states=True).hidden_states[-2][:, 1:]
-    first, second = ([state[f"mm_projector.{place}.{part}"] for part in ("weight", "bias")] for place in (0, 2))
-    picture = linear(gelu(linear(seen, *first)), *second)
-    texts = [torch.tensor([tokenizer(text).input_ids]) for text in CHAT.format(prompt=prompt).split("<image>")]
-    words = torch.cat([model.shared(texts[0]), picture, model.shared(texts[1])], dim=1)
-    answer = torch.tensor([tokenizer("Yes").input_ids])
-    assert answer.shape == (1, 2) and answer[0, 1] == tokenizer.eos_token_id
-    return (-model(inputs_embeds=words, labels=answer).loss).exp()
-
-
-def llava(options, pixels, prompt):
-    """The same for LLaVA-1.5, by transformers' own forward."""
-    from transformers import LlamaTokenizer, LlavaForConditionalGeneration
-
-    tokenizer = LlamaTokenizer.from_pretrained(options["model"])
-    model = LlavaForConditionalGeneration.from_pretrained(options["model"]).double().eval()
-    before, after = CHAT.format(prompt=prompt).split("<image>")
-    spell = partial(tokenizer, add_special_tokens=False)
-    before, after = spell(before).input_ids, spell(after.rstrip() + " Yes</s>").input_ids
-    assert tokenizer.convert_ids_to_tokens(before[-1:]) == ["▁"]
-    assert tokenizer.convert_ids_to_tokens(after[:2]) == ["▁", "<0x0A>"]
-    assert tokenizer.convert_ids_to_tokens(after[-2:]) == ["▁Yes", "</s>"]
-    ids = torch.tensor([[tokenizer.bos_token_id] + before + [model.config.image_token_id] * 16 + after])
-    logits = model(input_ids=ids, pixel_values=pixels[None].double(), use_cache=False).logits
-    words = model.config.image_token_id  # the tokens from here on were added
-    assert words == tokenizer.vocab_size == len(tokenizer) - 2
-    return (-cross_entropy(logits[0, -3:-1, :words], ids[0, -2:])).exp()
-
-
-FAMILIES = {"clip_t5": (make_clip_t5, clip_t5), "llava": (make_llava, llava)}
+FAMILIES = {"clip_t5": make_clip_t5, "llava": make_llava}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -94,12 +47,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def options(family, tmp_path_factory):
-    return FAMILIES[family][0](tmp_path_factory.mktemp(family))
-
-
-@pytest.fixture(scope="module")
-def reference(family, options):
-    return partial(FAMILIES[family][1], options)
+    return FAMILIES[family](tmp_path_factory.mktemp(family))
 
 
 @pytest.fixture(scope="module")
@@ -117,51 +65,14 @@ def llava_options(tmp_path_factory):
     return make_llava(tmp_path_factory.mktemp("llava"))
 
 
-def processed(array) -> torch.Tensor:
-    """The pixels [3, 56, 56] of a picture [H, W, 3] of 8 bits, by PIL and transformers' processor."""
-    from transformers import CLIPImageProcessorPil
-
-    picture, side = Image.fromarray(array.numpy()), max(array.shape[:2])
-    square = Image.new("RGB", (side, side), (127, 102, 76))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    sizes = dict(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    processor = CLIPImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.25], **sizes)
-    return processor(square, return_tensors="pt").pixel_values[0]
-
-
 def picture(*shape) -> torch.Tensor:
     return torch.randint(0, 256, (*shape, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-def test_score_and_gradient_are_those_of_the_models_in_float64(reward, reference, images):
-    scores = reward(images.requires_grad_(), PROMPTS)
-    (gradient,) = torch.autograd.grad(scores.sum(), images)
-    pixels = ((images.detach() - MEAN) / STD).requires_grad_()
-    expected = torch.stack([reference(*each) for each in zip(pixels, PROMPTS, strict=True)])
-    (towards,) = torch.autograd.grad(expected.sum(), pixels)
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=0)
-    assert (gradient - towards / STD).norm() < 1e-5 * (towards / STD).norm()
-    assert (gradient != 0).all()
-    assert not any(p.requires_grad or p.grad is not None for p in reward.parameters())
-
-
-@pytest.mark.parametrize(("shape", "rtol"), [((56, 56), 1e-5), ((56, 41), 1e-5), ((33, 56), 1e-5), ((90, 120), 1e-3)])
-def test_a_picture_file_scores_as_the_processor_reads_it(shape, rtol, reward, reference):
-    """The last shape is resized, and PIL rounds to 8 bits after each of two passes.
-
-    The weights of make_clip_t5 and make_llava answer smoothly, so that this rounding moves the score little.
-    """
-    array = picture(*shape)
-    expected = reference(processed(array), PROMPTS[0])
-    torch.testing.assert_close(reward(as_images(array), PROMPTS[:1])[0].double(), expected, rtol=rtol, atol=0)
-
-
 @pytest.mark.parametrize("shape", [(56, 41), (33, 56), (150, 70), (20, 31)])
 def test_pixels_are_padded_before_they_are_resized(shape):
-    preprocess = SquarePreprocess(56, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
-    array = picture(*shape)
-    difference = (preprocess(as_images(array))[0] - processed(array)).abs() * STD * 255
-    assert difference.max() < (1e-3 if max(shape) == 56 else 1.2)
+    preprocess, array = SquarePreprocess(56, *TINY_CLIP), picture(*shape)
+    assert differing(preprocess(as_images(array))[0], square_pixels(array), preprocess.std) < 2e-3
 
 
 def test_a_picture_scores_alone_as_among_others(reward, images):

@@ -1,11 +1,10 @@
-"""VQAScore on Qwen2.5-VL, against transformers' own processor, positions and model."""
+"""VQAScore on Qwen2.5-VL: options, positions, files. Its scores are compared in test_reward_references."""
 
 import shutil
 from functools import partial
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from alignprop.models.packed import packable
@@ -14,7 +13,6 @@ from rewards.skeleton import skeleton_reward
 from tests.helpers.hpsv3_files import make_qwen2_5_vl, make_qwen_tokenizer
 from tests.helpers.refusals import error_of, refusal
 from tests.helpers.reward_files import make_clip, make_options
-from tests.helpers.reward_references import as_images
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -42,63 +40,6 @@ def images():
 
 
 error_of_reward = partial(refusal, "vqascore")
-
-
-def reference(options, pixel_values, grid, prompt):
-    """The probability as transformers has it, in float64, for one picture's patches [N, 1176]."""
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(options["model"]).double().eval()
-    for name, buffer in model.named_buffers():  # the angles come from float32 frequencies
-        assert "inv_freq" in name and buffer.dtype == torch.float64
-    tokenizer = Qwen2Tokenizer.from_pretrained(options["model"])
-    pads = "<|image_pad|>" * (grid.prod().item() // 4)
-    ids = torch.tensor([tokenizer(CHAT.format(pads=pads, prompt=prompt)).input_ids])
-    kinds = (ids == model.config.image_token_id).int()
-    logits = model(
-        input_ids=ids, mm_token_type_ids=kinds, pixel_values=pixel_values, image_grid_thw=grid[None], use_cache=False
-    ).logits
-    (yes,) = tokenizer("Yes").input_ids
-    return logits[0, -1].softmax(-1)[yes]
-
-
-def test_score_and_gradient_are_those_of_transformers_in_float64(reward, options, images):
-    from transformers import Qwen2VLImageProcessorPil
-
-    scores = reward(images.requires_grad_(), PROMPTS)
-    (gradient,) = torch.autograd.grad(scores.sum(), images)
-    processor = Qwen2VLImageProcessorPil(do_rescale=False, do_resize=False)
-    made = [
-        processor(image.detach().numpy(), input_data_format="channels_first", return_tensors="pt") for image in images
-    ]
-    leaves = [one.pixel_values.double().requires_grad_() for one in made]
-    each = zip(leaves, made, PROMPTS, strict=True)
-    expected = torch.stack([reference(options, leaf, one.image_grid_thw[0], prompt) for leaf, one, prompt in each])
-    towards = torch.autograd.grad(expected.sum(), leaves)
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=0)
-    # The gradient at the patches is brought back to the picture by plain sums.
-    std = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
-    back = torch.stack([unpatchify(patches) for patches in towards]) / std
-    assert (gradient - back).norm() < 1e-5 * back.norm()
-    assert (gradient != 0).all()
-    assert not any(p.requires_grad or p.grad is not None for p in reward.parameters())
-
-
-def unpatchify(patches):
-    """The sum over both frames, [3, 140, 196], of the patches of 5 by 7 tokens."""
-    tokens = patches.view(5, 7, 2, 2, 3, 2, 14, 14).sum(5)
-    return tokens.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, 140, 196)
-
-
-def test_a_picture_file_scores_as_the_processor_reads_it(reward, options):
-    """With transformers' resize: PIL rounds to 8 bits after each of two passes."""
-    from transformers import Qwen2VLImageProcessorPil
-
-    array = torch.randint(0, 255, (150, 90, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056})
-    made = processor(Image.fromarray(array.numpy()), return_tensors="pt")
-    expected = reference(options, made.pixel_values.double(), made.image_grid_thw[0], PROMPTS[0])
-    torch.testing.assert_close(reward(as_images(array), PROMPTS[:1])[0].double(), expected, rtol=5e-3, atol=0)
 
 
 def test_the_logarithm_is_an_option(reward, options, images):
