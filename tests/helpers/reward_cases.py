@@ -79,11 +79,10 @@ def mps(folder: Path) -> Case:
     tower, state = reward.terms["mps"].tower, torch.load(options["checkpoint"])
     clip = copy.deepcopy(tower.model).double()
     words = CLIPTokenizer.from_pretrained(options["processor"])
-    tokenize = lambda texts: (
-        words(  # noqa: E731
-            texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
-        ).input_ids
-    )
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return words(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+
     score = lambda pixels, i: maths.mps_score(state, clip, tokenize, pixels, PROMPTS[i])  # noqa: E731
     normal = [tower.preprocess.mean.flatten().tolist(), tower.preprocess.std.flatten().tolist()]
     tokens = tower.tokenize(PROMPTS), tokenize(PROMPTS)
