@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.helpers.drawing import save_blank
 from tests.helpers.single_file import make_pipeline
 
 torch.set_num_threads(1)
@@ -48,11 +49,15 @@ def without_rounding(monkeypatch):
 
 
 @pytest.fixture
+def plots():
+    """A test that asks for this one has its curves drawn."""
+
+
+@pytest.fixture(autouse=True)
 def no_plots(request, monkeypatch):
-    """Drawing curves costs more than the toy runs; the tests of run folders and of reports keep it."""
-    if "complete" not in request.node.name:
-        monkeypatch.setattr("alignprop.runs.records.plot_curves", lambda rows, path: None)
-        monkeypatch.setattr("alignprop.evaluation.report.page.curves", lambda *_: [])
+    """Drawing curves takes longer than the toy runs, so that others get blank pictures."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
 
 
 @pytest.fixture

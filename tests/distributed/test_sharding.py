@@ -28,9 +28,6 @@ from tests.helpers import warm
 ROOT = Path(__file__).resolve().parents[2]
 
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
-
 def two_processes(*script):
     """Runs a script on two processes, in the environment that `accelerate launch` makes of fsdp2.yaml."""
     of_the_file = launch("fsdp2.yaml")[1]

@@ -36,7 +36,7 @@ from tests.helpers.docs_stand_ins import StandIns, lay_out, make_environment, pa
 from tests.helpers.fake_hub import logged_in
 from tests.helpers.toy_rewards import redness
 
-pytestmark = pytest.mark.usefixtures("no_plots", "offline")
+pytestmark = pytest.mark.usefixtures("offline")
 
 RESULTS = {
     "train": "logs/*/checkpoints/checkpoint_*/pytorch_lora_weights.safetensors", "evaluate": "logs/*/eval/*/scores.csv",

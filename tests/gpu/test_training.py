@@ -14,7 +14,7 @@ from alignprop.trainer import AlignPropTrainer
 from tests.gpu.conftest import ON_CPU
 from tests.helpers.training import rows, train
 
-pytestmark = pytest.mark.usefixtures("no_plots", "device")
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def gradient(trainer) -> torch.Tensor:

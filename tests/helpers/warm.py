@@ -1,5 +1,7 @@
 """Python programs in processes of their own that need not import torch again: forked off one that has it.
 
+Their curves are blank pictures (see drawing.py).
+
     call("main.py", "--config=…")                          like `python main.py --config=…`
     call("-m", "alignprop", "train", processes=2)          like torchrun with two processes
 
@@ -88,10 +90,14 @@ def import_libraries() -> None:
     """What every run imports. Only alignprop.command imports them in this order and with its settings."""
     import alignprop.command  # noqa: I001
     import accelerate  # noqa: F401
+    import matplotlib.figure
     import diffusers.loaders.single_file_utils  # noqa: F401
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
+    from tests.helpers.drawing import save_blank
+
+    matplotlib.figure.Figure.savefig = save_blank
     import alignprop.tasks
     import alignprop.trainer  # noqa: F401
 

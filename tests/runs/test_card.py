@@ -198,7 +198,6 @@ def test_the_header_is_yaml_whatever_the_prompts_are(tmp_path):
 # ---- what the card says is how it is used
 
 
-@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_the_code_on_the_card_makes_the_pictures_on_the_card(toy_config, tmp_path, pipeline_folder, use_lora):
     trainer = train(toy_config(num_epochs=1, use_lora=use_lora, train__learning_rate=1e-2, guidance_scale=3.0))

@@ -25,8 +25,6 @@ from tests.distributed.test_processes import assert_rows_agree, difference
 from tests.helpers import warm
 from tests.helpers.training import rows, weights
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.fixture
 def ddpo_config(toy_config):

@@ -40,8 +40,6 @@ UNUSED = {  # of the first encoder, the last but one hidden states are the end
 }
 NAMES = [name for name in FAMILIES if name != "sd"]  # which has its own tests of all that
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

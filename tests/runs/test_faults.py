@@ -11,8 +11,6 @@ import torch
 from tests.helpers.faults import contents, disturb, flat
 from tests.helpers.training import train
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def test_every_leaf_has_a_name():
     nested = {"a": [torch.ones(2), {"b": 1}], "c": "x"}

@@ -15,8 +15,6 @@ from scripts.bench.families import train as train_family
 from tests.helpers.tiny_pipelines import make_family
 from tests.helpers.training import train
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.fixture
 def other(toy_config, tmp_path):

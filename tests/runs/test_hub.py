@@ -26,8 +26,6 @@ from tests.unit.test_resolve import preset
 
 TOKEN = "hf_" + "s3cret" * 6
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):

@@ -22,9 +22,6 @@ from tests.helpers.single_file import make_pipeline
 from tests.helpers.training import rows, train
 from tests.runs.test_export import random_lora
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
-
 TRAINED = {}  # the checkpoint that all tests begin with
 
 

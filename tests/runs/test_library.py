@@ -36,7 +36,6 @@ from tests.helpers import warm
 from tests.helpers.toy_rewards import redness
 from tests.helpers.training import rows, weights
 
-pytestmark = pytest.mark.usefixtures("no_plots")
 THINGS = ["a cat", "a dog", "two red circles", "a blue bird", "a tree"]
 SMALL = {"eval_reward_fn": "", "eval_base_distance": False, "num_eval_images": 2, "num_epochs": 1}
 

@@ -24,7 +24,6 @@ from tests.helpers.schedulers import by_sweep, difference, gradients_of, guided,
 from tests.helpers.tiny_pipelines import make_family
 
 STEPS, BATCH, GUIDANCE = 9, 2, 1.5
-pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture

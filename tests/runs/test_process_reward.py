@@ -13,8 +13,6 @@ from alignprop.trainer import AlignPropTrainer
 from rewards import RewardError
 from tests.helpers.training import rows, train, weights
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 HERE = f"process:{sys.executable}::"
 CONTRAST, REDNESS = (f"tests.helpers.toy_rewards:{name}" for name in ("contrast", "redness"))
 

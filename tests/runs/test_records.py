@@ -14,10 +14,8 @@ from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
 from tests.helpers.training import rows, train
 
-pytestmark = pytest.mark.usefixtures("no_plots")
 
-
-def test_a_run_folder_is_complete(toy_config):
+def test_a_run_folder_is_complete(toy_config, plots):
     trainer = train(toy_config(run_name="r", eval_freq=1))
     folder = trainer.run.folder
     for name in ("config.json", "metrics.jsonl", "curves.png", "before_after.png", "samples/step_000000.png",
@@ -166,7 +164,7 @@ def test_resuming_with_another_evaluation_goes_on(toy_config):
 def test_a_finished_run_says_where_it_is(toy_config, capsys):
     first = train(toy_config(run_name="r", num_epochs=1))
     train(toy_config(resume_from=str(first.run.folder), run_name="copy", num_epochs=1))
-    assert "copy: checkpoints, config.json, metrics.jsonl" in capsys.readouterr().out
+    assert "copy: checkpoints, config.json, curves.png, metrics.jsonl" in capsys.readouterr().out
 
 
 def test_an_abandoned_future_is_set_aside(toy_config):

@@ -51,7 +51,7 @@ def read(folder):
     return read_run(folder, rows, [step_of(path) for path in checkpoints_of(folder)])
 
 
-def test_a_run_has_a_page_that_needs_nothing_else(run_with_hostile_prompts):
+def test_a_run_has_a_page_that_needs_nothing_else(run_with_hostile_prompts, plots):
     text = (run_with_hostile_prompts / "report.html").read_text(encoding="utf-8")
     elements = Elements(text)
     assert all(image["src"].startswith("data:image/jpeg;base64,") for image in elements.of("img"))

@@ -13,8 +13,6 @@ from alignprop.trainer import AlignPropTrainer
 from rewards import RewardError
 from tests.helpers.training import train, weights
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.mark.parametrize(("reward", "message"), [
     ("wrong_shape", r"shape \[2, 1\], expected \[2\]"), ("not_a_number", "non-finite"), ("detached", "no gradient"),

@@ -14,8 +14,6 @@ from tests.helpers import eight_bit
 from tests.helpers.toy_rewards import redness
 from tests.helpers.training import asks_to_stop, rows, train, weights
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 RATE = 1e-2
 # 8 updates, of which 3 are warm-up, and without an evaluation in between.
 FIELDS = dict(

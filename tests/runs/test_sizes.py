@@ -25,8 +25,6 @@ from tests.helpers.tiny_pipelines import make_family
 
 SIZES = "24x16,16x24,16"
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def gradients_of_two_steps(config):
     """The gradient of two samples in each of the first two steps, always from the same weights."""

@@ -71,7 +71,6 @@ def test_the_reward_of_a_row_is_that_of_now():
 # ---- a run
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_a_run_ends_saves_and_says_why_and_does_so_again(toy_config, capsys):
     # A fresh adapter has moved nowhere, and a trained one somewhere.
     options = dict(run_name="r", num_epochs=3, eval_freq=1, save_freq=3, eval_base_distance=True)
@@ -92,13 +91,11 @@ def test_a_run_ends_saves_and_says_why_and_does_so_again(toy_config, capsys):
     assert on.global_step == 6
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_a_run_that_is_bad_from_the_start_takes_no_step(toy_config):
     trainer = train(toy_config(stop_when="reward<1e9", eval_freq=1))
     assert trainer.global_step == 0 and [r["step"] for r in rows(trainer)] == [0]
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_the_best_is_by_the_measure_that_is_named(toy_config, monkeypatch):
     scores = iter([0.0, 0.5, 0.9, 0.1])  # the reward at the steps 0, 2, 4, 6; the other measure is 1 minus that
     call = Evaluator.__call__

@@ -18,8 +18,6 @@ from alignprop.trainer import AlignPropTrainer
 from tests.helpers.toy_rewards import redness
 from tests.helpers.training import asks_to_stop, rows, shaken, train, weights
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def test_the_last_epoch_is_always_saved_and_evaluated(toy_config):
     trainer = train(toy_config(num_epochs=3, save_freq=2, eval_freq=2))

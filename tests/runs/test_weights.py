@@ -11,8 +11,6 @@ from alignprop.trainer import AlignPropTrainer
 from alignprop.weights import load_denoiser
 from tests.helpers.training import half_precision, train, weights
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def test_moving_average_is_what_is_saved_and_evaluated(toy_config):
     trainer = train(toy_config(train__ema_decay=0.9, train__learning_rate=1e-2))

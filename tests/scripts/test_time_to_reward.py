@@ -78,7 +78,7 @@ def test_the_table_has_a_row_for_each_way():
     assert cells[2][3:6] == ["12.5 (5.0 … 20.0)", "6.2 (2.5 … 10.0)", "3.20 (2.50 … 6.00)"]
 
 
-def test_curves_are_drawn(tmp_path):
+def test_curves_are_drawn(tmp_path, plots):
     draw({"ours": [curve([0, 1]), curve([0, 2])], "TRL": [curve([0, 3])]}, 1.0, tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
