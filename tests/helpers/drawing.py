@@ -8,7 +8,7 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
 
 
 def save_blank(figure, target, format=None, **options) -> None:
-    """In place of `Figure.savefig`: an empty picture, as SVG text into an open stream, or as the PNG or SVG `target`."""
+    """In place of `Figure.savefig`: an empty picture, as SVG text into a stream, or as a PNG or SVG file."""
     if hasattr(target, "write"):
         assert format == "svg"
         target.write(SVG)
