@@ -32,7 +32,7 @@ class Reward(nn.Module):
             tower_config: A function of (a model's name, the option that names it, "clip", "siglip", "blip",
                 "qwen2_vl", "dinov2" and so on). It returns the keywords of the model's `transformers.CLIPConfig`,
                 `SiglipConfig` and so on. For the kind "vlm", any image-text model, they are those of
-                `AutoConfig.for_model`.
+                `AutoConfig.for_model`. Of several kinds, in a tuple, the model must be one.
         """
         return BlankReward()
 

@@ -134,6 +134,15 @@ class SquashPreprocess(ClipPreprocess):
         return resize_like_pil(images, self.size, self.size, self.mode)
 
 
+class StretchPreprocess(ClipPreprocess):
+    """DINOv3's preprocessing: resizes both sides to `size`, which may distort the picture, without rounding."""
+
+    crops = False
+
+    def fit(self, images: torch.Tensor) -> torch.Tensor:
+        return resize(images, self.size, self.size, self.mode)
+
+
 class PadPreprocess(ClipPreprocess):
     """HPSv2's preprocessing: resizes the longest side to `size` and pads with black. Bicubic overshoot is kept.
 

@@ -23,7 +23,7 @@ from alignprop.settings.errors import ConfigError
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "configs"
 TOWERS = {
     "clip": "CLIPModel", "siglip": "SiglipModel", "blip": "BlipForImageTextRetrieval", "qwen2_vl": "Qwen2VLModel",
-    "dinov2": "Dinov2Model", "mask2former": "Mask2FormerForUniversalSegmentation",
+    "dinov2": "Dinov2Model", "dinov3_vit": "DINOv3ViTModel", "mask2former": "Mask2FormerForUniversalSegmentation",
     "vlm": "AutoModelForImageTextToText",  # of any type
 }  # fmt: skip
 
@@ -51,27 +51,30 @@ def find_config(name: str, revision: str | None = None) -> dict:
     raise ConfigError(f"pretrained.model = {name!r}: {_nowhere(FAMILIES)}")
 
 
-def find_tower_config(name: str, field: str, family: str = "clip") -> dict:
+def find_tower_config(name: str, field: str, family: str | tuple[str, ...] = "clip") -> dict:
     """Finds the facts of a reward's image and text towers, in the same places as `find_config`.
 
     Args:
         name: a folder or hub name.
         field: the field of the configuration that an error message names.
-        family: the family that the towers must have, a key of TOWERS.
+        family: the family that the towers must have, a key of TOWERS, or several that they may have.
 
     Raises:
         ConfigError: no facts are found, or the files are damaged or of another family.
     """
+    families = (family,) if isinstance(family, str) else family
     facts = bundled_config(name)
-    if not os.path.isdir(name) and facts is not None and facts["family"] == family:
+    if not os.path.isdir(name) and facts is not None and facts["family"] in families:
         return facts
     path = Path(name, "config.json") if os.path.isdir(name) else _cached(name, "config.json", None)
     if path is None:
-        raise ConfigError(f"{field} = {name!r}: {_nowhere([family])}")
+        raise ConfigError(f"{field} = {name!r}: {_nowhere(families)}")
     config = _read(path)
-    if family not in ("vlm", config.get("model_type")):
-        raise ConfigError(f"{field} = {name!r} is a {config.get('model_type')!r} model, expected {family!r}")
-    return {"family": family, "model": {"_class_name": TOWERS[family], **config}}
+    found = next((one for one in families if one in ("vlm", config.get("model_type"))), None)
+    if found is None:
+        expected = " or ".join(map(repr, families))
+        raise ConfigError(f"{field} = {name!r} is a {config.get('model_type')!r} model, expected {expected}")
+    return {"family": found, "model": {"_class_name": TOWERS[found], **config}}
 
 
 def bundled_config(name: str) -> dict | None:

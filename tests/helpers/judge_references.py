@@ -204,10 +204,18 @@ def turned(x):
 
 
 def dino_embedding(options) -> Callable:
-    from transformers import Dinov2Model
+    """The class token that the model pools, of either DINO."""
+    from transformers import AutoModel
 
-    model = Dinov2Model.from_pretrained(options["model"]).double()
+    model = AutoModel.from_pretrained(options["model"]).double().eval()
     return lambda pixels: model(pixel_values=pixels[None]).pooler_output[0]
+
+
+def stretched_pixels(side: int, normal: tuple, array: torch.Tensor) -> torch.Tensor:
+    """As transformers' processor of DINOv3 makes them, which needs torchvision: divides by 255, then resizes."""
+    picture = F.interpolate(array.permute(2, 0, 1)[None].float() / 255, (side, side), mode="bilinear", antialias=True)
+    mean, std = map(per_channel, normal)
+    return ((picture[0] - mean) / std).float()
 
 
 def clip_embedding(options) -> Callable:

@@ -13,7 +13,7 @@ from PIL import Image
 from rewards import build_reward, options_name
 from tests.helpers import judge_references as maths
 from tests.helpers import reward_references
-from tests.helpers.reward_files import make_lpips, make_options
+from tests.helpers.reward_files import make_dinov3, make_lpips, make_options
 from tests.helpers.reward_references import PROMPTS, Case, as_images, pictures
 from tests.helpers.vqa_files import make_clip_t5, make_llava
 
@@ -91,18 +91,25 @@ def mps(folder: Path) -> Case:
 
 def clip_image(folder: Path) -> Case:
     options = make_options("clip_image", folder)
-    return similarity("clip_image", options, folder, 64, maths.clip_embedding(options), (64, 64, maths.TINY_CLIP))
+    pixels_of = partial(maths.clip_pixels, 64, 64, maths.TINY_CLIP)
+    return similarity("clip_image", options, folder, 64, maths.clip_embedding(options), pixels_of)
 
 
 def dino(folder: Path) -> Case:
     options = make_options("dino", folder)
-    case = similarity("dino", options, folder, 256, maths.dino_embedding(options), (256, 224, maths.IMAGENET))
+    pixels_of = partial(maths.clip_pixels, 256, 224, maths.IMAGENET)
+    case = similarity("dino", options, folder, 256, maths.dino_embedding(options), pixels_of)
     return replace(case, gradient=F.pad(case.gradient, (16,) * 4))  # what the crop cuts away has none
 
 
-def similarity(name: str, options: dict, folder: Path, side: int, embed: Callable, processor: tuple) -> Case:
+def dinov3(folder: Path) -> Case:
+    options = {"model": str(make_dinov3(folder / "dinov3"))}
+    pixels_of = partial(maths.stretched_pixels, 224, maths.IMAGENET)
+    return similarity("dino", options, folder, 224, maths.dino_embedding(options), pixels_of)
+
+
+def similarity(name: str, options: dict, folder: Path, side: int, embed: Callable, pixels_of: Callable) -> Case:
     targets, metadata = save_targets(folder, side)
-    pixels_of = partial(maths.clip_pixels, *processor)
     with torch.no_grad():
         wanted = [embed(pixels_of(array).double()) for array in targets]
     reward = build_reward(name, {options_name(name): options})
@@ -133,5 +140,5 @@ def save_targets(folder: Path, side: int) -> tuple[list[torch.Tensor], list[dict
     return targets, [{"target": str(path)} for path in paths]
 
 
-JUDGES = (hpsv3, mps, vqascore_qwen, vqascore_clip_t5, vqascore_llava, clip_image, dino, lpips, lpips_vgg)
+JUDGES = (hpsv3, mps, vqascore_qwen, vqascore_clip_t5, vqascore_llava, clip_image, dino, dinov3, lpips, lpips_vgg)
 CASES = reward_references.CASES | {judge.__name__: judge for judge in JUDGES}

@@ -247,6 +247,15 @@ def make_dino(folder, image_size=70):
     return folder
 
 
+def make_dinov3(folder):
+    """A random DINOv3ViTModel with registers, as the released ones have."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_register_tokens=4)
+    randomise(DINOv3ViTModel(DINOv3ViTConfig(**size)), seed=8).save_pretrained(folder)
+    return folder
+
+
 def make_lpips(folder, net="alex"):
     """Random weights of a narrow trunk, with a classifier, and of its features. Returns (trunk's file, lin's file)."""
     from rewards.lpips import NETS, TrunkTower

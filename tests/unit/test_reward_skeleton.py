@@ -9,7 +9,7 @@ from rewards import REWARDS, build_reward, options_name, reward_class
 from rewards.base import BlankReward
 from rewards.skeleton import skeleton_reward, without_custom
 from tests.helpers.detector_files import make_yolos
-from tests.helpers.reward_files import make_options
+from tests.helpers.reward_files import make_dinov3, make_options
 
 # Those without a gradient have tests of their own.
 NAMES = [name for name in REWARDS if reward_class(name).plannable and reward_class(name).differentiable]
@@ -41,6 +41,15 @@ def test_a_full_size_reward_needs_no_memory(name):
     assert sum(p.numel() for p in reward.parameters()) / 1e6 == pytest.approx(FULL_SIZE[name], abs=0.06)
     assert {t.device.type for t in [*reward.parameters(), *reward.buffers()]} == {"meta"}
     assert not any(p.requires_grad for p in reward.parameters())
+
+
+def test_a_skeleton_of_dinov3_has_the_layers_that_are_loaded(tmp_path):
+    folder = str(make_dinov3(tmp_path / "dinov3"))
+    real, plan = build_reward("dino", {"dino": {"model": folder}}), full_size("dino", model=folder)
+    shapes = [{name: tensor.shape for name, tensor in reward.named_parameters()} for reward in (real, plan)]
+    assert shapes[0] == shapes[1] and any("register_tokens" in name for name in shapes[0])
+    images = torch.zeros(2, 3, 96, 64, device="meta", requires_grad=True)
+    assert torch.autograd.grad(plan(images, ["", ""]).sum(), images)[0].shape == images.shape
 
 
 # The language model, the projection, and all but the last of the 24 layers of CLIP.

@@ -153,7 +153,9 @@ def test_a_target_covers_the_picture_undistorted():
 
 def test_other_models_are_refused(tmp_path):
     assert "dino.model='nobody/absent'" in refusal("dino", model="nobody/absent")
-    assert "is a 'clip' model, expected 'dinov2'" in refusal("dino", model=str(make_clip(tmp_path / "clip")))
+    assert "is a 'clip' model, expected 'dinov2' or 'dinov3_vit'" in refusal(
+        "dino", model=str(make_clip(tmp_path / "clip"))
+    )
     with pytest.raises(RewardError, match="expected 'clip'"):
         build_reward("clip_image", {"clip": {"model": str(make_siglip(tmp_path / "siglip"))}})
 
