@@ -2,7 +2,8 @@
 # Runs lint, format check, type check of the public surface, and tests in the project's own virtual environment, which
 # the first call sets up.
 #
-#   bash scripts/test.sh          everything
+#   bash scripts/test.sh          the tests, without those that only repeat others (tests/exhaustive.py)
+#   bash scripts/test.sh --all    all tests
 #   bash scripts/test.sh --fast   only the unit tests, in about two minutes
 #
 # Further options are pytest's, such as -k rollout, or -n 0 for a single process.
@@ -13,8 +14,13 @@ setup_env requirements.txt requirements-dev.txt
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 options=(-n auto --maxprocesses 4 --dist worksteal)
+selected=(-m "not exhaustive")
 for option in "$@"; do
-    if [[ $option == --fast ]]; then options+=(tests/unit); else options+=("$option"); fi
+    case $option in
+        --all) selected=() ;;
+        --fast) options+=(tests/unit) ;;
+        *) options+=("$option") ;;
+    esac
 done
 # The tests run in several processes of one thread each, because their tensors are too small to share between threads.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "${options[@]}"
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "${selected[@]}" "${options[@]}"

@@ -8,23 +8,37 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.exhaustive import mark_exhaustive, stale
 from tests.helpers.drawing import save_blank
 from tests.helpers.single_file import make_pipeline
 
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.args == config.getini("testpaths") and (lost := stale(items)):
+        raise pytest.UsageError(f"tests/exhaustive.py names tests that are not there: {lost}")
+    mark_exhaustive(items)
+
+
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory):
     """{"epsilon": folder, "v_prediction": folder}."""
     root = tmp_path_factory.mktemp("pipelines")
-    small = dict(channels=(16, 32), layers_per_block=1, vae_channels=(8, 16), text_width=16)
+    small = dict(channels=(16,), layers_per_block=1, vae_channels=(8, 16), text_width=16)
     return {kind: make_pipeline(root / kind, kind, **small) for kind in ("epsilon", "v_prediction")}
 
 
 @pytest.fixture(scope="session")
 def pipeline_folder(pipelines):
     return pipelines["epsilon"]
+
+
+@pytest.fixture(scope="session")
+def deeper_pipeline(tmp_path_factory):
+    """The folder of one with two levels, where the smallest one does not show what is tested."""
+    folder = tmp_path_factory.mktemp("deeper") / "pipeline"
+    return str(make_pipeline(folder, channels=(16, 32), layers_per_block=1, vae_channels=(8, 16), text_width=16))
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,8 @@ def make_pipeline(
 
     Args:
         prediction_type: the scheduler's, "epsilon" or "v_prediction".
-        channels: the UNet's, one number per block; spatial transformers in all blocks but the last.
+        channels: the UNet's, one number per block; spatial transformers in all blocks but the last. A single block has
+            them, and there is no middle one then, so that a call is quick.
         layers_per_block: of UNet and VAE.
         sample_size: side of the latents; pictures are ``sample_size * 2 ** (len(vae_channels) - 1)`` wide.
         vae_channels: one number per VAE block.
@@ -72,11 +73,13 @@ def _text_encoder(vocab_size: int, width: int):
 def _unet(channels: tuple[int, ...], layers_per_block: int, sample_size: int, text_width: int):
     from diffusers import UNet2DConditionModel
 
-    crossed = len(channels) - 1
+    plain = 1 if len(channels) > 1 else 0
+    crossed = len(channels) - plain
     return UNet2DConditionModel(
         sample_size=sample_size, block_out_channels=channels, layers_per_block=layers_per_block,
-        down_block_types=("CrossAttnDownBlock2D",) * crossed + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * crossed, cross_attention_dim=text_width,
+        down_block_types=("CrossAttnDownBlock2D",) * crossed + ("DownBlock2D",) * plain,
+        up_block_types=("UpBlock2D",) * plain + ("CrossAttnUpBlock2D",) * crossed,
+        mid_block_type="UNetMidBlock2DCrossAttn" if plain else None, cross_attention_dim=text_width,
         attention_head_dim=8,  # Stable Diffusion 1.x: the number of heads, in spite of its name
         norm_num_groups=8,
     )  # fmt: skip

@@ -267,12 +267,12 @@ def test_two_processes_train_like_one(ddpo_config):
     assert state[0]["prompt_rewards"] == state[1]["prompt_rewards"]
 
 
-def test_a_reward_without_gradient_is_followed(ddpo_config):
+def test_a_reward_without_gradient_is_followed(ddpo_config, deeper_pipeline):
     """The pictures get brighter on average: a policy gradient needs the reward's value alone."""
     trainer = DDPOTrainer(ddpo_config(
         num_epochs=8, train__total_samples_per_epoch=32, train__total_batch_size=16, per_gpu_capacity=16,
         num_inference_steps=4, num_eval_images=32, train__learning_rate=3e-2, save_freq=100, eval_reward_fn="",
-        ddpo__clip_range=0.5,
+        ddpo__clip_range=0.5, pretrained__model=deeper_pipeline,
     ))  # fmt: skip
     shake(trainer, 0.05)
     trainer.train()

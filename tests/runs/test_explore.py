@@ -3,7 +3,6 @@
 import sys
 import threading
 
-import gradio
 import pytest
 import torch
 
@@ -106,6 +105,8 @@ def test_without_gradio_one_line_says_what_to_install(toy_config, monkeypatch):
 
 
 def test_the_page_answers(toy_config, loras):
+    import gradio  # takes seconds
+
     page = make_page(explorer_of(toy_config("tiny_explore", resume_from=loras[0])))
     (function,) = [f.fn for f in page.fns.values() if f.fn.__name__ == "show"]
     pictures, table = function(PROMPT, 3.0, 0, 0.5)

@@ -253,8 +253,8 @@ def test_every_layer_has_an_alpha_of_its_own(pipelines, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda f: f.update({"lora_te_x.alpha": torch.ones(())}), r"96 of its 97 keys .* 1 are not, .*'lora_te_x.alpha'"),
-    (lambda f: f.pop(next(k for k in f if "attn1_to_q.lora_up" in k)), r"93 of its 95 keys .*attn1_to_q"),
+    (lambda f: f.update({"lora_te_x.alpha": torch.ones(())}), r"72 of its 73 keys .* 1 are not, .*'lora_te_x.alpha'"),
+    (lambda f: f.pop(next(k for k in f if "attn1_to_q.lora_up" in k)), r"69 of its 71 keys .*attn1_to_q"),
 ])  # fmt: skip
 def test_what_is_more_than_a_lora_of_the_denoiser_is_refused(lora, pipelines, tmp_path, change, message):
     out = tmp_path / "out.safetensors"
@@ -284,7 +284,7 @@ def test_the_merged_pipelines_pictures_are_those_of_base_and_lora(tmp_path, dtyp
     whole = make_pipeline(tmp_path / "whole", channels=(16, 32), layers_per_block=1, vae_channels=(8, 16))
     pipeline = StableDiffusionPipeline.from_pretrained(whole)
     pipeline.unet.to(dtype)
-    pipeline.save_pretrained(base, max_shard_size="200KB")
+    pipeline.save_pretrained(base, max_shard_size="100KB")
     assert len(list((base / "unet").glob("*.safetensors"))) > 1
     (base / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"older")
     weights = with_encoders(StableDiffusion.load(str(base)), random_lora(pipeline.unet, (*ATTENTION, "conv1")))
@@ -313,7 +313,7 @@ def test_the_merged_pipelines_pictures_are_those_of_base_and_lora(tmp_path, dtyp
     assert (plain - with_lora).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("sharded", [{}, {"max_shard_size": "200KB"}])
+@pytest.mark.parametrize("sharded", [{}, {"max_shard_size": "100KB"}])
 def test_a_base_with_a_variant_alone_becomes_a_plain_pipeline(lora, pipelines, tmp_path, sharded):
     base, out = tmp_path / "base", tmp_path / "out"
     pipeline = StableDiffusionPipeline.from_pretrained(pipelines["epsilon"])
@@ -425,7 +425,7 @@ def test_force_replaces_a_file_and_a_pipeline(lora, pipelines, tmp_path):
 
 
 def test_the_base_is_never_overwritten(lora, tmp_path):
-    base = make_pipeline(tmp_path / "base", channels=(16, 32), layers_per_block=1, vae_channels=(8, 16), text_width=16)
+    base = make_pipeline(tmp_path / "base", channels=(16,), layers_per_block=1, vae_channels=(8, 16), text_width=16)
     for out in (base, base / "inside", tmp_path):
         with pytest.raises(ConfigError, match=r"must not be the base model's folder|is not a pipeline folder"):
             export_lora(lora[0], out, "merged", base=str(base), force=True)
@@ -463,7 +463,7 @@ def test_a_layer_that_gets_lost_is_noticed(lora, pipelines, tmp_path, monkeypatc
         whole(pipeline, {k: v for k, v in load_file(path).items() if "attn2_to_v" not in k})
 
     monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", forgetful)
-    with pytest.raises(ConfigError, match=r"of 32 layers 4 would be lost and 0 change .*attn2\.to_v"):
+    with pytest.raises(ConfigError, match=r"of 24 layers 3 would be lost and 0 change .*attn2\.to_v"):
         export(lora, pipelines, tmp_path)
 
 
@@ -530,8 +530,8 @@ def test_the_script(lora, pipelines, tmp_path, monkeypatch):
     command += ["--scale", "0.5", "--mix_with", run]
     done = warm.call(*command, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert f"{tmp_path / 'my.safetensors'}: 32 of 32 layers read again, largest difference of ΔW" in done.stdout
-    assert len(load_file(tmp_path / "my.safetensors")) == 3 * 32
+    assert f"{tmp_path / 'my.safetensors'}: 24 of 24 layers read again, largest difference of ΔW" in done.stdout
+    assert len(load_file(tmp_path / "my.safetensors")) == 3 * 24
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")

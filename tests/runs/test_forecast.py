@@ -120,9 +120,9 @@ def test_a_forecast_counts_what_a_field_adds(small, field):
         assert abs(our_flops / CAPACITY / flops_without(plain) - 1) > 0.004
 
 
-def test_a_forecast_counts_what_a_prefix_cache_predicts(small):
+def test_a_forecast_counts_what_a_prefix_cache_predicts(small, deeper_pipeline):
     """Its operations, and the outputs of blocks that it holds, one more for each order."""
-    fields = {"num_inference_steps": 8, "estimator": "truncated"}
+    fields = {"num_inference_steps": 8, "estimator": "truncated", "pretrained__model": deeper_pipeline}
     (ours, our_flops), (real, real_flops) = compare(small(**fields, train__prefix_cache=2), ONE_CHUNK)
     assert our_flops == pytest.approx(real_flops, rel=0.002)
     assert ours == pytest.approx(real, rel=0.05)
@@ -163,13 +163,13 @@ def test_a_forecast_has_the_judges_that_only_an_evaluation_asks(small):
     assert {**peaks["clip"], "measure": 0} == {**peaks[""], "measure": 0}
 
 
-def test_a_forecast_needs_no_package_of_an_optimizer(small, monkeypatch):
+def test_a_forecast_needs_no_package_of_an_optimizer(small, deeper_pipeline, monkeypatch):
     """Of each trained number AdamW has 8 bytes, AdamW8bit 2, and Prodigy 16."""
     for package in ("bitsandbytes", "prodigyopt"):
         monkeypatch.setitem(sys.modules, package, None)
     peaks = {}
     for name in ("adamw", "adamw8bit", "prodigy"):
-        c = resolve(small(train__optimizer=name, use_lora=False), 1)
+        c = resolve(small(train__optimizer=name, use_lora=False, pretrained__model=deeper_pipeline), 1)
         peaks[name] = forecast(skeletons(c), c, "x", POLICIES["fast"], CAPACITY).peaks["sweep"]
     model, _ = skeletons(c)()
     trained = sum(p.numel() for p in model.denoiser.parameters())

@@ -55,7 +55,7 @@ def test_a_new_run_starts_where_the_finished_one_ended(toy_config, finished, cap
     assert first["base_distance"] == pytest.approx(alone["base_distance"], rel=1e-4) and alone["base_distance"] > 0
     assert rows(trainer, "train")[0]["step"] == 1 and trainer.global_step == 2
     out = capsys.readouterr().out
-    assert f"starting from {str(finished)!r}: rank 4 in 32 of the 32 layers that are trained with lora_rank = 4" in out
+    assert f"starting from {str(finished)!r}: rank 4 in 24 of the 24 layers that are trained with lora_rank = 4" in out
 
 
 def test_it_starts_at_the_same_weights_to_the_bit(toy_config, finished):
@@ -68,7 +68,7 @@ def test_it_starts_at_the_same_weights_to_the_bit(toy_config, finished):
 def test_further_ranks_change_nothing_at_first_and_learn(toy_config, finished, capsys):
     trainer, start = starting(toy_config, finished, lora_rank=6, lora_alpha=3.0), read_lora(finished)
     same_deltas(get_adapter(trainer.run.model), start)
-    assert "rank 4 in 32 of the 32 layers that are trained with lora_rank = 6" in capsys.readouterr().out
+    assert "rank 4 in 24 of the 24 layers that are trained with lora_rank = 6" in capsys.readouterr().out
     before = {name: p.detach().clone() for name, p in zip(range(99), trainer.weights.parameters, strict=False)}
     trainer.train()
     ups = [(p, before[i]) for i, p in enumerate(trainer.weights.parameters) if p.shape[1] == 6]
@@ -96,7 +96,7 @@ def test_a_run_that_continues_does_not_start_again(toy_config, finished, tmp_pat
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"lora_rank": 2}, "^init_lora has rank 4, and lora_rank = 2 must be at least that"),
-    ({"lora_target_modules": ("to_k",)}, r"24 of its 32 layers .*lora_target_modules=to_k,.*,to_v gives them one"),
+    ({"lora_target_modules": ("to_k",)}, r"18 of its 24 layers .*lora_target_modules=to_k,.*,to_v gives them one"),
     ({"init_lora": "latest"}, "^init_lora = 'latest' must name a LoRA"),
     ({"init_lora": "nowhere"}, "^init_lora = 'nowhere' does not exist"),
 ])  # fmt: skip

@@ -28,7 +28,7 @@ def test_the_last_epoch_is_always_saved_and_evaluated(toy_config):
 def test_training_raises_the_reward(toy_config):
     config = toy_config(num_epochs=4, train__learning_rate=4e-2, num_eval_images=8, estimator="full", eval_freq=4)
     held_out = [r["reward"] for r in rows(train(config), "eval")]
-    assert held_out[-1] > held_out[0] + 0.02
+    assert held_out[-1] > 1.5 * held_out[0]
 
 
 @pytest.mark.parametrize("overrides", [
