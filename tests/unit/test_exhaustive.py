@@ -27,7 +27,11 @@ def items_of(*names):
 def test_cases_that_are_not_kept_are_marked(kept):
     items = items_of("all", "some[x]", "some[y]", "second[1]", "second[2]", "second[3]", "other", "other[y]")
     exhaustive.mark_exhaustive(items)
-    assert [item.nodeid.partition("test_")[2] for item in items if item.marks == ["exhaustive"]] == ["all", "some[y]", "second[2]"]
+    assert [item.nodeid.partition("test_")[2] for item in items if item.marks == ["exhaustive"]] == [
+        "all",
+        "some[y]",
+        "second[2]",
+    ]
     assert exhaustive.stale(items) == []
 
 

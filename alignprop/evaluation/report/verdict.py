@@ -141,10 +141,19 @@ def judge(points: Sequence[Point], untrained: Sequence[str]) -> Verdict:
         kind, sentence = "still", "The trained reward did not change by more than chance would explain."
     else:
         kind = "better" if change(together[0], together[-1], last.prompts).rose else "kept"
-        how = "rose with it" if kind == "better" else "stayed as it was"
-        sentence = f"The trained reward rose, and what was not trained ({listed(untrained)}) {how}."
+        how = _with_it(first, last, untrained) if kind == "better" else f"({listed(untrained)}) stayed as it was"
+        sentence = f"The trained reward rose, and what was not trained {how}."
     step = None if turned is None else points[turned].step
     return Verdict(kind, sentence, points[best].step, step, remarks, ADVICE[kind])
+
+
+def _with_it(first: Point, last: Point, untrained: Sequence[str]) -> str:
+    """Says which judges rose, of those that rose together."""
+    rose = [name for name in untrained if change(first.scores[name], last.scores[name], last.prompts).rose]
+    others = [name for name in untrained if name not in rose]
+    if not rose or not others:
+        return f"({listed(untrained)}) rose with it" + ("" if rose else ", taken together")
+    return f"rose with it ({listed(rose)}) or stayed as it was ({listed(others)})"
 
 
 def index(points: Sequence[Point], names: Sequence[str]) -> torch.Tensor | None:
