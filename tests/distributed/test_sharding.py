@@ -192,9 +192,9 @@ def test_main_trains_all_weights_in_half_precision(toy_config, tmp_path):
 
 
 @pytest.mark.parametrize("use_lora", [True, False])
-def test_what_the_engine_is_told(pipelines, use_lora):
+def test_what_the_engine_is_told(deeper_pipeline, use_lora):
     """Only here: half precision and a file without a wrap policy. `prepare` gets it all, and nothing of it stays."""
-    denoiser, told = StableDiffusion.load(str(pipelines["epsilon"])).denoiser, []
+    denoiser, told = StableDiffusion.load(deeper_pipeline).denoiser, []
     if use_lora:
         add_lora(denoiser, rank=2, alpha=2, target_modules=["to_q"], seed=0)
     else:
