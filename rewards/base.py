@@ -62,7 +62,7 @@ class Reward(nn.Module):
         return self
 
 
-TowerConfig = Callable[[str, str, str], dict[str, Any]]
+TowerConfig = Callable[[str, str, str | tuple[str, ...]], dict[str, Any]]
 
 
 class BlankReward(Reward):

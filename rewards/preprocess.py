@@ -24,15 +24,15 @@ def resize(images: torch.Tensor, height: int, width: int, mode: str = "bicubic")
 def resize_like_pil(images: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
     """Resizes images [B, 3, H, W] as PIL does: first the width, then the height, with 8 bits per value after each.
 
-    So a reward sees the pixels that its published code sees. Only a value close to the middle of two levels can become
-    the other one, because PIL computes in integers: about one of a thousand values with bicubic weights, and one of a
-    hundred with bilinear ones. The gradient is that of the resize without the rounding. If the size is already right,
-    no bit is changed.
+    So a reward sees the pixels that its published code makes of a file of 8 bits. Only a value close to the middle of
+    two levels can become the other one, because PIL computes in integers: about one of a thousand values with bicubic
+    weights, and one of a hundred with bilinear ones. The gradient is that of the resize without the rounding. If the
+    size is already right, no value in [0, 1] is changed.
     """
     for size in ((images.shape[-2], width), (height, width)):
         if size != images.shape[-2:]:
             images = round_to_8_bits(resize(images, *size, mode).clamp(0, 1))
-    return images
+    return images.clamp(0, 1)
 
 
 def round_to_8_bits(images: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,9 @@ class ImageTower(nn.Module):
     def __init__(self, model: nn.Module, preprocess: ClipPreprocess, dtype: str = "float32"):
         super().__init__()
         self.dtype = dtype_of(dtype)
-        self.model = model.to(self.dtype).requires_grad_(False).eval()
+        for weight in model.parameters():  # but not the buffers, such as the frequencies of rotary positions
+            weight.data = weight.data.to(self.dtype)
+        self.model = model.requires_grad_(False).eval()
         self.preprocess = preprocess
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:

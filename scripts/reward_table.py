@@ -4,11 +4,13 @@
 
 The references are published code (the packages hpsv2, image-reward and cyclereward, which the first call installs aside
 in `work/`), transformers' processors and models, and for the newer judges their maths in float64. They are in
-`tests/helpers/`. The columns, of pictures that need no resize, and in brackets of pictures that do:
+`tests/helpers/`. The columns:
 
-- pixels: the largest difference in 1/255, before normalising; in brackets the share of pixels that differ
+- pixels: the largest difference in 1/255, before normalising, of pictures that need no resize; in brackets the share of
+  the other pictures' values that differ by more than a hundredth of that
 - tokens: whether all ids are equal, also for odd prompts
-- scores: the largest relative difference; in brackets, for all pictures, relative to the scores' standard deviation
+- scores: the largest relative difference of pictures that need no resize; in brackets that of all pictures, relative to
+  the scores' standard deviation
 - gradient: the relative norm of the difference to autograd through the reference
 """
 

@@ -2,7 +2,7 @@
 # Runs lint, format check, type check of the public surface, and tests in the project's own virtual environment, which
 # the first call sets up.
 #
-#   bash scripts/test.sh          the tests, without those that only repeat others (tests/exhaustive.py)
+#   bash scripts/test.sh          the tests, without those that take long and mostly repeat others (tests/exhaustive.py)
 #   bash scripts/test.sh --all    all tests
 #   bash scripts/test.sh --fast   only the unit tests, in about two minutes
 #
@@ -17,8 +17,9 @@ options=(-n auto --maxprocesses 4 --dist worksteal)
 selected=(-m "not exhaustive")
 for option in "$@"; do
     case $option in
-        --all) selected=() ;;
+        --all) selected=(-m "") ;;
         --fast) options+=(tests/unit) ;;
+        *::*) selected=(-m "") && options+=("$option") ;;  # a test that is named is wanted
         *) options+=("$option") ;;
     esac
 done

@@ -15,8 +15,10 @@ from tests.helpers.single_file import make_pipeline
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.args == config.getini("testpaths") and (lost := stale(items)):
+def pytest_collection_modifyitems(session, config, items):
+    narrowed = any(config.getoption(name, None) for name in ("lf", "ignore", "ignore_glob", "deselect"))
+    whole = config.args == config.getini("testpaths") and not narrowed and not session.testsfailed
+    if whole and (lost := stale(items)):
         raise pytest.UsageError(f"tests/exhaustive.py names tests that are not there: {lost}")
     mark_exhaustive(items)
 

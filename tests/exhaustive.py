@@ -1,8 +1,8 @@
-"""Which tests `scripts/test.sh` leaves to `scripts/test.sh --all`, because they take long and repeat quicker ones.
+"""Which tests `scripts/test.sh` leaves to `scripts/test.sh --all`, because they take long.
 
-They repeat them on another model, sampler, format or number, or from the command line. Each has an entry here: the
-test, and which of its cases the quick run keeps. [] keeps none, a list keeps the cases with these ids, and a number n
-keeps every n-th case.
+Most repeat quicker ones on another model, sampler, format or number. Some are the only test of a slow script. Each has
+an entry here: the test, and which of its cases the quick run keeps. [] keeps none, a list keeps the cases with these
+ids, and a number n keeps every n-th case.
 """
 
 from collections import defaultdict

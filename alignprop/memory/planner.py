@@ -82,7 +82,7 @@ def _skeleton_tower(config: ConfigDict) -> ClipTower:
     return reward.terms["aesthetic"].tower
 
 
-def _tower_config(name: str, field: str, family: str) -> dict:
+def _tower_config(name: str, field: str, family: str | tuple[str, ...]) -> dict:
     return {k: v for k, v in find_tower_config(name, field, family)["model"].items() if k != "_class_name"}
 
 

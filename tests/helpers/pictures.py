@@ -18,7 +18,8 @@ def as_pil(image):
 def differing(ours: torch.Tensor, theirs: torch.Tensor, std: float | torch.Tensor) -> float:
     """The share of normalised pixels that differ by more than a hundredth of a level of 8 bits.
 
-    Of resized pictures a few do, because PIL computes in integers.
+    Of resized pictures a few do, by a level, because PIL computes in integers, or by two after both passes.
     """
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs() * std * 255 > 0.01).float().mean().item()
+    levels = (ours - theirs).abs() * std * 255
+    assert ours.shape == theirs.shape and levels.max() < 2.5
+    return (levels > 0.01).float().mean().item()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from rewards import build_reward, options_name
+from rewards.hpsv3_prompt import REWARD_TOKEN
 from tests.helpers import judge_references as maths
 from tests.helpers import reward_references
 from tests.helpers.reward_files import make_dinov3, make_lpips, make_options
@@ -45,6 +46,8 @@ def hpsv3(folder: Path) -> Case:
     ours = [torch.cat([before, row[:length]]) for row, length in zip(after, lengths, strict=True)]
     whole = [maths.hpsv3_maths.tokens_of(tower.tokenizer, prompt, 0) for prompt in PROMPTS]
     theirs = [ids[: len(own)] for ids, own in zip(whole, ours, strict=True)]
+    (reward_token,) = tower.tokenizer(REWARD_TOKEN).input_ids
+    assert all(own[-1] == reward_token for own in ours) and after.shape[1] == max(lengths) > min(lengths)
     tokens = torch.cat(ours), torch.cat(theirs)
     return judge(reward, 112, partial(maths.qwen_pixels, maths.HPSV3_AREA, maths.HPSV3_AREA), score, tokens)
 

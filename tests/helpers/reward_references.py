@@ -112,6 +112,7 @@ def compare(case: Case) -> Difference:
     fitting = torch.cat(case.images[:2]).requires_grad_()
     (gradient,) = torch.autograd.grad(case.ours(0, 2, fitting).sum(), fitting)
     expected = case.gradient / preprocess.std  # the reference's is with respect to normalised pixels
+    assert scores.dtype == torch.float32
     error = scores - case.scores
     return Difference(
         pixels=torch.cat(steps[:2]).max().item(),

@@ -38,7 +38,7 @@ def images():
     return torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
 
 
-# ---- the formulas
+# ---- words
 
 
 def test_words_unlike_the_condition_are_not_looked_at(reward):

@@ -16,7 +16,7 @@ from rewards import target as target_module
 from rewards.lpips import NETS, cover
 from rewards.target import load_picture
 from tests.helpers.refusals import error_of, refusal
-from tests.helpers.reward_files import make_clip, make_options, make_siglip, save_target
+from tests.helpers.reward_files import make_clip, make_dinov3, make_options, make_siglip, save_target
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -127,6 +127,17 @@ def test_errors_name_the_prompt_and_the_file(options, tmp_path):
     assert "prompt 'a cat'" in message and "target='absent.png' cannot be read" in message
     (tmp_path / "text.png").write_text("no picture")
     assert "text.png" in error_of(reward, images, ["a cat"], [{"target": str(tmp_path / "text.png")}])
+
+
+def test_dinov3_in_lower_precision_keeps_its_angles_precise(tmp_path, target):
+    model = str(make_dinov3(tmp_path / "dinov3"))
+    half, whole = (build_reward("dino", {"dino": {"model": model, "dtype": d}}) for d in ("bfloat16", "float32"))
+    tower = half.terms["dino"].tower.model
+    assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
+    angles = [buffer.dtype for name, buffer in tower.named_buffers() if "inv_freq" in name]
+    assert angles == [torch.float32]
+    call = noise(1, 3, 80, 80), ["a"], [{"target": target}]
+    torch.testing.assert_close(half(*call), whole(*call), atol=1e-2, rtol=0)
 
 
 # ---- LPIPS

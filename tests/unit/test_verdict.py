@@ -118,7 +118,7 @@ def test_judges_that_rise_and_judges_that_stay():
     assert (rises.kind, rises.best, rises.turned) == ("better", 20, None) and rises.sentence.endswith("rose with it.")
     both = judge(points([0, 1, 2], clip=[0, 1, 2], other=[1, 1, 1]), ["clip", "other"])
     assert both.sentence == (
-        "The trained reward rose, and what was not trained rose with it (clip) or stayed as it was (other)."
+        "The trained reward rose, and what was not trained rose with it (clip) or ended near its best (other)."
     )
     stays = judge(points([0, 1, 2], clip=[1, 1, 1]), ["clip"])
     assert stays.kind == "kept" and stays.sentence.endswith("stayed as it was.")

@@ -17,10 +17,6 @@ from tests.helpers.reward_files import make_clip, make_options
 pytestmark = pytest.mark.usefixtures("offline")
 
 PROMPTS = ["a red cat", "two {dogs} on a sofa, café 猫"]
-CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>"
-    'Does this figure show "{prompt}"? Please answer Yes or No.<|im_end|>\n<|im_start|>assistant\n'
-)
 
 
 @pytest.fixture(scope="module")

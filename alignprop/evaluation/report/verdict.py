@@ -150,10 +150,10 @@ def judge(points: Sequence[Point], untrained: Sequence[str]) -> Verdict:
 def _with_it(first: Point, last: Point, untrained: Sequence[str]) -> str:
     """Says which judges rose, of those that rose together."""
     rose = [name for name in untrained if change(first.scores[name], last.scores[name], last.prompts).rose]
-    others = [name for name in untrained if name not in rose]
+    others = [name for name in untrained if name not in rose]  # none of which has turned
     if not rose or not others:
         return f"({listed(untrained)}) rose with it" + ("" if rose else ", taken together")
-    return f"rose with it ({listed(rose)}) or stayed as it was ({listed(others)})"
+    return f"rose with it ({listed(rose)}) or ended near its best ({listed(others)})"
 
 
 def index(points: Sequence[Point], names: Sequence[str]) -> torch.Tensor | None:
