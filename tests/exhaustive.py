@@ -97,7 +97,9 @@ KEPT: dict[str, list[str] | int] = {
     "unit/test_packed.py::test_the_gradient_is_near_that_of_the_unquantised_network": 2,
     "unit/test_packed.py::test_the_gradient_is_that_of_autograd_through_the_unpacked_weights": 2,
     "unit/test_process.py::test_a_reward_that_is_no_use_is_refused_as_it_is_here": 2,
-    "unit/test_reward_skeleton.py::test_a_full_size_reward_has_a_gradient_without_memory": ["clip", "hps", "dino", "lpips"],
+    "unit/test_reward_skeleton.py::test_a_full_size_reward_has_a_gradient_without_memory": [
+        "clip", "hps", "dino", "lpips",
+    ],
     "unit/test_reward_skeleton.py::test_vqascore_has_more_models_of_full_size": 4,
     "unit/test_rollout.py::test_chunks_and_kept_graphs_change_nothing": 2,
     "unit/test_rollout.py::test_sweep_is_exact_in_float64": 3,
