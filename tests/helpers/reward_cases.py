@@ -13,20 +13,21 @@ from PIL import Image
 from rewards import build_reward, options_name
 from rewards.hpsv3_prompt import REWARD_TOKEN
 from tests.helpers import judge_references as maths
-from tests.helpers import reward_references
+from tests.helpers import mps_maths, reward_references
 from tests.helpers.reward_files import make_dinov3, make_lpips, make_options
 from tests.helpers.reward_references import PROMPTS, Case, as_images, pictures
 from tests.helpers.vqa_files import make_clip_t5, make_llava
 
 
-def judge(reward, side: int, pixels_of: Callable, score_of: Callable, tokens=None, metadata=None) -> Case:
-    """
+def judge(reward, size: tuple, pixels_of: Callable, score_of: Callable, tokens=None, metadata=None) -> Case:
+    """The reward beside `score_of`, of which autograd gives the gradient.
+
     Args:
-        side: of the pictures that need no resize.
+        size: (height, width) of the pictures that need no resize.
         pixels_of: a picture [H, W, 3] of 8 bits to normalised pixels [3, h, w].
         score_of: pixels [3, h, w] float64 and the number of the picture to its score.
     """
-    arrays = pictures(side)
+    arrays = pictures(*size)
     pixels = [pixels_of(array) for array in arrays]
     leaves = [one.double().requires_grad_() for one in pixels]
     scores = torch.stack([score_of(leaf, i) for i, leaf in enumerate(leaves)])
@@ -49,7 +50,7 @@ def hpsv3(folder: Path) -> Case:
     (reward_token,) = tower.tokenizer(REWARD_TOKEN).input_ids
     assert all(own[-1] == reward_token for own in ours) and after.shape[1] == max(lengths) > min(lengths)
     tokens = torch.cat(ours), torch.cat(theirs)
-    return judge(reward, 112, partial(maths.qwen_pixels, maths.HPSV3_AREA, maths.HPSV3_AREA), score, tokens)
+    return judge(reward, (112, 112), partial(maths.qwen_pixels, maths.HPSV3_AREA, maths.HPSV3_AREA), score, tokens)
 
 
 def vqascore_qwen(folder: Path) -> Case:
@@ -57,8 +58,8 @@ def vqascore_qwen(folder: Path) -> Case:
     reward = build_reward("vqascore", {"vqascore": options})
     preprocess = reward.terms["vqascore"].tower.preprocess
     pixels_of = partial(maths.qwen_pixels, preprocess.fewest, preprocess.most)
-    # Of 5 by 5 tokens, so that the windows of attention at the border are cut.
-    return judge(reward, 140, pixels_of, lambda pixels, i: maths.vqa_qwen_score(options, pixels, PROMPTS[i]))
+    # Of 5 by 7 tokens, so that the windows of attention at the border are cut.
+    return judge(reward, (140, 196), pixels_of, lambda pixels, i: maths.vqa_qwen_score(options, pixels, PROMPTS[i]))
 
 
 def vqascore_clip_t5(folder: Path) -> Case:
@@ -71,7 +72,7 @@ def vqascore_llava(folder: Path) -> Case:
 
 def vqascore_clip(options: dict, score_of: Callable) -> Case:
     reward = build_reward("vqascore", {"vqascore": options})
-    return judge(reward, 56, maths.square_pixels, lambda pixels, i: score_of(options, pixels, PROMPTS[i]))
+    return judge(reward, (56, 56), maths.square_pixels, lambda pixels, i: score_of(options, pixels, PROMPTS[i]))
 
 
 def mps(folder: Path) -> Case:
@@ -86,10 +87,10 @@ def mps(folder: Path) -> Case:
     def tokenize(texts: list[str]) -> torch.Tensor:
         return words(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
 
-    score = lambda pixels, i: maths.mps_score(state, clip, tokenize, pixels, PROMPTS[i])  # noqa: E731
+    score = lambda pixels, i: mps_maths.score(state, clip, tokenize, pixels, PROMPTS[i])  # noqa: E731
     normal = [tower.preprocess.mean.flatten().tolist(), tower.preprocess.std.flatten().tolist()]
     tokens = tower.tokenize(PROMPTS), tokenize(PROMPTS)
-    return judge(reward, 56, partial(maths.clip_pixels, 56, 56, normal), score, tokens)
+    return judge(reward, (56, 56), partial(maths.clip_pixels, 56, 56, normal), score, tokens)
 
 
 def clip_image(folder: Path) -> Case:
@@ -117,7 +118,7 @@ def similarity(name: str, options: dict, folder: Path, side: int, embed: Callabl
         wanted = [embed(pixels_of(array).double()) for array in targets]
     reward = build_reward(name, {options_name(name): options})
     score = lambda pixels, i: F.cosine_similarity(embed(pixels), wanted[i], dim=0)  # noqa: E731
-    return judge(reward, side, pixels_of, score, metadata=metadata)
+    return judge(reward, (side, side), pixels_of, score, metadata=metadata)
 
 
 def lpips(folder: Path, net: str = "alex") -> Case:
@@ -127,7 +128,7 @@ def lpips(folder: Path, net: str = "alex") -> Case:
     plain = lambda array: as_images(array)[0]  # noqa: E731
     score = lambda pixels, i: maths.lpips_score(maps, lins, pixels, plain(targets[i]).double())  # noqa: E731
     reward = build_reward("lpips", {"lpips": {"net": net, "trunk": str(trunk), "lin": str(lin)}})
-    return judge(reward, 72, plain, score, metadata=metadata)
+    return judge(reward, (72, 72), plain, score, metadata=metadata)
 
 
 def lpips_vgg(folder: Path) -> Case:
@@ -136,7 +137,7 @@ def lpips_vgg(folder: Path) -> Case:
 
 def save_targets(folder: Path, side: int) -> tuple[list[torch.Tensor], list[dict]]:
     """A target of its own size for each picture: (pictures [H, W, 3] of 8 bits, metadata)."""
-    targets = [picture.flip(0, 1) for picture in pictures(side)]
+    targets = [picture.flip(0, 1) for picture in pictures(side, side)]
     paths = [folder / f"target_{i}.png" for i in range(len(targets))]
     for target, path in zip(targets, paths, strict=True):
         Image.fromarray(target.numpy()).save(path)

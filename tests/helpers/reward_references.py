@@ -127,15 +127,15 @@ def compare(case: Case) -> Difference:
 # ---- pictures
 
 
-def pictures(side: int) -> list[torch.Tensor]:
+def pictures(height: int, width: int) -> list[torch.Tensor]:
     """uint8 [H, W, 3] with edges and flat parts: two that fit, then down, up, and two that are not square.
 
     The last leaves an odd number of columns to cut away, half of which torchvision rounds up, transformers down.
     """
     found = []
-    for i, (height, width) in enumerate([(side, side), (side, side), (512, 512), (40, 40), (300, 200), (157, 398)]):
+    for i, size in enumerate([(height, width), (height, width), (512, 512), (40, 40), (300, 200), (157, 398)]):
         coarse = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(i))
-        picture = torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
+        picture = torch.nn.functional.interpolate(coarse, size, mode="nearest")
         found.append((picture[0].permute(1, 2, 0) * 255).round().to(torch.uint8))
     return found
 
@@ -146,7 +146,7 @@ def as_images(array: torch.Tensor) -> torch.Tensor:
 
 def write_request(folder: Path, side: int, **request) -> list[torch.Tensor]:
     """What a reference in another process reads: pictures as files, and request.json. Returns the images."""
-    arrays = pictures(side)
+    arrays = pictures(side, side)
     names = [f"picture_{i}.png" for i in range(len(arrays))]
     for name, array in zip(names, arrays, strict=True):
         Image.fromarray(array.numpy()).save(folder / name)
@@ -279,7 +279,7 @@ def siglip(folder: Path) -> Case:
 
 def ask(reward: WeightedReward, processor, tokens, scores_of: Callable) -> Case:
     """scores_of: pixels [n, 3, h, w] to the scores [n, 6] of each with every prompt."""
-    arrays = pictures(64)
+    arrays = pictures(64, 64)
     pixels = [processor(Image.fromarray(a.numpy()), return_tensors="pt").pixel_values[0] for a in arrays]
     scores = torch.cat([scores_of(p.unsqueeze(0))[:, i] for i, p in enumerate(pixels)]).detach()
     square = torch.stack(pixels[:2]).requires_grad_()

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 5  # at most for a program
 # Libraries read these when they are imported, so a program cannot have others. No hub answers at that address.
 SURROUNDINGS = {
-    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPYCACHEPREFIX": str(ROOT / "work" / "bytecode"),
-    "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(ROOT / "work" / "no_hub"),
+    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "0",
+    "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(ROOT / "work" / "no_hub"),
 }  # fmt: skip
 
 

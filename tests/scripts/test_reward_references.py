@@ -28,7 +28,7 @@ def test_a_reward_equals_its_reference(name, made):
     case = made(name)
     difference = compare(case)
     # The weights tell the samples apart, far above the tolerances.
-    assert case.scores.std() > 1e-4 * case.scores.abs().max()
+    assert case.scores.std() > 3e-4 * case.scores.abs().max()
     assert difference.pixels < 1e-4
     assert difference.tokens is (None if name.startswith(WITHOUT_TOKENS) else True)
     assert difference.scores < 1e-5
@@ -61,7 +61,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_reward_is_what_it_was(name, tmp_path):
     reward = build_reward(name, {name: make_options(name, tmp_path)})
-    images = torch.cat([as_images(array) for array in pictures(96)[:2]]).requires_grad_()
+    images = torch.cat([as_images(array) for array in pictures(96, 96)[:2]]).requires_grad_()
     scores = reward(images, PROMPTS[:2])
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     unit = 100 if name == "pickscore" else 1  # float32 holds a cosine to 1e-7, and this is a hundred of them

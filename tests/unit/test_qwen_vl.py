@@ -46,15 +46,16 @@ def test_sizes_are_those_of_transformers(limits):
         assert smart_size(height, width, *limits) == smart_resize(height, width, 28, *limits)
 
 
-@pytest.mark.parametrize("size", [(112, 140), (200, 90), (30, 50)])
-def test_patches_are_those_of_transformers(size):
+@pytest.mark.parametrize(("size", "share"), [((112, 140), 0), ((200, 90), 2e-3), ((30, 50), 2e-3)])
+def test_patches_are_those_of_transformers(size, share):
+    """The first size fits."""
     array, limits = picture(*size), (20 * 784, 20 * 784)
     expected = processor(*limits)(Image.fromarray(array.numpy()), return_tensors="pt")
     preprocess = QwenPreprocess(*limits)
     pixels = preprocess(as_images(array))
     assert [1, *(side // 14 for side in pixels.shape[-2:])] == expected.image_grid_thw[0].tolist()
     std = preprocess.std.expand(3, 2 * 196, 1).reshape(-1)
-    assert differing(patchify(pixels)[0], expected.pixel_values, std) < 2e-3
+    assert differing(patchify(pixels)[0], expected.pixel_values, std) <= share
 
 
 def test_overshoot_of_the_resize_is_cut_off():

@@ -72,7 +72,9 @@ def picture(*shape) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(56, 41), (33, 56), (150, 70), (20, 31)])
 def test_pixels_are_padded_before_they_are_resized(shape):
     preprocess, array = SquarePreprocess(56, *TINY_CLIP), picture(*shape)
-    assert differing(preprocess(as_images(array))[0], square_pixels(array), preprocess.std) < 2e-3
+    assert differing(preprocess(as_images(array))[0], square_pixels(array), preprocess.std) <= (
+        0 if max(shape) == 56 else 2e-3
+    )
 
 
 def test_a_picture_scores_alone_as_among_others(reward, images):
