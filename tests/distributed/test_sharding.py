@@ -109,12 +109,12 @@ def layout(nested):
     return (nested.dtype, nested.shape) if isinstance(nested, torch.Tensor) else type(nested)
 
 
-def test_one_process_and_fsdp2_make_the_same_run(toy_config, tmp_path, pipeline_folder):
+def test_one_process_and_fsdp2_make_the_same_run(toy_config, tmp_path, deeper_pipeline):
     """A LoRA, and all weights: these from the start, continued by one process, and continuing what one began."""
     options = {
         "num_inference_steps": 3, "per_gpu_capacity": 1, "train__total_samples_per_epoch": 4, "eval_freq": 1,
         "num_eval_images": 2, "eval_reward_fn": "", "eval_base_distance": True, "train__ema_decay": 0.5,
-        "timeout_minutes": 1.0,
+        "timeout_minutes": 1.0, "pretrained__model": deeper_pipeline,
         "channels_last": False,  # other kernels round otherwise, and what is spread cannot have it
         "train__adam_epsilon": 1e-3,  # or Adam divides a gradient that is nothing but rounding by itself
     }  # fmt: skip
@@ -124,7 +124,7 @@ def test_one_process_and_fsdp2_make_the_same_run(toy_config, tmp_path, pipeline_
             run_name=f"{kind}_{run}", num_epochs=epochs, use_lora=use_lora, **options, **more
         )
         expected[kind] = train(make("whole", 2 if kind == "lora" else 4))
-        exact[kind] = exact_gradient(make("exact", 4), pipeline_folder)
+        exact[kind] = exact_gradient(make("exact", 4), deeper_pipeline)
         configs[kind] = make("sharded", 2).to_dict()
         if kind == "full":
             train(make("half", 2))
