@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests.exhaustive import mark_exhaustive, stale
-from tests.helpers.drawing import save_blank
+from tests.helpers.drawing import BlankFigure
 from tests.helpers.single_file import make_pipeline
 
 torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def plots():
 def no_plots(request, monkeypatch):
     """Drawing curves takes longer than the toy runs, so that others get blank pictures."""
     if "plots" not in request.fixturenames:
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
+        monkeypatch.setattr("matplotlib.figure.Figure", BlankFigure)
 
 
 @pytest.fixture

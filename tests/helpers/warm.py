@@ -15,6 +15,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,15 +96,22 @@ def import_libraries() -> None:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    from tests.helpers.drawing import save_blank
+    from tests.helpers.drawing import BlankFigure
 
-    matplotlib.figure.Figure.savefig = save_blank
+    matplotlib.figure.Figure = BlankFigure
     import alignprop.tasks
     import alignprop.trainer  # noqa: F401
 
+    keep_bytecode()
     for name in list(sys.modules):
         if name.split(".")[0] in ("alignprop", "rewards", "config"):
             del sys.modules[name]
+
+
+def keep_bytecode() -> None:
+    """Python compiles the project for the first program alone, into a folder that ends with this process."""
+    sys.dont_write_bytecode, sys.pycache_prefix = False, tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 
 def addresses(rank: int, count: int, port: int) -> dict[str, str]:

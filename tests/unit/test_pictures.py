@@ -159,7 +159,7 @@ def test_a_grid_that_does_not_fit_its_labels_is_refused(images, labels):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn(plots, monkeypatch):
     """Collects, per saved figure, {panel title: (x, y)}."""
     from matplotlib.figure import Figure
 

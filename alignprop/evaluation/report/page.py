@@ -7,10 +7,11 @@ import base64
 import io
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -93,7 +94,8 @@ def embedded(picture: Image.Image, longest: int) -> Markup:
     return Markup("data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode())
 
 
-def _template(name: str):
+@cache
+def _template(name: str) -> Template:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["number"] = lambda value: f"{value:.4g}"
