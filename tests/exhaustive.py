@@ -96,19 +96,19 @@ KEPT: dict[str, list[str] | int] = {
         "vqascore_llava", "clip_image", "dino", "dinov3", "lpips",
     ],
     "scripts/test_reward_references.py::test_the_hpsv2_backend_is_the_package": [],
-    "unit/test_foreign.py::test_every_layer_is_what_the_file_says": 4,
+    "networks/test_foreign.py::test_every_layer_is_what_the_file_says": 4,
     "unit/test_packed.py::test_the_gradient_is_near_that_of_the_unquantised_network": 2,
     "unit/test_packed.py::test_the_gradient_is_that_of_autograd_through_the_unpacked_weights": 2,
-    "unit/test_process.py::test_a_reward_that_is_no_use_is_refused_as_it_is_here": 2,
-    "unit/test_reward_skeleton.py::test_a_full_size_reward_has_a_gradient_without_memory": [
+    "runs/test_process.py::test_a_reward_that_is_no_use_is_refused_as_it_is_here": 2,
+    "networks/test_reward_skeleton.py::test_a_full_size_reward_has_a_gradient_without_memory": [
         "clip", "hps", "dino", "lpips",
     ],
-    "unit/test_reward_skeleton.py::test_vqascore_has_more_models_of_full_size": 4,
-    "unit/test_rollout.py::test_chunks_and_kept_graphs_change_nothing": 2,
-    "unit/test_rollout.py::test_sweep_is_exact_in_float64": 3,
-    "unit/test_rollout.py::test_with_a_retained_graph_the_second_is_the_first_once_more": 2,
-    "unit/test_sd.py::test_a_single_file_is_the_model_of_its_folder": 2,
-    "unit/test_skeleton.py::test_a_full_size_model_runs_without_memory": 2,
+    "networks/test_reward_skeleton.py::test_vqascore_has_more_models_of_full_size": 4,
+    "networks/test_sweep.py::test_chunks_and_kept_graphs_change_nothing": 2,
+    "networks/test_sweep.py::test_sweep_is_exact_in_float64": 3,
+    "networks/test_sweep.py::test_with_a_retained_graph_the_second_is_the_first_once_more": 2,
+    "networks/test_sd.py::test_a_single_file_is_the_model_of_its_folder": 2,
+    "networks/test_skeleton.py::test_a_full_size_model_runs_without_memory": 2,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from alignprop.engine.speed import compile_blocks, use_channels_last
 from alignprop.models.sd import StableDiffusion
 from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
-from tests.unit.test_lean import assert_close, frozen, lean_copy, run, unet
+from tests.networks.test_lean import assert_close, frozen, lean_copy, run, unet
 
 
 def test_channels_last_changes_the_layout_alone(pipeline_folder, toy_config):
