@@ -350,12 +350,15 @@ class TrainingLoop:
         return (error_text or "another process ran out of memory") if run.any_process(bool(error_text)) else ""
 
     def _say_start(self, start: LoraWeights) -> None:
-        ranks, trained = {start.rank(module) for module in start.modules}, len(self.weights.parameters) // 2
+        c, trained = self.config, len(self.weights.parameters) // 2
+        ranks = {start.rank(module) for module in start.modules}
         found = ", ".join(map(str, sorted(ranks)))
         self.run.say(
             f"starting from {str(self.run.start)!r}: rank {found} in {len(start.modules)} of the {trained} layers that "
-            f"are trained with lora_rank = {self.config.lora_rank}; the other layers start from the base model"
+            f"are trained with lora_rank = {c.lora_rank}; the other layers start from the base model"
         )
+        if c.lora_initialization != "kaiming" and ranks == {c.lora_rank} and len(start.modules) == trained:
+            self.run.say(f"lora_initialization = {c.lora_initialization!r} is not used: init_lora has every weight")
 
     def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)

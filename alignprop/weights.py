@@ -47,7 +47,10 @@ class TrainedWeights:
         self.model, self.config, self.accelerator = model, config, accelerator
         c, denoiser = config, model.denoiser
         if c.use_lora:
-            add_adapter(model, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.seed, c.train_text_encoder)
+            add_adapter(
+                model, c.lora_rank, c.lora_alpha, c.lora_target_modules, c.seed, c.train_text_encoder,
+                c.lora_initialization,
+            )  # fmt: skip
             if start:
                 start_from(model, start)
         else:

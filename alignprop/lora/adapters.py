@@ -25,17 +25,20 @@ from alignprop.settings.errors import ConfigError
 ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # CLIP's attention, as in diffusers' training scripts.
 
 
-def add_adapter(model: Model, rank: int, alpha: float, target_modules, seed: int, text_encoders: bool = False) -> None:
+def add_adapter(
+    model: Model, rank: int, alpha: float, target_modules, seed: int, text_encoders: bool = False,
+    initialization: str = "kaiming",
+) -> None:  # fmt: skip
     """Adds a trainable float32 adapter with ΔW = 0 to the denoiser and, if `text_encoders`, to the text encoders.
 
     Raises:
         ConfigError: no layer of the denoiser has such a name, or the model's LoRA files cannot hold a text encoder.
     """
-    add_lora(model.denoiser, rank, alpha, target_modules or model.lora_targets, seed)
+    add_lora(model.denoiser, rank, alpha, target_modules or model.lora_targets, seed, initialization=initialization)
     if text_encoders and not model.lora_encoders:
         raise no_place_for_encoders(model.pipeline_class().__name__)
     for name, encoder in model.lora_encoders.items() if text_encoders else ():
-        add_lora(encoder, rank, alpha, ENCODER_TARGETS, seed, name)
+        add_lora(encoder, rank, alpha, ENCODER_TARGETS, seed, name, initialization)
         for parameter in trainable_parameters(encoder).values():
             parameter.data = parameter.data.to(model.device)  # It stays there: only frozen tensors come and go.
 

@@ -13,6 +13,9 @@ from alignprop.settings.errors import ConfigError
 
 ADAPTER = "default"  # The adapter has this name in the network.
 
+# The distributions of the initial A, and what PEFT calls them. B is 0 at first in both.
+INITIALIZATIONS = {"kaiming": True, "gaussian": "gaussian"}
+
 
 @dataclass(frozen=True)
 class LoraWeights:
@@ -39,7 +42,9 @@ class LoraWeights:
         return self.scale * (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
 
 
-def add_lora(network, rank: int, alpha: float, target_modules, seed: int, encoder: str = "") -> None:
+def add_lora(
+    network, rank: int, alpha: float, target_modules, seed: int, encoder: str = "", initialization: str = "kaiming"
+) -> None:
     """Adds a trainable float32 adapter with ΔW = 0 to a frozen network.
 
     Args:
@@ -49,6 +54,7 @@ def add_lora(network, rank: int, alpha: float, target_modules, seed: int, encode
         target_modules: the endings of the names of the layers to adapt.
         seed: the seed of the initial A.
         encoder: the name of the network if it is a text encoder.
+        initialization: the distribution of the initial A, a key of INITIALIZATIONS.
 
     Raises:
         ConfigError: no layer's name has one of the endings.
@@ -63,7 +69,10 @@ def add_lora(network, rank: int, alpha: float, target_modules, seed: int, encode
     with torch.random.fork_rng(devices=[]):
         key = (seed, "lora", encoder) if encoder else (seed, "lora")
         torch.manual_seed(generator(*key).initial_seed())
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(target_modules),
+            init_lora_weights=INITIALIZATIONS[initialization],
+        )  # fmt: skip
         network.add_adapter(config, adapter_name=ADAPTER)
     for parameter in trainable_parameters(network).values():
         parameter.data = parameter.data.float()

@@ -19,6 +19,7 @@ ELSEWHERE = {
     "hf_hub_model_id": "hub.repo",
     "log_image_freq": "eval_freq",
     "logdir": "log_dir",
+    "init_lora_weights": "lora_initialization",
     "load_in_4bit": "pretrained.quantize",
     "load_in_8bit": "pretrained.quantize",
     "lr": "train.learning_rate",

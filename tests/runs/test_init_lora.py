@@ -75,6 +75,18 @@ def test_further_ranks_change_nothing_at_first_and_learn(toy_config, finished, c
     assert ups and all((p != old)[:, 4:].any() for p, old in ups)
 
 
+def test_the_initialization_is_that_of_the_field_where_the_lora_has_no_weights(toy_config, finished, capsys):
+    plain, gaussian = (
+        starting(toy_config, finished, lora_rank=64, lora_initialization=name).weights.parameters[0][4:]
+        for name in ("kaiming", "gaussian")
+    )
+    assert plain.abs().max() <= plain.shape[1] ** -0.5 and plain.std() > 0.1
+    assert gaussian.std().item() == pytest.approx(1 / 64, rel=0.1)
+    assert "is not used" not in capsys.readouterr().out
+    starting(toy_config, finished, lora_initialization="gaussian")
+    assert "lora_initialization = 'gaussian' is not used: init_lora has every weight" in capsys.readouterr().out
+
+
 def test_a_file_of_another_tool_and_of_fewer_layers_will_do(toy_config, pipeline_folder, tmp_path):
     model = StableDiffusion.load(str(pipeline_folder))
     expected = random_lora(model.denoiser, ("to_q",), rank=2, scale=3.0)

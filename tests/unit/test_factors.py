@@ -52,6 +52,19 @@ def test_initialisation_is_a_function_of_the_seed_alone(pipeline_folder):
     assert torch.equal(adapters[0], adapters[1]) and not torch.equal(adapters[0], adapters[2])
 
 
+def test_a_starts_with_the_distribution_that_is_named_and_b_with_zeros(model):
+    for initialization in ("kaiming", "gaussian"):
+        set_lora(model.denoiser, None)
+        add_lora(model.denoiser, 2, 8.0, TARGETS, seed=0, initialization=initialization)
+        lora = get_lora(model.denoiser)
+        factors = [lora.tensors[f"{module}.lora_A.weight"] for module in lora.modules]
+        if initialization == "kaiming":
+            assert all(0.8 < a.abs().max() * a.shape[1] ** 0.5 <= 1 for a in factors)
+        else:
+            assert torch.cat([a.flatten() for a in factors]).std().item() == pytest.approx(1 / 2, rel=0.05)
+        assert not any(lora.tensors[f"{module}.lora_B.weight"].any() for module in lora.modules)
+
+
 def test_none_takes_the_adapter_away(model):
     base = predict(model)
     add_random(model)

@@ -105,7 +105,7 @@ REFUSED = {
     "pretrained.config": [""], "use_lora": [None],
     "train_text_encoder": ["yes", None],
     "lora_rank": [0, 2.0], "lora_alpha": [0.0, math.inf], "lora_target_modules": [(), ("to_q", ""), (3,)],
-    "init_lora": [None, 3],
+    "init_lora": [None, 3], "lora_initialization": ["pissa", True],
     "hub.repo": ["me", "me/", "a/b/c", "me/a b", "me/a--b", "me/é", None], "hub.private": ["yes", 1],
     "channels_last": ["NHWC"], "compile": ["reduce-overhead"], "num_inference_steps": [0],
     "sampler": ["", " ", "magic"], "sampler_options": [None, 3, "karras"],

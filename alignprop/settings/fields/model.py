@@ -3,7 +3,7 @@
 import os
 
 from alignprop.settings.fields.field import LORA, TRAINING, Field, needs
-from alignprop.settings.fields.rules import COUNT, NAMES, QUANTIZED, SIZES, boolean, number, optional, text
+from alignprop.settings.fields.rules import COUNT, NAMES, QUANTIZED, SIZES, boolean, choice, number, optional, text
 
 _FILES = (".safetensors", ".ckpt")
 SINGLE_FILE = needs("a single file as pretrained.model", lambda c: c.pretrained.model.endswith(_FILES))
@@ -95,6 +95,14 @@ FIELDS = (
     Field(
         "lora_alpha", None, optional(number(above=0)),
         "Scales the LoRA: its weight change is lora_alpha / lora_rank · B @ A. None takes lora_rank as lora_alpha.",
+        (TRAINING, LORA),
+    ),
+    Field(
+        "lora_initialization", "kaiming", choice("kaiming", "gaussian"),
+        "The distribution of the initial A of the LoRA. 'kaiming' is uniform between ±1/√(inputs of the layer), as in "
+        "PEFT. 'gaussian' is normal with a standard deviation of 1/lora_rank, as in diffusers' training scripts and in "
+        "TRL. It is several times larger, so the first steps go further at the same learning rate. B starts at 0 in "
+        "both. Weights that init_lora has start from its values.",
         (TRAINING, LORA),
     ),
     Field(
