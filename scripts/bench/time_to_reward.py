@@ -10,8 +10,8 @@ towards the reward of preset `quickstart` (aesthetic + 40 × CLIP, the same code
 has its defaults, with its randomized truncation over the whole chain, unless a row says otherwise. Its sampler has
 quickstart's 20 steps and is deterministic, like ours and like the evaluation. TRL runs with several learning rates, and
 the fastest of these runs is compared, so that the learning rate is no handicap. In the last rows TRL also has those of
-our settings that it knows. The remaining differences are the cost of a step, the draws, our sampler and learning-rate
-schedule, and the adapter's initialisation, because TRL's A is larger.
+our settings that it knows. The remaining differences are the cost of a step, the draws, and our sampler and
+learning-rate schedule.
 
 Every few optimizer steps, a worker pauses and writes its adapter. Our evaluator scores the adapters of both sides on
 quickstart's 48 held-out pictures, with fixed prompts and noise and 20 sampler steps. The clock counts only optimizer
@@ -65,12 +65,12 @@ class Side:
 
 
 FAST_IN_TRL = {  # with DDIM, because TRL has no other sampler
-    "sample_num_steps": 4,
+    "sample_num_steps": 3,
     "truncated_backprop_rand": False,
     "truncated_backprop_timestep": 0,
 }
-# TRL has neither lora_alpha nor a learning rate that falls. Its factor A starts about 4 times as large as ours, and
-# lora_alpha makes ours count 4 times in quickstart_fast. So the first steps have the same size at the same rate.
+# The adapter of quickstart_fast starts with the distribution of TRL's, so the first steps have the same size at the same
+# rate. TRL has no rate that falls, so it also runs with a smaller one.
 FAST_RATES = (1.2e-2, 2e-2)
 SIDES = (
     Side("TRL, defaults", "trl", 8),

@@ -204,7 +204,8 @@ def test_our_fields_exist_and_theirs_say_the_same():
     given = [side.overrides for side in time_to_reward.SIDES if side.of == "trl, ours"]
     assert len(given) > 1 and all(overrides.items() >= theirs.items() for overrides in given)
     rates = [overrides["train_learning_rate"] for overrides in given]
-    assert c.train.learning_rate <= min(rates)  # which is ours in the first step, and falls afterwards
+    assert c.train.learning_rate == max(rates)  # which is ours in the first step, and falls afterwards
+    assert c.lora_initialization == "gaussian" and c.lora_alpha is None  # as TRL's
 
 
 # ---- both sides and the referee on a random-weight model
