@@ -69,8 +69,8 @@ FAST_IN_TRL = {  # with DDIM, because TRL has no other sampler
     "truncated_backprop_rand": False,
     "truncated_backprop_timestep": 0,
 }
-# The adapter of quickstart_fast starts with the distribution of TRL's, so the first steps have the same size at the same
-# rate. TRL has no rate that falls, so it also runs with a smaller one.
+# The adapter of quickstart_fast starts with the distribution of TRL's, so the first steps have the same size at the
+# same rate. TRL has no rate that falls, so it also runs with a smaller one.
 FAST_RATES = (1.2e-2, 2e-2)
 SIDES = (
     Side("TRL, defaults", "trl", 8),
