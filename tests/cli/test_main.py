@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,7 +31,7 @@ def flags(config, preset="quickstart"):
 
 
 def test_a_run_ends_with_what_it_reached_and_where_that_lies(toy_config):
-    done = run_main(*flags(toy_config(run_name="r", num_epochs=1)))
+    done = warm.call("main.py", *flags(toy_config(run_name="r", num_epochs=1)))
     assert done.returncode == 0, done.stderr
     assert "held-out rewards, step 0 → step 2" in done.stdout and "before_after.png" in done.stdout
 

@@ -270,7 +270,7 @@ def test_our_side_has_its_own_seed_and_fields(toy_presets, tmp_path, monkeypatch
     step, *_ = build_ours({"seed": 3, "log_dir": "some", "preset": "quickstart_fast"})
     assert step() == 7
     assert (made[0].seed, made[0].log_dir, made[0].estimator) == (3, "some", "full")
-    assert (made[0].train.sampler, made[0].train.num_inference_steps) == ("UniPCMultistep", 4)
+    assert (made[0].train.sampler, made[0].train.num_inference_steps) == ("UniPCMultistep", 3)
 
 
 @pytest.fixture
