@@ -35,7 +35,7 @@ from config.align_prop import TINY, get_config
 from scripts.bench.tables import markdown
 from tests.helpers.shaped import flux_shaped, gradients, normal, random_network, sdxl_shaped
 
-SHOWN = (1, 2, 4, 6, 8, 10)  # the optimizer steps whose reward is shown
+SHOWN = (1, 2, 4, 6, 8)  # the optimizer steps whose reward is shown
 JUDGE = "rewards.tiny_judge:"
 ALSO_PRODUCTS = " products"  # after the name of a format: the layers multiply in it too
 PRODUCTS = tuple(name + ALSO_PRODUCTS for name in ("int8", "fp8"))
