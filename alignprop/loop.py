@@ -124,9 +124,17 @@ class TrainingLoop:
             SystemExit: the process was asked to stop (SIGTERM, SIGINT) and has saved. The exit code is `STOPPED`.
             ConfigError: the upload to `hub.repo` failed. Everything is saved by then. Only the main process raises it.
         """
+        run, hub = self.run, self.config.hub
+        with run.open_folder(self.global_step):
+            self._train()
+            run.finish()
+        # The other processes do not wait for the upload, which may take longer than timeout_minutes.
+        if hub.repo and run.is_main:
+            run.say(f"uploaded to {push_finished(run.folder, hub.repo, hub.private)}")
+
+    def _train(self) -> None:
         run, started = self.run, self.global_step
         progress = {"total": self.last_step, "initial": started, "unit": "step"}
-        run.open_folder(self.global_step)
         if isinstance(self.prompts, PromptSet):
             run.say(told_of_epoch(self.prompts, run.config.train.total_samples_per_epoch))
         with stop_requests() as self.stop_requests, tqdm(desc="training", disable=not run.is_main, **progress) as bar:
@@ -147,11 +155,6 @@ class TrainingLoop:
             run.say(told_of_draws(self.prompts, run.config.seed, range(started, self.global_step), samples))
         if self.reason_to_stop:
             run.say(f"ended after step {self.global_step} of {self.last_step}: {self.reason_to_stop}")
-        run.finish()
-        hub = self.config.hub
-        # The other processes do not wait for the upload, which may take longer than timeout_minutes.
-        if hub.repo and run.is_main:
-            run.say(f"uploaded to {push_finished(run.folder, hub.repo, hub.private)}")
 
     def step(self) -> dict[str, Any]:
         """Makes one training step, adds 1 to `global_step`, and returns the metrics row of the step."""

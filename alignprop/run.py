@@ -243,10 +243,15 @@ class Run:
                 images = model.decode(model.init_latents(generators(range(2), self.config.seed, "trial")))
             self.judges.try_on(images, prompts, metadata, needs_gradient, self.residency)
 
-    def open_folder(self, step: int) -> None:
-        """Prepares the run folder for a run that has made `step` steps, and starts the trackers."""
+    def open_folder(self, step: int) -> Records:
+        """Prepares the run folder for a run that has made `step` steps, and starts the trackers.
+
+        Returns:
+            The records, which leave the folder to other runs at the end of a `with` block.
+        """
         on_main(lambda: self.records.open(step, self.written_config))
         start_trackers(self.accelerator, "alignprop", self.folder.name, self.folder, self.written_config.to_dict())
+        return self.records
 
     def any_process(self, flag: bool) -> bool:
         """Returns whether `flag` is true on any process. All processes have to call it."""

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -82,6 +83,14 @@ class Records:
         # A run that starts from step 0 also drops an earlier evaluation of step 0.
         self.metrics.truncate_after(step or -1)
         save_config(config, self.folder / "config.json")
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Closes the folder. Behind the error that ends the run, errors of closing are left out."""
+        with suppress(Exception) if error else nullcontext():
+            self.close()
 
     def wait(self) -> None:
         """Returns when everything that was reported is in the folder."""

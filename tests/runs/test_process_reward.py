@@ -72,5 +72,4 @@ def test_a_second_death_ends_the_run_in_one_line_and_keeps_its_checkpoints(confi
     assert "\n" not in str(end.value)
     kept = checkpoints_of(trainer.run.folder)
     assert [path.name for path in kept] == ["checkpoint_1", "checkpoint_2"] and not any(map(damage_of, kept))
-    trainer.run.records.close()  # as the end of the process does
     assert torch.equal(weights(train(config(resume_from="latest"))), weights(here))

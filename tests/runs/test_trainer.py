@@ -15,6 +15,7 @@ from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.stopping import STOPPED
 from alignprop.trainer import AlignPropTrainer
+from rewards import RewardError
 from tests.helpers.toy_rewards import redness
 from tests.helpers.training import asks_to_stop, rows, shaken, train, weights
 
@@ -61,6 +62,18 @@ def test_a_reward_that_draws_global_random_numbers_resumes_too(toy_config):
     parts = AlignPropTrainer(toy_config(run_name="parts", resume_from="latest", **options), reward_function=shaken)
     parts.train()
     assert rows(parts) == rows(whole)
+
+
+def test_an_error_leaves_the_folder_to_the_next_run_of_the_same_process(toy_config, monkeypatch):
+    def out_of_order():
+        raise RewardError("out of order")
+
+    config = toy_config(run_name="r", num_epochs=1, resume_from="latest")
+    broken = AlignPropTrainer(config)
+    monkeypatch.setattr(broken, "step", out_of_order)
+    with pytest.raises(RewardError, match="out of order"):
+        broken.train()
+    assert train(config).global_step == 2
 
 
 def test_asked_to_stop_anywhere_a_run_saves_and_goes_on_as_if_nothing_had_been(toy_config):
