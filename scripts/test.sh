@@ -4,7 +4,7 @@
 #
 #   bash scripts/test.sh          the tests, without those that take long and mostly repeat others (tests/exhaustive.py)
 #   bash scripts/test.sh --all    all tests
-#   bash scripts/test.sh --fast   only the quick tests of single modules, in a minute and a half
+#   bash scripts/test.sh --fast   only the quick tests of single modules, in about a minute and a half
 #
 # Further options are pytest's, such as -k rollout, or -n 0 for a single process.
 set -euo pipefail
