@@ -308,7 +308,6 @@ class Run:
         if self.is_main:
             self.say(stopped or self.records.summary())
         self.accelerator.end_training()
-        self.records.close()
 
     def _rollouts(self, training: bool, **other) -> list[Rollout]:
         if training and self.config.algorithm == "align_prop":

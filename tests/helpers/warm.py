@@ -5,8 +5,9 @@ Their curves are blank pictures (see drawing.py).
     call("main.py", "--config=…")                          like `python main.py --config=…`
     call("-m", "alignprop", "train", processes=2)          like torchrun with two processes
 
-`python -m tests.helpers.warm` is the process that has imported the libraries. It reads a line of JSON for each program
-and answers with its exit status. Nothing of this project is imported there, so that a program may bring another copy.
+`python -m tests.helpers.warm FOLDER` is the process that has imported the libraries. It reads a line of JSON for each
+program and answers with its exit status. It keeps nothing of this project but bytecode, in the folder, so that a program
+may bring another copy.
 """
 
 import atexit
@@ -61,8 +62,10 @@ def call(*words, processes=1, cwd=ROOT, environment=()) -> subprocess.CompletedP
 @cache
 def warm_process() -> subprocess.Popen:
     """Started by the first call; it ends with this process."""
+    bytecode = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, bytecode, ignore_errors=True)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.warm"], cwd=ROOT, env={**os.environ, **SURROUNDINGS}, text=True,
+        [sys.executable, "-m", "tests.helpers.warm", bytecode], cwd=ROOT, env={**os.environ, **SURROUNDINGS}, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     atexit.register(server.stdin.close)
@@ -73,7 +76,7 @@ def warm_process() -> subprocess.Popen:
 
 
 def main() -> None:
-    import_libraries()
+    import_libraries(sys.argv[1])
     gc.freeze()  # the forked processes need not look through all of it
     for line in sys.stdin:
         request = json.loads(line)
@@ -87,8 +90,12 @@ def main() -> None:
         print(wait_for(children), flush=True)
 
 
-def import_libraries() -> None:
-    """What every run imports. Only alignprop.command imports them in this order and with its settings."""
+def import_libraries(bytecode: str) -> None:
+    """What every run imports. Only alignprop.command imports them in this order and with its settings.
+
+    Args:
+        bytecode: the folder for the compiled files of what is imported after the libraries.
+    """
     import alignprop.command  # noqa: I001
     import accelerate  # noqa: F401
     import matplotlib.figure
@@ -99,19 +106,14 @@ def import_libraries() -> None:
     from tests.helpers.drawing import BlankFigure
 
     matplotlib.figure.Figure = BlankFigure
+    # From here on, what Python compiles is kept. That is the project, which no program has to compile again.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, bytecode
     import alignprop.tasks
     import alignprop.trainer  # noqa: F401
 
-    keep_bytecode()
     for name in list(sys.modules):
         if name.split(".")[0] in ("alignprop", "rewards", "config"):
             del sys.modules[name]
-
-
-def keep_bytecode() -> None:
-    """Python compiles the project for the first program alone, into a folder that ends with this process."""
-    sys.dont_write_bytecode, sys.pycache_prefix = False, tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 
 def addresses(rank: int, count: int, port: int) -> dict[str, str]:

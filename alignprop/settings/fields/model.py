@@ -99,10 +99,10 @@ FIELDS = (
     ),
     Field(
         "lora_initialization", "kaiming", choice("kaiming", "gaussian"),
-        "The distribution of the initial A of the LoRA. 'kaiming' is uniform between ±1/√(inputs of the layer), as in "
-        "PEFT. 'gaussian' is normal with a standard deviation of 1/lora_rank, as in diffusers' training scripts and in "
-        "TRL. It is several times larger, so the first steps go further at the same learning rate. B starts at 0 in "
-        "both. Weights that init_lora has start from its values.",
+        "The distribution of the initial A of the LoRA. 'kaiming' is uniform between ±1/√(inputs of the layer), which "
+        "is PEFT's default. 'gaussian' is normal with a standard deviation of 1/lora_rank, as in diffusers' training "
+        "scripts and in TRL. It is several times larger, so the first steps go further at the same learning rate. B "
+        "starts at 0 in both. Weights that init_lora has start from its values.",
         (TRAINING, LORA),
     ),
     Field(
