@@ -6,8 +6,8 @@ Their curves are blank pictures (see drawing.py).
     call("-m", "alignprop", "train", processes=2)          like torchrun with two processes
 
 `python -m tests.helpers.warm FOLDER` is the process that has imported the libraries. It reads a line of JSON for each
-program and answers with its exit status. It keeps nothing of this project but bytecode, in the folder, so that a program
-may bring another copy.
+program and answers with its exit status. Of this project it keeps only bytecode, in the folder, so that a program may
+bring another copy.
 """
 
 import atexit
