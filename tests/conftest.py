@@ -1,6 +1,7 @@
 """Shared fixtures: a random-weight Stable Diffusion in its folder."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -48,6 +49,14 @@ def fresh_accelerate():
     """accelerate keeps one precision for a whole process."""
     yield
     AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, even in tests that a script started in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

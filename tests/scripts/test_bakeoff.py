@@ -215,7 +215,7 @@ def test_a_run_that_was_asked_to_stop_goes_on(tmp_path):
     assert bakeoff.run(jobs=2) == [] and bakeoff.started == [RUN.name] * 2
 
 
-def test_ctrl_c_asks_the_processes_to_stop_and_waits_for_them(tmp_path, monkeypatch):
+def test_ctrl_c_asks_the_processes_to_stop_and_waits_for_them(tmp_path, monkeypatch, ctrl_c):
     does = {RUN.name: "import signal; signal.signal(15, lambda *_: (time.sleep(0.3), os._exit(75))); "
                       "print('ready', flush=True); time.sleep(60)"}  # fmt: skip
     bakeoff = Pretend(tmp_path, [RUN], Budget(), [], does=does)

@@ -73,7 +73,7 @@ def test_what_was_submitted_after_a_failed_job_is_dropped():
     assert done == ["before"]
 
 
-def test_an_interrupted_wait_can_be_taken_up_again():
+def test_an_interrupted_wait_can_be_taken_up_again(ctrl_c):
     background, done, waiting, interrupted = Background(), [], threading.Event(), threading.Event()
 
     def interrupt():
