@@ -33,7 +33,7 @@ TASKS = {
     "train": "quickstart", "evaluate": "evaluate", "evaluate_soup": "evaluate_soup", "guide": "guide",
     "explore": "explore", "plan": "hps",
 }  # fmt: skip
-TOOLS = ("export", "push")
+TOOLS = ("export", "push", "film")
 USAGE = f"""usage: alignprop COMMAND [--config PRESET] [--config.FIELD=VALUE …]
 
 commands: {", ".join((*TASKS, *TOOLS))}

@@ -90,7 +90,7 @@ def draw_grid(
     columns = min(columns or 8, len(images))
     zoom = max(1, math.ceil(min_side / min(min(shape[1:]) for shape in shapes)))
     height, width = (zoom * max(shape[axis] for shape in shapes) for axis in (1, 2))
-    font = _font(max(12, width // 24))
+    font = label_font(max(12, width // 24))
     line_height = sum(font.getmetrics()) + 1
     gap = 6
 
@@ -117,7 +117,8 @@ def draw_grid(
     return canvas
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def label_font(size: int) -> ImageFont.FreeTypeFont:
+    """Returns the font of all texts in pictures."""
     # The font comes with matplotlib, because Pillow's own has neither arrows nor Greek and Cyrillic letters.
     import matplotlib
 

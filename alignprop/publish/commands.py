@@ -1,4 +1,4 @@
-"""The commands `alignprop export` and `alignprop push`, which export a LoRA and publish a run."""
+"""The commands `alignprop export`, `push` and `film`, which take what a run has made to other places."""
 
 import argparse
 from pathlib import Path
@@ -30,6 +30,13 @@ PUSH = """Uploads a run to the Hugging Face hub: its best weights, a model card,
     alignprop push logs/my_run --repo user/name --private
 
 The token is that of HF_TOKEN or of `hf auth login`. The run may be finished or not; only its folder is needed.
+"""
+
+FILM = """Writes a film of a run: the same pictures after each evaluation, from the base model to the last step.
+
+    alignprop film logs/my_run my_run.mp4
+
+An MP4 needs the package's extra `video`. Files that end in .gif or .webp need nothing more.
 """
 
 
@@ -81,6 +88,33 @@ def push() -> None:
     read_run(options.run)  # This finds mistakes in the folder without the network.
     check_hub(options.repo, options.private, "--repo")
     print(f"uploaded to {upload(options.run, options.repo, options.private, '--repo')}")
+
+
+def film() -> None:
+    """Runs `alignprop film` with the command-line arguments of the process.
+
+    Raises:
+        ConfigError: the folder is not that of a run, or `write_film` fails.
+    """
+    parser = _parser(FILM)
+    parser.add_argument("run", type=Path, help="its folder; the run may be finished or not")
+    parser.add_argument("out", type=Path, help="the file to write: .mp4, .gif or .webp")
+    parser.add_argument("--pictures", type=int, default=8, help="at most so many pictures are shown; default 8")
+    parser.add_argument("--seconds", type=float, default=0.6, help="for each evaluation; default 0.6")
+    options = parser.parse_args()
+    if options.pictures < 1:
+        parser.error(f"--pictures = {options.pictures} must be at least 1")
+    if not 0.05 <= options.seconds <= 60:
+        parser.error(f"--seconds = {options.seconds} must be from 0.05 to 60")
+    if not (options.run / "config.json").is_file():
+        raise ConfigError(f"{str(options.run)!r} is not a run folder: it has no config.json")
+    from alignprop.evaluation.report.film import write_film  # These load torch, which takes seconds.
+    from alignprop.evaluation.report.source import read_run as read_evaluations
+    from alignprop.runs.tracking import MetricsLog
+
+    rows = MetricsLog(options.run / "metrics.jsonl").rows()
+    count = write_film(read_evaluations(options.run, rows, []), options.out, options.pictures, options.seconds)
+    print(f"{options.out}: {count} evaluations")
 
 
 def _parser(text: str) -> argparse.ArgumentParser:

@@ -34,7 +34,8 @@ LIGHT = ("rewards.errors", "rewards.registry")  # of rewards, what loads no torc
 POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # the package imports on Windows, too
 # To be imported where they are used.
 OPTIONAL = {
-    "bitsandbytes", "gradio", "hpsv2", "matplotlib", "onnxruntime", "prodigyopt", "rapidocr", "tensorboard", "wandb",
+    "bitsandbytes", "gradio", "hpsv2", "imageio", "imageio_ffmpeg", "matplotlib", "onnxruntime", "prodigyopt",
+    "rapidocr", "tensorboard", "wandb",
 }  # fmt: skip
 
 
