@@ -25,7 +25,8 @@ def build_reward(
         A WeightedReward with `.name`, `.differentiable`, `.terms` (name -> Reward), `.weights`, `.score_terms(…)`.
 
     Raises:
-        RewardError: The spec, an option or a file is wrong. The message is one line.
+        RewardError: The spec, the name of an option, or a file is wrong. The message is one line. The values of options
+            are checked by the configuration, or by the reward's constructor.
     """
     weights = parse_spec(spec)
     terms = {name: _load(name, options or {}) for name in weights}

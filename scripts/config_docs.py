@@ -44,3 +44,4 @@ def row(field: Field) -> str:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "config.md").write_text(page(), encoding="utf-8")
+    print("wrote docs/config.md")

@@ -2,6 +2,9 @@
 
 import re
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -70,7 +73,7 @@ def put(path, text, before):
 
 
 def test_an_estimator(copy):
-    (code,) = section("Add an estimator")
+    code, test = section("Add an estimator")
     file = copy / "alignprop" / "method" / "estimators.py"
     put(file, code + "\n\n", "ESTIMATORS = {")
     put(file, "        every_second,\n", "    )\n}\n")
@@ -79,6 +82,11 @@ def test_an_estimator(copy):
     done = call(copy, "main.py", *TINY, "--config.estimator=every_second")
     assert done.returncode == 0, done.stderr[-2000:]
     assert list((copy / "logs" / "r").glob("checkpoints/checkpoint_1/*.safetensors"))
+    with (copy / "tests" / "unit" / "test_estimators.py").open("a") as file:
+        file.write("\n\n" + textwrap.dedent(test))
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/unit/test_estimators.py", "-k", "every_second"]
+    tested = subprocess.run(command, cwd=copy, capture_output=True, text=True)  # a new process imports the copy's tests
+    assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
 
 
 def test_a_reward(copy):
