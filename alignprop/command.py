@@ -8,6 +8,7 @@ publish/commands.py. A preset that comes with the package is given by its name, 
 """
 
 import os
+import re
 import shlex
 import sys
 from importlib import import_module
@@ -72,7 +73,7 @@ def run_flags(argv: list[str]) -> None:
     """
     with plain_endings():
         command = shlex.join(["python", *sys.argv]) if sys.argv == argv else shlex.join(["alignprop", *sys.argv[1:]])
-        sys.argv = argv
+        sys.argv = argv = [argv[0], *with_preset(argv[1:], "")]
         define_flags(argv)
         app.run(lambda arguments: run_parsed(arguments, command), argv=argv, flags_parser=parse_flags)
 
@@ -117,21 +118,27 @@ def with_preset(arguments: list[str], usual: str) -> list[str]:
 
     Args:
         arguments: the arguments after the command.
-        usual: the preset that is used if the arguments have no `--config`.
+        usual: the preset that is used if the arguments have no `--config`. If it is empty, none is added, and paths are
+            left as they are.
 
     Raises:
         ConfigError: there is no such preset.
     """
+
+    def found(name: str) -> str:
+        is_path = os.path.exists(name) or not re.fullmatch(r"[\w:]+", name)
+        return name if is_path and not usual else preset_file(name)
+
     arguments = list(arguments)
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config") and equals:
-            arguments[i] = f"--config={preset_file(value)}"
+            arguments[i] = f"--config={found(value)}"
             return arguments
         if flag in ("--config", "-config") and i + 1 < len(arguments):
-            arguments[i + 1] = preset_file(arguments[i + 1])
+            arguments[i + 1] = found(arguments[i + 1])
             return arguments
-    return [f"--config={preset_file(usual)}", *arguments]
+    return [f"--config={preset_file(usual)}", *arguments] if usual else arguments
 
 
 def preset_file(name: str) -> str:

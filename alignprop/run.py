@@ -18,7 +18,7 @@ from alignprop.engine.speed import use_channels_last
 from alignprop.evaluation.evaluate import Evaluator
 from alignprop.evaluation.judges import Judges, build_judges, measured
 from alignprop.evaluation.results import Evaluation
-from alignprop.evaluation.stop_when import parse_stop_when, reason_to_stop, values
+from alignprop.evaluation.stop_when import check_measured, parse_stop_when, reason_to_stop, values
 from alignprop.lora.frozen import merge_frozen, parse_loras
 from alignprop.lora.scaling import linear_schedule
 from alignprop.memory.checkpointing import decode_in_tiles
@@ -36,7 +36,7 @@ from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import base_model, check_base
 from alignprop.runs.records import Records, choose_folder
 from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
-from alignprop.settings.errors import ConfigError, one_of
+from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields.rules import picture_sizes
 from alignprop.settings.options import chain_options, model_options, prefix_cache_options, rollout_options
 from alignprop.settings.resolve import as_run, check_truncation, resolve
@@ -346,7 +346,7 @@ def _check_guards(c: ConfigDict, measures: list[str]) -> tuple[str, list]:
     """Checks and returns `best_by` and `stop_when`, which name measures of an evaluation."""
     if c.task != "train":
         return "reward", []
-    return one_of("best_by", c.best_by or "reward", measures), parse_stop_when(c.stop_when, measures)
+    return check_measured("best_by", c.best_by or "reward", measures), parse_stop_when(c.stop_when, measures)
 
 
 def _find_checkpoint(c: ConfigDict) -> Path | None:

@@ -15,7 +15,7 @@ from alignprop.engine.optimizers import learning_rates, load_optimizer, make_opt
 from alignprop.engine.sharding import DTensor, gather, shard, spread, whole_copy
 from alignprop.lora.adapters import add_adapter, get_adapter, start_from, trained_parameters, update_adapter
 from alignprop.lora.factors import LoraWeights
-from alignprop.lora.files import check_finite, read_lora, save_lora
+from alignprop.lora.files import check_finite, make_readable, read_lora, save_lora
 from alignprop.models.base import Model
 from alignprop.models.packed import is_packed
 from alignprop.settings.errors import ConfigError
@@ -160,6 +160,7 @@ class TrainedWeights:
             usable = state["ema"]["shadow_params"] if self.ema else state["weights"].values()
             weights = dict(zip(state["weights"], usable, strict=True))
             whole_copy(self.model.denoiser, weights).save_pretrained(folder / "denoiser")
+            make_readable(folder / "denoiser")
 
     def state(self) -> dict:
         """Returns everything that the next update depends on, as nested dicts of tensors and plain values.

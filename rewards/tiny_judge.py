@@ -87,11 +87,11 @@ def parse(prompt: str, config: dict) -> list[int]:
         return [count, config["colours"].index(colour), config["shapes"].index(shape),
                 config["backgrounds"].index(background)]  # fmt: skip
     except (AttributeError, ValueError):
-        colours, shapes = "/".join(config["colours"]), "/".join(config["shapes"])
+        colours, shapes, backgrounds = ("/".join(config[name]) for name in ("colours", "shapes", "backgrounds"))
         raise RewardError(
             f"prompt {prompt!r}: the judge reads only '<a|two|three> <colour> <shape>[s] on a <colour> background', "
-            f"colours {colours}, shapes {shapes}; for other prompts, take tiny_count and the "
-            "rewards.tiny_judge ones out of reward_fn and eval_reward_fn"
+            f"colours {colours}, shapes {shapes}, backgrounds {backgrounds}; for other prompts, take tiny_count and "
+            "rewards.tiny_judge out of reward_fn and eval_reward_fn, for example with --config.eval_reward_fn="
         ) from None
 
 

@@ -57,9 +57,13 @@ class Evaluation:
         }
 
     def labels(self) -> list[str]:
-        """Returns a caption for each kept picture: its prompt and its score under the first single reward."""
-        scores = next(iter(self.terms.values())).tolist()
-        return [f"{p}\n{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], scores, strict=False)]
+        """Returns a caption for each kept picture: its prompt, and in a line of its own the reward.
+
+        If the reward is a combination of several, the number is that of the first one, which is named.
+        """
+        name, scores = next(iter(self.terms.items()))
+        title = "" if torch.equal(self.rewards, scores) else name.rpartition(":")[2] + " "
+        return [f"{p}\n{title}{r:.2f}" for p, r in zip(self.prompts[: len(self.images)], scores.tolist(), strict=False)]
 
 
 def statistics(scores: torch.Tensor) -> dict[str, float]:

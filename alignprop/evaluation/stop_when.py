@@ -14,7 +14,11 @@ import torch
 from alignprop.settings.errors import ConfigError, one_of
 from rewards import WeightedReward
 
-MEASURES = ("diversity", "base_distance")  # An evaluation measures these in addition to its rewards.
+MEASURES = {  # An evaluation measures these in addition to its rewards, if what stands here is given.
+    "diversity": "eval_diversity = True and several pictures of a prompt: raise num_eval_images or lower "
+    "num_eval_prompts",
+    "base_distance": "eval_base_distance = True and use_lora = True",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def parse_stop_when(text: str, names: Collection[str]) -> list[Condition]:
 
     Args:
         text: the value of `stop_when`.
-        names: the names of all measures.
+        names: the names of what this run measures.
 
     Raises:
         ConfigError: a part is not a condition, or is about something that is not measured.
@@ -58,9 +62,25 @@ def parse_stop_when(text: str, names: Collection[str]) -> list[Condition]:
                 f"stop_when = {text!r}: {part!r} must be a measure, < or >, and a finite number, such as 'clip<0.25' "
                 "or, for 0.9 times its first value, 'clip<0.9x'"
             )
-        one_of("stop_when: measure", name, names)
+        check_measured("stop_when: measure", name, names)
         conditions.append(Condition(part, name, sign == "<", float(limit.removesuffix("x")), limit.endswith("x")))
     return conditions
+
+
+def check_measured(what: str, name: str, names: Collection[str]) -> str:
+    """Returns the name of a measure.
+
+    Args:
+        what: what the user wrote the name for, for the error.
+        name: the name.
+        names: the names of what this run measures.
+
+    Raises:
+        ConfigError: the run does not measure it.
+    """
+    if name in MEASURES and name not in names:
+        raise ConfigError(f"{what} = {name!r} is not measured: it needs {MEASURES[name]}")
+    return one_of(what, name, names)
 
 
 def values(row: dict, reward: WeightedReward) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Reads LoRA files of many formats, and writes diffusers' own `pytorch_lora_weights.safetensors`."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,23 @@ from alignprop.lora.scales import PEFT_FILE, stated_scales
 from alignprop.settings.errors import ConfigError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
 def save_lora(model, weights: LoraWeights, folder) -> None:
     """Writes `weights` so that `model.pipeline_class.load_lora_weights(folder)` reads them."""
     model.save_lora(folder, weights.tensors, weights.scale)
+    make_readable(Path(folder) / LORA_FILE)
+
+
+def make_readable(path: Path) -> None:
+    """Gives a safetensors file, or those in a folder, the permissions that other new files get.
+
+    safetensors lets only the owner read what it writes, but a LoRA is often read by a service of another user.
+    """
+    for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
+        file.chmod(0o666 & ~_UMASK)
 
 
 def read_lora(path, model=None) -> LoraWeights:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from alignprop.lora import kohya
 from alignprop.lora.adapters import split
 from alignprop.lora.factors import LoraWeights
-from alignprop.lora.files import read_lora
+from alignprop.lora.files import make_readable, read_lora
 from alignprop.lora.kohya_names import find_format
 from alignprop.lora.soups import mix
 from alignprop.models.base import Model, split_name
@@ -99,6 +99,7 @@ def export_lora(
     _check_precision(tensors, stored, dtype)
     with _in_place_of(out) as temporary:
         save_file(stored, temporary, {"format": "pt", **header})
+        make_readable(temporary)
         if not verify:
             return None
         compare(weights, own_deltas(read_lora(temporary, model)), rounding(weights, dtype))

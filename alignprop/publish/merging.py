@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from alignprop.lora.factors import LoraWeights
+from alignprop.lora.files import make_readable
 from alignprop.models.base import split_name
 from alignprop.publish.verification import Deltas
 from alignprop.settings.errors import ConfigError
@@ -67,6 +68,7 @@ def merge(weights: LoraWeights, base: Path, out: Path) -> None:
         save_file(tensors, out / path.relative_to(base), header)
     for path in sorted(out.glob("*/*")):
         _rename(path, base / path.parent.name)
+    make_readable(out)
     if absent:
         raise ConfigError(f"the weight files in {str(base)!r} have no {min(absent) + '.weight'!r}; are they whole?")
 

@@ -187,7 +187,7 @@ class Records:
         # A resumed run may evaluate other prompts, or fewer. Then there is nothing to compare.
         same = [a.shape for a in first] == [b.shape for b in images]
         if same and all(prompt(a) == prompt(b) for a, b in pairs):
-            both = [f"{a} → {b.splitlines()[-1]}" for a, b in pairs]
+            both = [f"{a} → {b.split()[-1]}" for a, b in pairs]
             save_before_after(first, images, both, self.folder / "before_after.png")
 
     def summary(self) -> str:
@@ -199,8 +199,10 @@ class Records:
             before, after = (e["rewards"] | {m: e[m] for m in MEASURES if m in e} for e in (first, last))
             for name in (name for name in before if name in after):
                 lines.append(f"  {name:32s} {_shown(before[name])} → {_shown(after[name])}")
-        if self._verdict:
-            lines.append(self._verdict.sentence)
+        # A run that was finished before has written no report in this process.
+        verdict = self._verdict or (evaluations and self._report_on(lambda run: judge(run.points, run.untrained)))
+        if verdict:
+            lines.append(verdict.sentence)
         steps = [row for row in self.metrics.rows() if row["kind"] == "train"]
         if steps and steps[-1]["skipped_steps"]:
             lines.append(f"skipped, because not finite: {steps[-1]['skipped_steps']} updates of {len(steps)} steps")

@@ -49,6 +49,16 @@ def test_the_flag_may_be_written_in_any_way(typed):
     assert with_preset(["--config.seed=1"], "evaluate") == [usual, "--config.seed=1"]
 
 
+def test_main_takes_the_name_of_a_preset_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert with_preset(["--config=hps"], "") == [f"--config={CONFIG}/align_prop.py:hps"]
+    for typed in (["--config", "config/align_prop.py:hps"], ["--config=mine/align_prop.py:hps"], ["--help"]):
+        assert with_preset(typed, "") == typed
+    done = warm.call(str(CONFIG.parent / "main.py"), "--config=quikstart", cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.match(r"error: --config = 'quikstart' is .*did you mean 'quickstart'", done.stderr)
+
+
 def test_it_trains_evaluates_and_exports_outside_of_the_repository(tmp_path):
     trained = command("train", "--config=quickstart", "--config.run_name=r", *TINY, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr[-2000:]

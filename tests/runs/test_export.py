@@ -414,6 +414,14 @@ def test_mistakes_are_one_line_and_cost_nothing(lora, pipelines, tmp_path, optio
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
+def test_others_may_read_an_export(lora, pipelines, tmp_path):
+    (tmp_path / "new").write_text("")
+    export(lora, pipelines, tmp_path)
+    export(lora, pipelines, tmp_path, "out", "merged")
+    modes = {file.stat().st_mode for file in [tmp_path / "out.safetensors", *(tmp_path / "out").rglob("*.safetensors")]}
+    assert modes == {(tmp_path / "new").stat().st_mode} and modes != {0o100600}
+
+
 def test_force_replaces_a_file_and_a_pipeline(lora, pipelines, tmp_path):
     export(lora, pipelines, tmp_path)
     export(lora, pipelines, tmp_path, force=True, dtype="float16")

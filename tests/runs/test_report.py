@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from alignprop.evaluation.pictures import read_grid
 from alignprop.evaluation.report import page
 from alignprop.evaluation.report.page import write_page
 from alignprop.evaluation.report.source import read_run
@@ -79,6 +80,22 @@ def test_a_run_prints_its_verdict(toy_config, capsys):
     trainer = train(toy_config(num_epochs=1))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The trained reward")]
     assert line in (trainer.run.folder / "report.html").read_text()
+
+
+def test_a_run_that_was_finished_before_says_its_verdict_again(toy_config, capsys):
+    told = []
+    for _ in range(2):
+        train(toy_config(num_epochs=1, run_name="r", resume_from="latest"))
+        told.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("The trained reward")])
+    assert len(told[0]) == 1 and told[0] == told[1]
+
+
+def test_a_number_below_a_picture_is_named_if_it_is_not_the_whole_reward(toy_config):
+    toys = "tests.helpers.toy_rewards"
+    folder = train(toy_config(num_epochs=1, reward_fn=f"{toys}:redness:2,{toys}:contrast:1")).run.folder
+    label, _ = read_grid(folder / "samples" / "step_000000.png")[0]
+    first = next(csv.DictReader((folder / "samples" / "step_000000.csv").open()))
+    assert label == f"{first['prompt']}\nredness {float(first[f'{toys}:redness']):.2f}"
 
 
 def test_scores_of_all_pictures_are_kept_and_those_of_lost_steps_are_not(toy_config):

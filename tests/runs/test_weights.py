@@ -43,6 +43,14 @@ def test_every_optimizer_trains_and_resumes(toy_config, optimizer):
     assert torch.equal(weights(train(toy_config(resume_from=str(half.run.folder), **options))), weights(whole))
 
 
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_others_may_read_the_weights_as_they_may_read_other_new_files(toy_config, tmp_path, use_lora):
+    (tmp_path / "new").write_text("")
+    checkpoint = checkpoints_of(train(toy_config(num_epochs=1, use_lora=use_lora)).run.folder)[-1]
+    modes = {file.stat().st_mode for file in checkpoint.rglob("*.safetensors")}
+    assert modes == {(tmp_path / "new").stat().st_mode} and modes != {0o100600}
+
+
 def test_another_optimizer_is_refused_at_resume(toy_config):
     first = train(toy_config(run_name="r", num_epochs=1))
     with pytest.raises(ConfigError, match=r"train.optimizer = 'adamw', this run has 'sgd'"):

@@ -31,7 +31,7 @@ def test_every_prompt_is_read_back_as_its_content():
 def test_a_prompt_outside_the_grammar_is_refused_in_one_line(prompt):
     with pytest.raises(RewardError, match="the judge reads only") as refused:
         tiny_judge.obedience(torch.rand(1, 3, 64, 64), [prompt], [{}])
-    assert repr(prompt) in str(refused.value)
+    assert repr(prompt) in str(refused.value) and "backgrounds red/" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
