@@ -126,8 +126,7 @@ def with_preset(arguments: list[str], usual: str) -> list[str]:
     """
 
     def found(name: str) -> str:
-        is_path = os.path.exists(name) or not re.fullmatch(r"[\w:]+", name)
-        return name if is_path and not usual else preset_file(name)
+        return preset_file(name) if usual or re.fullmatch(r"[\w:]+", name) else name
 
     arguments = list(arguments)
     for i, argument in enumerate(arguments):

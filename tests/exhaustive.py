@@ -20,7 +20,6 @@ KEPT: dict[str, list[str] | int] = {
     "docs/test_docs.py::test_a_command_of_main_runs": 8,
     "docs/test_docs.py::test_a_script_runs": [
         "scripts/config_docs.py-", "scripts/reward_table.py-", "scripts/install_hps.sh-",
-        "scripts/export_lora.py-logs/my_run my_lora.safetensors --format kohya",
         "scripts/push_to_hub.py-logs/my_run --repo user/name --private",
     ],
     "docs/test_docs.py::test_scripts_need_nothing_that_only_tests_need": [],

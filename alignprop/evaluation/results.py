@@ -57,9 +57,10 @@ class Evaluation:
         }
 
     def labels(self) -> list[str]:
-        """Returns a caption for each kept picture: its prompt, and in a line of its own the reward.
+        """Returns a caption for each kept picture: its prompt, and below it a score.
 
-        If the reward is a combination of several, the number is that of the first one, which is named.
+        The score is the reward. If the reward is not one single score, it is that of the first single reward, with its
+        name before it.
         """
         name, scores = next(iter(self.terms.items()))
         title = "" if torch.equal(self.rewards, scores) else name.rpartition(":")[2] + " "

@@ -14,8 +14,8 @@ import torch
 from alignprop.settings.errors import ConfigError, one_of
 from rewards import WeightedReward
 
-MEASURES = {  # An evaluation measures these in addition to its rewards, if what stands here is given.
-    "diversity": "eval_diversity = True and several pictures of a prompt: raise num_eval_images or lower "
+MEASURES = {  # what an evaluation measures besides its rewards, and what each of them needs
+    "diversity": "eval_diversity = True and several pictures of a prompt in each size: raise num_eval_images or lower "
     "num_eval_prompts",
     "base_distance": "eval_base_distance = True and use_lora = True",
 }

@@ -1,6 +1,7 @@
 """Reads LoRA files of many formats, and writes diffusers' own `pytorch_lora_weights.safetensors`."""
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ os.umask(_UMASK)
 def save_lora(model, weights: LoraWeights, folder) -> None:
     """Writes `weights` so that `model.pipeline_class.load_lora_weights(folder)` reads them."""
     model.save_lora(folder, weights.tensors, weights.scale)
-    make_readable(Path(folder) / LORA_FILE)
+    make_readable(Path(folder))
 
 
 def make_readable(path: Path) -> None:
@@ -30,7 +31,8 @@ def make_readable(path: Path) -> None:
     safetensors lets only the owner read what it writes, but a LoRA is often read by a service of another user.
     """
     for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
-        file.chmod(0o666 & ~_UMASK)
+        with suppress(OSError):  # some file systems have no permissions
+            file.chmod(0o666 & ~_UMASK)
 
 
 def read_lora(path, model=None) -> LoraWeights:

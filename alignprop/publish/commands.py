@@ -1,4 +1,4 @@
-"""The commands `alignprop export`, `push` and `film`, which take what a run has made to other places."""
+"""The commands `alignprop export`, `push` and `film`, which export a LoRA, publish a run and film it."""
 
 import argparse
 from pathlib import Path
@@ -32,7 +32,7 @@ PUSH = """Uploads a run to the Hugging Face hub: its best weights, a model card,
 The token is that of HF_TOKEN or of `hf auth login`. The run may be finished or not; only its folder is needed.
 """
 
-FILM = """Writes a film of a run: the same pictures after each evaluation, from the base model to the last step.
+FILM = """Writes a film of a run: pictures of the same prompts and noise at every evaluation, from the base model on.
 
     alignprop film logs/my_run my_run.mp4
 

@@ -200,7 +200,7 @@ class Records:
             for name in (name for name in before if name in after):
                 lines.append(f"  {name:32s} {_shown(before[name])} → {_shown(after[name])}")
         # A run that was finished before has written no report in this process.
-        verdict = self._verdict or (evaluations and self._report_on(lambda run: judge(run.points, run.untrained)))
+        verdict = self._verdict or self._report_on(lambda run: judge(run.points, run.untrained) if run.points else None)
         if verdict:
             lines.append(verdict.sentence)
         steps = [row for row in self.metrics.rows() if row["kind"] == "train"]

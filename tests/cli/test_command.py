@@ -51,6 +51,7 @@ def test_the_flag_may_be_written_in_any_way(typed):
 
 def test_main_takes_the_name_of_a_preset_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "hps").mkdir()
     assert with_preset(["--config=hps"], "") == [f"--config={CONFIG}/align_prop.py:hps"]
     for typed in (["--config", "config/align_prop.py:hps"], ["--config=mine/align_prop.py:hps"], ["--help"]):
         assert with_preset(typed, "") == typed

@@ -22,6 +22,7 @@ from tests.helpers.docs_commands import (
     COMMANDS,
     FLAG_BLOCKS,
     FLAGS,
+    INSTALLED,
     MAIN,
     PAGES,
     ROOT,
@@ -121,6 +122,28 @@ def test_a_launcher_takes_its_flags_and_is_given_something_that_runs_here(words)
         assert given.config_file is None or (ROOT / given.config_file).is_file()
     if words[0] == "torchrun":
         assert get_args_parser().parse_args(words[1:]).training_script == started
+
+
+# ---- the command `alignprop`
+
+
+@pytest.mark.parametrize("words", [words for words in INSTALLED if words[0] not in command.TOOLS], ids=title)
+def test_a_command_of_alignprop_has_flags_that_fit_together(words, stand):
+    stand(" ".join(words))
+    task, *arguments = words
+    given = [*command.with_preset(arguments, command.TASKS[task]), *command._of_task(task)]
+    resolve(parsed(given).config, num_processes=1)
+
+
+@pytest.mark.parametrize("words", [words for words in INSTALLED if words[0] in command.TOOLS], ids=title)
+def test_a_tool_of_alignprop_runs(words, stand, monkeypatch):
+    here = stand(" ".join(words))
+    monkeypatch.setattr(sys, "argv", ["alignprop", *words])
+    command.main()
+    assert (here / words[2]).stat().st_size
+
+
+# ---- flags alone
 
 
 @pytest.mark.parametrize("given", FLAG_BLOCKS, ids=title)

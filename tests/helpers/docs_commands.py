@@ -40,6 +40,11 @@ def commands(page: Path) -> list[tuple[str, ...]]:
     return [tuple(word for word in shlex.split(line, comments=True) if word != "…") for line in called]
 
 
+def installed(page: Path) -> list[tuple[str, ...]]:
+    """The words behind `alignprop` of each call of the installed command that has arguments."""
+    return [tuple(shlex.split(line)[1:]) for line in lines(page) if re.match(r"alignprop \w+ \S", line)]
+
+
 def overlooked(page: Path) -> list[str]:
     """Lines that call something of the project's, and are no commands by their look."""
     calls = r"(?<![\w/])(main\.py|scripts/\S+\.(py|sh)) -"
@@ -83,6 +88,7 @@ def covering(commands: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
 COMMANDS = unique(words for page in PAGES for words in commands(page))
 MAIN = unique(words[words.index("main.py") + 1 :] for words in COMMANDS if "main.py" in words)
 SCRIPTS = unique((word, words[i + 1 :]) for words in COMMANDS for i, word in enumerate(words) if re.match(SCRIPT, word))
+INSTALLED = unique(words for page in PAGES for words in installed(page))
 FLAG_BLOCKS = unique(group for page in PAGES for block in blocks(page) for group in flags_of(block))
 FLAGS = unique(group for page in PAGES for code in inline(page) for group in flags_of(code))
 SNIPPETS = [(page.name, code) for page in PAGES for code in snippets(page)]

@@ -60,7 +60,6 @@ SMALLER = {
     "scripts/alignprop_like_trl.py": (like_trl, "logs/aesthetic_*/checkpoints/checkpoint_1"),
     "scripts/bench/families.py": (one_family, ""),
     "scripts/config_docs.py": (as_it_is, ""),
-    "scripts/export_lora.py": (as_it_is, "*.safetensors"),
     "scripts/gradient_table.py": (two_estimators, ""),
     "scripts/install_hps.sh": (as_it_is, "pip.txt"),
     "scripts/push_to_hub.py": (as_it_is, ""),

@@ -60,7 +60,7 @@ def test_a_run_becomes_an_animation(toy_config, tmp_path, monkeypatch, capsys):
         top = next(y for y in range(20, 60) if np.abs(frame[y : y + height, 6 : 6 + width] - picture).mean() < 8)
         assert (frame[:top] < 128).any()  # the title
         assert shown.info["duration"] == (1500 if place == 2 else 500)
-    assert len({point.scores["reward"].mean().item() for point in run.points}) == 3  # the pictures differ
+    assert len({point.scores["reward"].mean().item() for point in run.points}) == 3  # the rewards differ
 
 
 def test_a_webp_film_has_a_frame_for_each_evaluation(folder, tmp_path):
@@ -89,7 +89,7 @@ def test_pictures_of_another_size_are_left_out(folder, tmp_path):
 
 @pytest.mark.parametrize(("case", "told"), [
     ("ending", r"^the film '.*run.avi' must end in .mp4, .gif or .webp$"),
-    ("extra", r"^an MP4 needs ffmpeg .*: install 'alignprop\[video\]', or write .gif or .webp$"),
+    ("extra", r"^an MP4 needs ffmpeg .*: pip install 'alignprop\[video\]', or write .gif or .webp$"),
     ("one", r"of two evaluations or more, and .* has those of 1; train with a smaller eval_freq$"),
     ("folder", r"is not a run folder: it has no config.json$"),
 ])  # fmt: skip

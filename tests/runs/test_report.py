@@ -90,12 +90,13 @@ def test_a_run_that_was_finished_before_says_its_verdict_again(toy_config, capsy
     assert len(told[0]) == 1 and told[0] == told[1]
 
 
-def test_a_number_below_a_picture_is_named_if_it_is_not_the_whole_reward(toy_config):
-    toys = "tests.helpers.toy_rewards"
-    folder = train(toy_config(num_epochs=1, reward_fn=f"{toys}:redness:2,{toys}:contrast:1")).run.folder
+@pytest.mark.parametrize(("other", "title"), [(",tests.helpers.toy_rewards:contrast:1", "redness "), ("", "")])
+def test_a_number_below_a_picture_is_named_if_it_is_not_the_whole_reward(toy_config, other, title):
+    redness = "tests.helpers.toy_rewards:redness"
+    folder = train(toy_config(num_epochs=1, reward_fn=redness + other)).run.folder
     label, _ = read_grid(folder / "samples" / "step_000000.png")[0]
     first = next(csv.DictReader((folder / "samples" / "step_000000.csv").open()))
-    assert label == f"{first['prompt']}\nredness {float(first[f'{toys}:redness']):.2f}"
+    assert label == f"{first['prompt']}\n{title}{float(first[redness]):.2f}"
 
 
 def test_scores_of_all_pictures_are_kept_and_those_of_lost_steps_are_not(toy_config):

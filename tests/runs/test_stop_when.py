@@ -119,7 +119,8 @@ def test_the_best_is_by_the_measure_that_is_named(toy_config, monkeypatch):
     ({"best_by": "diversity", "eval_diversity": False}, "best_by = 'diversity' is not measured: it needs eval_"),
     ({"best_by": "diversity", "num_eval_images": 4}, "best_by = 'diversity' is not measured"),  # of 4 prompts
     ({"stop_when": "diversity<1x", "num_eval_images": 4}, "stop_when: measure = 'diversity' is not measured: it needs "
-     "eval_diversity = True and several pictures of a prompt: raise num_eval_images or lower num_eval_prompts"),
+     "eval_diversity = True and several pictures of a prompt in each size: raise num_eval_images or lower "
+     "num_eval_prompts"),
     ({"best_by": "base_distance", "eval_base_distance": False}, "best_by = 'base_distance' is not measured"),
     ({"best_by": "base_distance", "use_lora": False}, "best_by = 'base_distance' is not measured"),
     ({"stop_when": "reward"}, "stop_when = 'reward': 'reward' must be"),

@@ -4,5 +4,5 @@ source.py      what the page is made from: the files of a run or of an evaluatio
 verdict.py     the words, from paired differences
 charts.py      the curves
 page.py        the page of a run, and the page that compares several
-film.py        the same pictures after each evaluation, as MP4, GIF or WebP
+film.py        pictures of the same prompts and noise at every evaluation, as MP4, GIF or WebP
 """

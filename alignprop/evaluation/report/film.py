@@ -1,5 +1,6 @@
-"""Writes a film of a run: the same pictures after each evaluation, from the base model to the last step."""
+"""Writes a film of a run: pictures of the same prompts and noise at every evaluation, from the base model on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from alignprop.settings.errors import ConfigError
 ANIMATIONS = (".gif", ".webp")  # written by Pillow
 FRAME_RATE = 24  # frames per second of an MP4; players refuse very low rates
 MARGIN = 6  # pixels around the title
+LARGEST = 1920  # pixels of a frame's longer side; players refuse very large ones
 BLOCK = 16  # MP4 needs a width and a height that are multiples of this
 
 
@@ -60,7 +62,9 @@ def draw_frames(run: RunData, pictures: int) -> list[Image.Image]:
         shown = [_pixels(picture) for picture in run.pictures(point.step)[:pictures]]
         if shown:
             title = f"step {point.step}, reward {point.scores['reward'].mean():.4g}"
-            frames.append(_titled(draw_grid(shown, point.prompts[: len(shown)]), title))
+            grid = draw_grid(shown, point.prompts[: len(shown)])
+            grid.thumbnail((LARGEST, LARGEST))
+            frames.append(_titled(grid, title))
     return [frame for frame in frames if frame.size == frames[-1].size]  # a run may continue with another resolution
 
 
@@ -71,7 +75,7 @@ def _pixels(picture: Image.Image) -> torch.Tensor:
 
 def _titled(picture: Image.Image, title: str) -> Image.Image:
     """Returns a picture with a line of text above it."""
-    font = label_font(20)
+    font = label_font(max(8, min(20, picture.width // 14)))  # a long title fits beside a single small picture
     height = sum(font.getmetrics()) + MARGIN
     canvas = Image.new("RGB", (picture.width, picture.height + height), "white")
     canvas.paste(picture, (0, height))
@@ -81,12 +85,13 @@ def _titled(picture: Image.Image, title: str) -> Image.Image:
 
 def _find_encoder() -> None:
     try:
+        import imageio.v3  # noqa: F401
         import imageio_ffmpeg
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"an MP4 needs ffmpeg ({error}): install 'alignprop[video]', or write {' or '.join(ANIMATIONS)}"
+            f"an MP4 needs ffmpeg ({error}): pip install 'alignprop[video]', or write {' or '.join(ANIMATIONS)}"
         ) from None
 
 
@@ -98,12 +103,13 @@ def _write_animation(frames: list[Image.Image], path: Path, durations: list[floa
 def _write_mp4(frames: list[Image.Image], path: Path, durations: list[float]) -> None:
     import imageio.v3 as imageio
 
-    repeated = [
-        np.asarray(_padded(frame))
-        for frame, duration in zip(frames, durations, strict=True)
-        for _ in range(max(1, round(duration * FRAME_RATE)))
-    ]
-    imageio.imwrite(path, repeated, plugin="FFMPEG", fps=FRAME_RATE, codec="libx264", macro_block_size=BLOCK)
+    def repeated() -> Iterator[np.ndarray]:
+        for frame, duration in zip(frames, durations, strict=True):
+            yield from [np.asarray(_padded(frame))] * max(1, round(duration * FRAME_RATE))
+
+    imageio.imwrite(
+        path, repeated(), is_batch=True, plugin="FFMPEG", fps=FRAME_RATE, codec="libx264", macro_block_size=BLOCK
+    )
 
 
 def _padded(frame: Image.Image) -> Image.Image:
