@@ -39,10 +39,12 @@ def compare_policies(config, gpu_memory: float | None = None, gpu: str | None = 
         precision = str(PRECISIONS[c.mixed_precision]).removeprefix("torch.")
         print(f"pretrained.denoiser counts as {precision}, or as pretrained.quantize: its file is not read here")
     names = tuple(POLICIES) if c.memory_policy == "auto" else (c.memory_policy,)
-    for name, memory, capacity in tqdm(candidates(c, 1, names), "planning", leave=False):
+    progress = tqdm(candidates(c, 1, names), "planning", leave=False)
+    for name, memory, capacity in progress:
         of_policy = [f for f in found if f.policy == name]
         if not size or not any(f.fits(size) for f in of_policy):
             found.append(forecast(build, c, name, memory, capacity, done))
+            progress.set_postfix_str(f"{name}: {found[-1].peak / GIB:.2f} GiB")
     last = {f.policy: f for f in found}  # with a size, the first capacity that fits, or the smallest
     forecasts = list(last.values()) if size else found
     print(table(forecasts, c.train.total_batch_size, size, named))
