@@ -105,6 +105,14 @@ def test_what_cannot_be_filmed_is_one_line(folder, tmp_path, monkeypatch, case, 
     assert not (tmp_path / f"run.{ending}").exists()
 
 
+@pytest.mark.parametrize("ending", ["gif", "webp", "mp4"])
+def test_a_place_that_cannot_be_written_to_is_one_line(folder, tmp_path, ending):
+    path = tmp_path / f"film.{ending}"
+    path.mkdir()
+    with pytest.raises(ConfigError, match=rf"^the film cannot be written to .*film.{ending}': "):
+        write_film(read(folder), path)
+
+
 @pytest.mark.parametrize("flag", ["--pictures=0", "--seconds=0", "--seconds=nan"])
 def test_a_wrong_number_is_refused(tmp_path, monkeypatch, capsys, flag):
     with pytest.raises(SystemExit):

@@ -31,8 +31,8 @@ def write_film(run: RunData, path: Path, pictures: int = 8, seconds: float = 0.6
         The number of evaluations in the film.
 
     Raises:
-        ConfigError: the file's ending is unknown, the extra is missing, or the run has fewer than two evaluations
-            whose pictures were kept.
+        ConfigError: the file's ending is unknown, the extra is missing, the run has fewer than two evaluations whose
+            pictures were kept, or the file cannot be written.
     """
     if path.suffix.lower() not in (".mp4", *ANIMATIONS):
         raise ConfigError(f"the film {str(path)!r} must end in .mp4, {' or '.join(ANIMATIONS)}")
@@ -44,9 +44,12 @@ def write_film(run: RunData, path: Path, pictures: int = 8, seconds: float = 0.6
             f"a film needs the pictures of two evaluations or more, and {str(run.folder)!r} has those of "
             f"{len(frames)}; train with a smaller eval_freq"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write = _write_animation if path.suffix.lower() in ANIMATIONS else _write_mp4
-    write(frames, path, [seconds] * (len(frames) - 1) + [3 * seconds])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(frames, path, [seconds] * (len(frames) - 1) + [3 * seconds])
+    except OSError as error:
+        raise ConfigError(f"the film cannot be written to {str(path)!r}: {error}") from None
     return len(frames)
 
 
