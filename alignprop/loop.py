@@ -35,8 +35,8 @@ from alignprop.prompts import PromptSet, load_prompts, told_of_draws, told_of_ep
 from alignprop.publish.hub import push_finished
 from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
-from alignprop.settings.fields.rules import picture_sizes, size_name
 from alignprop.settings.resolve import changes
+from alignprop.settings.sizes import picture_sizes, size_name
 from alignprop.stopping import STOPPED, stop_requests
 from alignprop.weights import TrainedWeights
 

@@ -37,9 +37,9 @@ from alignprop.runs.manifest import base_model, check_base
 from alignprop.runs.records import Records, choose_folder
 from alignprop.runs.tracking import log_images, log_row, parse_log_with, start_trackers
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields.rules import picture_sizes
 from alignprop.settings.options import chain_options, model_options, prefix_cache_options, rollout_options
 from alignprop.settings.resolve import as_run, check_truncation, resolve
+from alignprop.settings.sizes import picture_sizes
 from rewards import WeightedReward, require_differentiable
 
 

@@ -23,8 +23,8 @@ from alignprop.method.base_distance import base_conditioning, chain_distance
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, encode, select
 from alignprop.prompts import PromptSet
-from alignprop.settings.fields.rules import size_name
 from alignprop.settings.memory_policies import chunks
+from alignprop.settings.sizes import size_name
 
 Sample = Callable[[list[torch.Generator], Conditioning, list[str], list[dict]], torch.Tensor]
 

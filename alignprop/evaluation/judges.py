@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from alignprop.evaluation.stop_when import MEASURES
 from alignprop.models.base import Phases
 from alignprop.prompts import PromptSet
-from alignprop.settings.fields.rules import picture_sizes
+from alignprop.settings.sizes import picture_sizes
 from rewards import REWARDS, WeightedReward, as_reward, build_reward, options_name, parse_spec, try_reward
 from rewards.towers import ClipTower, load_clip
 

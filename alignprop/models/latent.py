@@ -9,7 +9,7 @@ from alignprop.models.base import ENCODERS, split_name
 from alignprop.models.loading import load_pipeline
 from alignprop.models.text import TextConditioned
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields.rules import picture_sizes, size_name
+from alignprop.settings.sizes import picture_sizes, size_name
 
 
 class LatentDiffusion(TextConditioned):

@@ -15,8 +15,9 @@ from alignprop.models import FAMILIES, OLDEST
 from alignprop.models.configs import find_config
 from alignprop.publish.run_folder import RunFolder
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.fields.rules import is_repo_name, picture_sizes
+from alignprop.settings.fields.rules import is_repo_name
 from alignprop.settings.fields.sampling import PLAN_FIELDS
+from alignprop.settings.sizes import picture_sizes
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 # The name and the arXiv number of each algorithm.

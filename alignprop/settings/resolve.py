@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 from alignprop.settings.elsewhere import answer_for
 from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import DERIVED, FIELDS
-from alignprop.settings.fields.rules import picture_sizes, size_name
 from alignprop.settings.json_files import write_json
 from alignprop.settings.memory_policies import NAMES, POLICIES, MemoryPolicy
 from alignprop.settings.options import updates_of_epoch
 from alignprop.settings.samplers import check_sampler
+from alignprop.settings.sizes import picture_sizes, size_name
 
 POLYNOMIAL_END = 1e-7  # diffusers' own
 

@@ -7,9 +7,9 @@ from alignprop.memory.forecast import CONTEXT, GIB, MARGIN, Forecast, forecast
 from alignprop.memory.gpus import GPUS, Gpu, measure
 from alignprop.memory.planner import candidates, fastest_for, gpu_bytes, skeletons, table
 from alignprop.models.loading import PRECISIONS
-from alignprop.settings.fields.rules import picture_sizes, size_name
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve
+from alignprop.settings.sizes import picture_sizes, size_name
 
 
 def compare_policies(config, gpu_memory: float | None = None, gpu: str | None = None) -> list[Forecast]:

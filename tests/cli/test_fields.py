@@ -13,7 +13,7 @@ from alignprop.lora.files import LORA_FILE, save_lora
 from alignprop.lora.scaling import scale_lora
 from alignprop.models import FAMILIES
 from alignprop.runs.checkpoint import checkpoints_of
-from alignprop.settings.fields.rules import picture_sizes
+from alignprop.settings.sizes import picture_sizes
 from scripts.bench.families import GUIDED, config_for, load, rollout_of
 from tests.cli.test_main import flags
 from tests.helpers import warm

@@ -30,7 +30,11 @@ ROOMS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WITHOUT_REWARDS = ("settings", "models", "engine", "lora")
-LIGHT = ("rewards.errors", "rewards.registry")  # of rewards, what loads no torch; everybody may import it
+LIGHT = (
+    "rewards.errors",
+    "rewards.registry",
+    "rewards.rules",
+)  # of rewards, what loads no torch; everybody may import it
 POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # the package imports on Windows, too
 # To be imported where they are used.
 OPTIONAL = {

@@ -10,7 +10,7 @@ from alignprop.method.losses import LOSSES
 from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.fields import FIELDS, GROUPS
 from alignprop.settings.fields.field import GUIDE, Field
-from alignprop.settings.fields.rules import COUNT, optional
+from alignprop.settings.fields.rules import COUNT
 from alignprop.settings.memory_policies import NAMES, POLICIES
 from alignprop.settings.options import memory_policy, updates_of_epoch
 from alignprop.settings.resolve import as_run, changes, flatten, resolve, save_config
@@ -19,6 +19,7 @@ from config import align_prop, ddpo, models
 from config.align_prop import PRESETS, base, get_config
 from rewards import REWARDS, options_name, reward_class
 from rewards.hps import BACKENDS, CHECKPOINTS
+from rewards.rules import optional
 from rewards.towers import DTYPES
 from scripts import config_docs
 

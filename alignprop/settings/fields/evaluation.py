@@ -1,7 +1,8 @@
 """The fields of prompts, of evaluations, of mixtures, and of what follows from an evaluation."""
 
 from alignprop.settings.fields.field import AFTER_TRAINING, CHECKPOINT, EVALUATION, LORA, MIXTURE, SOUP, TRAINING, Field
-from alignprop.settings.fields.rules import COUNT, NUMBERS, boolean, choice, integer, number, optional, text
+from alignprop.settings.fields.rules import COUNT, NUMBERS
+from rewards.rules import boolean, choice, integer, number, optional, text
 
 FIELDS = (
     Field(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from alignprop.settings.fields.rules import Rule
+from rewards.rules import Rule
 
 
 @dataclass(frozen=True)

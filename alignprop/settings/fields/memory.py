@@ -5,8 +5,8 @@ The policy "lean" has a peak there of 6.4 GiB in the sweep and of 6.5 GiB in the
 """
 
 from alignprop.settings.fields.field import ALIGN_PROP, GRADIENTS, GUIDANCE, TRAINING, Field
-from alignprop.settings.fields.rules import boolean, choice, integer, optional
 from alignprop.settings.memory_policies import POLICIES
+from rewards.rules import boolean, choice, integer, optional
 
 FIELDS = (
     Field(

@@ -1,7 +1,8 @@
 """The fields of the other methods, which are reward guidance without training and the policy gradient."""
 
 from alignprop.settings.fields.field import DDPO, GUIDE, Field, needs
-from alignprop.settings.fields.rules import COUNT, choice, integer, number, shares
+from alignprop.settings.fields.rules import COUNT, shares
+from rewards.rules import choice, integer, number
 
 BUFFER = needs(
     "ddpo.per_prompt_buffer of at least as many", lambda c: c.ddpo.per_prompt_buffer >= c.ddpo.per_prompt_min_count

@@ -3,7 +3,8 @@
 import os
 
 from alignprop.settings.fields.field import LORA, TRAINING, Field, needs
-from alignprop.settings.fields.rules import COUNT, NAMES, QUANTIZED, SIZES, boolean, choice, number, optional, text
+from alignprop.settings.fields.rules import COUNT, NAMES, QUANTIZED, SIZES
+from rewards.rules import boolean, choice, number, optional, text
 
 _FILES = (".safetensors", ".ckpt")
 SINGLE_FILE = needs("a single file as pretrained.model", lambda c: c.pretrained.model.endswith(_FILES))

@@ -5,9 +5,9 @@ import os
 from ml_collections import ConfigDict
 
 from alignprop.settings.fields.field import ALIGN_PROP, TRAINING, Effect, Field, needs
-from alignprop.settings.fields.rules import QUANTIZED, choice, number, optional, text
-from alignprop.settings.fields.rules import option as option_rule
+from alignprop.settings.fields.rules import QUANTIZED
 from rewards.registry import REWARDS, options_name, options_of
+from rewards.rules import choice, number, option_rule, optional, text
 
 _TRAINED = (TRAINING, ALIGN_PROP)
 TARGET = needs("loss = 'target' or 'ceiling'", lambda c: c.loss != "maximise")

@@ -1,17 +1,8 @@
 """The fields of the run: its task, the place of its results, processes and precision."""
 
 from alignprop.settings.fields.field import TRAINING, Field, needs
-from alignprop.settings.fields.rules import (
-    COUNT,
-    FOLDER_NAME,
-    REPO_NAME,
-    boolean,
-    choice,
-    integer,
-    number,
-    optional,
-    text,
-)
+from alignprop.settings.fields.rules import COUNT, FOLDER_NAME, REPO_NAME
+from rewards.rules import boolean, choice, integer, number, optional, text
 
 HUB = needs("hub.repo", lambda c: bool(c.hub.repo))
 

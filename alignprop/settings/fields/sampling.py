@@ -1,7 +1,8 @@
 """The fields of sampling, and of the estimator, which decides which part of the chain carries gradient."""
 
 from alignprop.settings.fields.field import ALIGN_PROP, GRADIENTS, GUIDANCE, TRAINING, Field, estimator, needs
-from alignprop.settings.fields.rules import COUNT, INTEGERS, choice, integer, number, optional, shares, text
+from alignprop.settings.fields.rules import COUNT, INTEGERS, shares
+from rewards.rules import choice, integer, number, optional, text
 
 GUIDED_AT_ALL = needs(
     "guidance_scale > 1 or true_cfg_scale > 1", lambda c: c.guidance_scale != 1 or c.true_cfg_scale != 1

@@ -1,16 +1,8 @@
 """The fields of training: batches, steps and the optimizer."""
 
 from alignprop.settings.fields.field import ALIGN_PROP, EVALUATION, TRAINING, Field, needs
-from alignprop.settings.fields.rules import (
-    COUNT,
-    COUNT_OR_AUTO,
-    choice,
-    integer,
-    number,
-    optional,
-    text,
-    whole_number_to,
-)
+from alignprop.settings.fields.rules import COUNT, COUNT_OR_AUTO
+from rewards.rules import choice, integer, number, optional, text, whole_number_to
 
 ADAM = needs(
     "train.optimizer = 'adamw', 'adamw8bit' or 'prodigy'",
