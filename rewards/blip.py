@@ -14,7 +14,7 @@ from rewards.files import check_weights, load_weights, read_tokenizer
 from rewards.heads import AestheticHead
 from rewards.preprocess import TorchvisionPreprocess
 from rewards.skeleton import blank
-from rewards.towers import dtype_of
+from rewards.towers import DTYPES
 
 SIZES_OF = "THUDM/ImageReward"  # the sizes of this model are bundled; CycleReward's are the same
 HEAD_WIDTH = 64  # of the attention heads in both of BLIP's towers; the shapes in a checkpoint do not tell it
@@ -93,7 +93,7 @@ class BlipTower(nn.Module):
         dtype: str = "float32",
     ):  # fmt: skip
         super().__init__()
-        self.dtype = dtype_of(dtype)
+        self.dtype = DTYPES[dtype]
         self.vision_model = vision_model.to(self.dtype).requires_grad_(False).eval()
         self.text_encoder = text_encoder.to(self.dtype).requires_grad_(False).eval()
         self.preprocess = TorchvisionPreprocess(vision_model.config.image_size)

@@ -1,7 +1,9 @@
 """Builds a reward from its spec, such as "hps:1,aesthetic:0.1"."""
 
 import math
+import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,6 +12,7 @@ from rewards.combine import CustomReward, WeightedReward, load_custom
 from rewards.errors import RewardError
 from rewards.process import PLACE, ProcessReward
 from rewards.registry import REWARDS, options_name, options_of, reward_class
+from rewards.rules import option_rule
 
 
 def build_reward(
@@ -25,8 +28,7 @@ def build_reward(
         A WeightedReward with `.name`, `.differentiable`, `.terms` (name -> Reward), `.weights`, `.score_terms(…)`.
 
     Raises:
-        RewardError: The spec, the name of an option, or a file is wrong. The message is one line. The values of options
-            are checked by the configuration, or by the reward's constructor.
+        RewardError: The spec, the name or the value of an option, or a file is wrong. The message is one line.
     """
     weights = parse_spec(spec)
     terms = {name: _load(name, options or {}) for name in weights}
@@ -94,11 +96,19 @@ def _load(name: str, options: Mapping[str, Mapping]) -> Reward:
     return reward_class(name)(**arguments) if name in REWARDS else load_custom(name)
 
 
-def _arguments(name: str, options: Mapping[str, Mapping]) -> Mapping:
-    """Returns the keywords of a built-in reward's class."""
-    arguments, allowed = options.get(options_name(name), {}), [option.name for option in options_of(name)]
-    for key in arguments:
+def _arguments(name: str, options: Mapping[str, Mapping]) -> dict[str, Any]:
+    """Returns the keywords of a built-in reward's class.
+
+    Raises:
+        RewardError: The reward has no such option, or not with this value.
+    """
+    group, allowed = options_name(name), {option.name: option for option in options_of(name)}
+    arguments = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in options.get(group, {}).items()}
+    for key, value in arguments.items():
         if key not in allowed:
-            hint, field = did_you_mean(key, allowed), f"{options_name(name)}.{key}"
-            raise RewardError(f"{field} is not an option of that reward; allowed: {', '.join(allowed)}{hint}")
+            hint = did_you_mean(key, allowed)
+            raise RewardError(f"{group}.{key} is not an option of that reward; allowed: {', '.join(allowed)}{hint}")
+        rule = option_rule(allowed[key])
+        if not rule.accepts(value):
+            raise RewardError(f"{group}.{key} = {value!r} must be {rule.wanted}{did_you_mean(value, rule.choices)}")
     return arguments

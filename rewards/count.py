@@ -52,7 +52,7 @@ class CountReward(Reward):
         threshold: The score from which a box is an object. None: 0.1 for OWL, 0.5 for the others.
 
     Raises:
-        RewardError: The threshold is not allowed, or the detector cannot be loaded.
+        RewardError: The detector cannot be loaded.
     """
 
     def __init__(
@@ -62,8 +62,6 @@ class CountReward(Reward):
         threshold: Annotated[float, (0, 1), "exclusive"] | None = None,
     ):
         super().__init__()
-        if threshold is not None and not 0 < threshold < 1:
-            raise RewardError(f"count.threshold={threshold!r} is not allowed; it is between 0 and 1, or None")
         self.detector = load_detector(model, revision, field="count.model")
         threshold = self.detector.usual_threshold if threshold is None else threshold
         self.threshold = math.log(threshold / (1 - threshold))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards.base import Reward, TowerConfig
-from rewards.errors import RewardError, UserError
+from rewards.errors import UserError
 from rewards.geneval_rules import COLOURS, kept, read_clauses, shares
 from rewards.preprocess import TorchvisionPreprocess
 from rewards.registry import Precision
@@ -63,10 +63,6 @@ class GenEvalReward(Reward):
         partial: bool = False,
     ):
         super().__init__()
-        numbers = {"threshold": threshold, "counting_threshold": counting_threshold, "max_overlap": max_overlap}
-        for name, value in numbers.items():
-            if not 0 <= value <= 1:
-                raise RewardError(f"geneval.{name}={value!r} is not allowed; it is from 0 to 1")
         self.finder = load_finder(model, revision, field="geneval.model")
         self.tower = load_clip(
             clip, clip_revision, dtype, with_text=True, field="geneval.clip", preprocess=TorchvisionPreprocess

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from rewards.base import Reward, TowerConfig, did_you_mean
+from rewards.base import Reward, TowerConfig
 from rewards.errors import RewardError
 from rewards.files import find_file, first_line, load_weights
 from rewards.preprocess import PadPreprocess
@@ -58,7 +58,7 @@ class HPSReward(Reward):
         dtype: The precision of the towers. A lower one disturbs the gradient.
 
     Raises:
-        RewardError: An option is not allowed, or a file is missing or does not fit.
+        RewardError: A file is missing or does not fit.
     """
 
     plannable = True
@@ -74,11 +74,6 @@ class HPSReward(Reward):
         dtype: Precision = "float32",
     ):
         super().__init__()
-        for field, value, allowed in (("version", version, CHECKPOINTS), ("backend", backend, BACKENDS)):
-            if value not in allowed:
-                raise RewardError(
-                    f"hps.{field}={value!r} is not known; allowed: {', '.join(allowed)}{did_you_mean(value, allowed)}"
-                )
         path = checkpoint or find_file(
             checkpoint_repo, CHECKPOINTS[version], checkpoint_revision, "hps.checkpoint=None, hps.checkpoint_repo"
         )

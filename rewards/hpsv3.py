@@ -16,7 +16,7 @@ from rewards.hpsv3_tower import BlankTower, HPSv3Tower, TextRotary, VisionRotary
 from rewards.qwen_vl import load_qwen_tokenizer
 from rewards.registry import Precision
 from rewards.skeleton import blank
-from rewards.towers import dtype_of
+from rewards.towers import DTYPES
 
 FILE = "HPSv3.safetensors"
 SIZES_OF = "MizzenAI/HPSv3"  # the sizes of this model are bundled
@@ -101,7 +101,7 @@ def load_hpsv3(weights: Mapping, tokenizer: str, dtype: str, source: str) -> tup
     used = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}  # for text, not for scores
     check_weights(used, parts, source, "HPSv3's")
     words = load_tokenizer(tokenizer, config.text_config.vocab_size)
-    tower_dtype = dtype_of(dtype)
+    tower_dtype = DTYPES[dtype]
     cast = {name: weight.to(torch.float if "rm_head." in name else tower_dtype) for name, weight in used.items()}
     parts.load_state_dict(cast, assign=True)
     return HPSv3Tower(model, words, dtype), head

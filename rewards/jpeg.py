@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from rewards.base import Reward
-from rewards.errors import RewardError
 from rewards.pictures import to_pictures
 
 # T.81, tables K.1 and K.2: quantisation steps at quality 50, by row (vertical frequency) and column.
@@ -53,9 +52,6 @@ class JpegCompressibility(Reward):
 
     Args:
         quality: The quality of the encoder, for all jpeg rewards. That of DDPO's authors is 95.
-
-    Raises:
-        RewardError: The quality is not allowed.
     """
 
     differentiable = False
@@ -63,7 +59,7 @@ class JpegCompressibility(Reward):
 
     def __init__(self, quality: Annotated[int, (1, 100)] = 95):
         super().__init__()
-        self.quality = check_quality(quality)
+        self.quality = quality
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
         return self.sign * file_sizes(images, self.quality)
@@ -82,23 +78,14 @@ class JpegProxy(Reward):
 
     Args:
         quality: The quality of the encoder, for all jpeg rewards. That of DDPO's authors is 95.
-
-    Raises:
-        RewardError: The quality is not allowed.
     """
 
     def __init__(self, quality: Annotated[int, (1, 100)] = 95):
         super().__init__()
-        self.register_buffer("steps", quantisation_steps(check_quality(quality)), persistent=False)
+        self.register_buffer("steps", quantisation_steps(quality), persistent=False)
 
     def score(self, images: torch.Tensor, prompts: list[str], metadata: Sequence[dict] | None) -> torch.Tensor:
         return -estimated_sizes(images, self.steps)
-
-
-def check_quality(quality: int) -> int:
-    if isinstance(quality, bool) or quality not in range(1, 101):
-        raise RewardError(f"jpeg.quality={quality!r} is not allowed; it is a whole number from 1 to 100")
-    return int(quality)
 
 
 def file_sizes(images: torch.Tensor, quality: int) -> torch.Tensor:

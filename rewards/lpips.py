@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rewards.base import Reward, TowerConfig, did_you_mean
+from rewards.base import Reward, TowerConfig
 from rewards.checkpoints import find_checkpoint
 from rewards.errors import RewardError
 from rewards.files import check_weights, load_weights
@@ -17,7 +17,7 @@ from rewards.preprocess import resize
 from rewards.registry import Precision
 from rewards.skeleton import blank
 from rewards.target import BlankTargets, TargetReward
-from rewards.towers import dtype_of
+from rewards.towers import DTYPES
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
 EPSILON = 1e-10
@@ -71,7 +71,7 @@ class LpipsReward(TargetReward):
         dtype: The precision of the network. A lower one disturbs the gradient.
 
     Raises:
-        RewardError: An option is not allowed, or a file is missing or does not fit.
+        RewardError: A file is missing or does not fit.
     """
 
     plannable = True
@@ -86,8 +86,6 @@ class LpipsReward(TargetReward):
         dtype: Precision = "float32",
     ):
         super().__init__()
-        if net not in NETS:
-            raise RewardError(f"lpips.net={net!r} is not known; allowed: {', '.join(NETS)}{did_you_mean(net, NETS)}")
         self.tower = load_trunk(net, find_trunk(NETS[net], trunk, trunk_repo, trunk_revision), dtype)
         self.head = load_lin(lin or find_lin(net), self.tower.tap_widths)
 
@@ -131,7 +129,7 @@ class TrunkTower(nn.Module):
 
     def __init__(self, kind: Trunk, widths: Sequence[int] | None = None, dtype: str = "float32"):
         super().__init__()
-        self.kind, self.dtype = kind, dtype_of(dtype)
+        self.kind, self.dtype = kind, DTYPES[dtype]
         channels, layers = [3, *(widths or kind.widths)], []
         for place in range(kind.taps[-1] + 1):
             if place in kind.convolutions:

@@ -10,7 +10,7 @@ from rewards.checkpointing import checkpoint_modules
 from rewards.errors import RewardError
 from rewards.files import read_tokenizer
 from rewards.preprocess import ClipPreprocess, resize_like_pil
-from rewards.towers import dtype_of
+from rewards.towers import DTYPES
 
 PATCH, FRAMES, MERGE = 14, 2, 2  # pixels along a patch; frames in a patch; patches along a token
 SIDE = PATCH * MERGE  # pixels along the square that becomes one token
@@ -97,7 +97,7 @@ class QwenTower(nn.Module):
 
     def __init__(self, model: nn.Module, preprocess: QwenPreprocess, tokenizer=None, dtype: str = "bfloat16"):
         super().__init__()
-        self.dtype = dtype_of(dtype)
+        self.dtype = DTYPES[dtype]
         for weight in model.parameters():
             weight.data = weight.data.to(self.dtype)
         self.model = model.requires_grad_(False).eval()

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rewards.base import did_you_mean
 from rewards.errors import RewardError
 from rewards.files import find_file, load_whole, model_type, read_tokenizer
 from rewards.preprocess import ClipPreprocess
@@ -27,7 +26,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, model: nn.Module, preprocess: ClipPreprocess, dtype: str = "float32"):
         super().__init__()
-        self.dtype = dtype_of(dtype)
+        self.dtype = DTYPES[dtype]
         for weight in model.parameters():  # but not the buffers, such as the frequencies of rotary positions
             weight.data = weight.data.to(self.dtype)
         self.model = model.requires_grad_(False).eval()
@@ -79,14 +78,6 @@ class ClipTower(ImageTower):
         return self.tokenizer(
             list(prompts), padding=True, padding_side="right", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """Returns the torch dtype of a key of DTYPES. Raises a RewardError for any other name."""
-    if name not in DTYPES:
-        hint = did_you_mean(name, DTYPES)
-        raise RewardError(f"dtype={name!r} is not known; allowed: {', '.join(DTYPES)}{hint}")
-    return DTYPES[name]
 
 
 def load_clip(

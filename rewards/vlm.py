@@ -14,7 +14,7 @@ from torch import nn
 
 from rewards.errors import RewardError
 from rewards.files import first_line, load_whole, model_type
-from rewards.towers import dtype_of
+from rewards.towers import DTYPES
 
 
 class LocalVlm(nn.Module):
@@ -57,7 +57,7 @@ def load_vlm(name: str, revision: str | None, dtype: str, max_tokens: int, field
 
     name = os.path.expanduser(name)
     model_type(name, revision, field)
-    precision = dtype_of(dtype)
+    precision = DTYPES[dtype]
     processor = _processor(name, revision, field)
     model = load_whole(AutoModelForImageTextToText, name, revision, "vision-language", field)
     return LocalVlm(model.to(precision), processor, max_tokens, (name, revision, dtype, max_tokens))
@@ -79,7 +79,7 @@ def plan_vlm(config: Mapping, dtype: str, max_tokens: int, source: str) -> Local
             model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**copy.deepcopy(dict(config))))
     except (TypeError, ValueError) as error:
         raise RewardError(f"{source} is no image-text model of transformers: {first_line(error)}") from error
-    return LocalVlm(model.to(dtype_of(dtype)), None, max_tokens)
+    return LocalVlm(model.to(DTYPES[dtype]), None, max_tokens)
 
 
 def _processor(name: str, revision: str | None, field: str):

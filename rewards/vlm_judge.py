@@ -212,8 +212,6 @@ class UnifiedReward(VlmJudge):
         cache_dir: str | None = None,
         missing: float | None = None,
     ):
-        if template not in TEMPLATES:
-            raise RewardError(f"unifiedreward.template={template!r} is not known; allowed: {', '.join(TEMPLATES)}")
         super().__init__(
             TEMPLATES[template], 1.0, 5.0, model, revision, dtype, endpoint, api_key_variable, max_tokens, timeout,
             at_once, cache_dir, missing,

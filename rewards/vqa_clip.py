@@ -7,7 +7,7 @@ from torch import nn
 
 from rewards.checkpointing import checkpoint_modules
 from rewards.preprocess import ClipPreprocess
-from rewards.towers import dtype_of
+from rewards.towers import DTYPES
 
 # The conversation of both models, before and behind the picture.
 BEFORE = (
@@ -69,7 +69,7 @@ class ClipVQATower(nn.Module):
         dtype: str = "bfloat16",
     ):
         super().__init__()
-        self.dtype = dtype_of(dtype)
+        self.dtype = DTYPES[dtype]
         layers = vision.encoder.layers
         del layers[layer % (len(layers) + 1) :], vision.post_layernorm
         for network in (model, vision):

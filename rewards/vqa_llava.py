@@ -9,7 +9,7 @@ import torch
 from rewards.base import TowerConfig
 from rewards.errors import RewardError
 from rewards.files import first_line, load_whole, read_tokenizer
-from rewards.towers import dtype_of, load_preprocess
+from rewards.towers import DTYPES, load_preprocess
 from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens
 
 
@@ -64,7 +64,7 @@ def load_llava(
     from transformers import LlavaForConditionalGeneration
 
     config, name = llava_config(facts, f"{field}={name!r}"), os.path.expanduser(name)
-    model = load_whole(LlavaForConditionalGeneration, name, revision, "LLaVA", field, dtype=dtype_of(dtype))
+    model = load_whole(LlavaForConditionalGeneration, name, revision, "LLaVA", field, dtype=DTYPES[dtype])
     preprocess = load_preprocess(SquarePreprocess, name, revision, config.vision_config.image_size, field)
     files, files_field, files_revision = name, field, revision
     if tokenizer:

@@ -20,7 +20,7 @@ from rewards.qwen_vl import (
     patchify,
     places,
 )
-from rewards.towers import dtype_of
+from rewards.towers import DTYPES
 
 FEWEST, MOST = 4 * SIDE**2, 16384 * SIDE**2  # pixels of a picture, as qwen-vl-utils limits them
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
@@ -85,7 +85,7 @@ def load_qwen(
 
     name = os.path.expanduser(name)
     loader = Qwen2_5_VLForConditionalGeneration
-    whole = load_whole(loader, name, revision, "Qwen2.5-VL", field, dtype=dtype_of(dtype))
+    whole = load_whole(loader, name, revision, "Qwen2.5-VL", field, dtype=DTYPES[dtype])
     files, files_field = (tokenizer, "vqascore.tokenizer") if tokenizer else (name, field)
     words = load_qwen_tokenizer(files, None if tokenizer else revision, files_field)
     answer, vocabulary = words(ANSWER).input_ids, whole.config.text_config.vocab_size

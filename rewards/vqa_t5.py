@@ -11,7 +11,7 @@ from rewards.base import TowerConfig
 from rewards.errors import RewardError
 from rewards.files import first_line, load_whole, read_tokenizer
 from rewards.skeleton import blank_clip_model
-from rewards.towers import dtype_of, load_clip
+from rewards.towers import DTYPES, load_clip
 from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens
 
 TOKENIZER = "google/flan-t5-xl"  # All sizes of FlanT5 have the same one.
@@ -76,7 +76,7 @@ def load_clip_t5(
     vision = clip.model.vision_model
     check_vision(config, vision.config, f"{field}={name!r}")
     name = os.path.expanduser(name)
-    model = load_whole(ClipT5, name, revision, "CLIP-FlanT5", field, config=config, dtype=dtype_of(dtype))
+    model = load_whole(ClipT5, name, revision, "CLIP-FlanT5", field, config=config, dtype=DTYPES[dtype])
     words, answer = load_t5_tokenizer(tokenizer or TOKENIZER, config.vocab_size, "vqascore.tokenizer")
     return ClipT5Tower(model, vision, clip.preprocess, words, answer, len(words), dtype)
 

@@ -365,12 +365,6 @@ def test_a_detector_without_all_its_weights_is_refused(yolos, tmp_path):
     assert "lacks 1 weights of a yolos model" in error_of(build, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("threshold", [0, 1, -0.5, 50])
-def test_an_impossible_threshold_is_one_line(threshold, yolos):
-    with pytest.raises(RewardError, match=r"^count\.threshold=.* between 0 and 1"):
-        build(yolos, threshold=threshold)
-
-
 def test_both_forms_share_their_options():
     with pytest.raises(RewardError, match=r"^count\.treshold is not an option.*did you mean 'threshold'"):
         build_reward("count_hard", {"count": {"treshold": 0.3}})

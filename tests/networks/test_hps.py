@@ -163,12 +163,6 @@ def test_checkpoint_is_found_in_a_repository_folder(files, reward, images):
 # ---------------------------------------------------------------- what a person can get wrong
 
 
-def test_unknown_choice_names_the_nearest():
-    assert "did you mean 'v2.1'" in error_of(version="v2.2")
-    message = error_of(backend="transformer")
-    assert "hps.backend='transformer'" in message and "did you mean 'transformers'" in message
-
-
 def test_absent_checkpoint_says_what_was_tried(tmp_path):
     message = error_of(checkpoint_repo="nobody/absent")
     assert "hps.checkpoint_repo='nobody/absent'" in message and "HF_HOME" in message

@@ -183,7 +183,6 @@ def test_absent_files_say_what_was_tried(options, tmp_path):
     assert "hpsv3.checkpoint_repo='nobody/absent'" in message and "HF_HOME" in message
     assert "does not exist" in error_of_reward(checkpoint=str(tmp_path / "absent.safetensors"))
     assert "hpsv3.tokenizer='nobody/absent'" in error_of_reward(**options | {"tokenizer": "nobody/absent"})
-    assert "dtype='int3' is not known" in error_of_reward(**options | {"dtype": "int3"})
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,6 @@ def test_absent_and_foreign_models_are_one_line(options, tmp_path):
     assert "vqascore.model='nobody/absent'" in error_of_reward(model="nobody/absent")
     message = error_of_reward(model=str(make_clip(tmp_path / "clip")))
     assert "is a 'clip' model; expected one of 'qwen2_5_vl' (Qwen/Qwen2.5-VL-7B-Instruct), " in message
-    assert "dtype='int3' is not known" in error_of_reward(**options | {"dtype": "int3"})
 
 
 def test_a_file_that_lacks_weights_is_one_line(options, tmp_path):

@@ -1,9 +1,8 @@
-"""The colour reward: its value, its gradient, and what it refuses."""
+"""The colour reward: its value and its gradient."""
 
-import pytest
 import torch
 
-from rewards import RewardError, build_reward
+from rewards import build_reward
 
 GREEN = (0.1, 0.9, 0.5)
 
@@ -33,15 +32,6 @@ def test_the_gradient_points_at_the_target():
     (gradient,) = torch.autograd.grad(reward(images, [""]).sum(), images)
     expected = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2) / 12
     torch.testing.assert_close(gradient, expected)
-
-
-@pytest.mark.parametrize(
-    "target",
-    [(0.1, 0.9), (0, 0, 0, 0), (0, 255, 0), (-0.1, 0, 0), (float("nan"), 0, 0), "red", 0.5, (True, 0, 0), None],
-)
-def test_no_colour_is_one_line(target):
-    with pytest.raises(RewardError, match=r"^colour\.target=.* each from 0 to 1$"):
-        reward_for(target)
 
 
 def test_it_moves_with_its_device_and_runs_without_values():

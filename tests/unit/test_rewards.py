@@ -127,6 +127,39 @@ def test_unknown_option_names_the_nearest():
     assert "hps.versoin" in message and "did you mean 'version'" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option.name) for name in registry.REWARDS for option in registry.options_of(name)]
+)
+def test_every_option_refuses_what_it_cannot_be(name, option):
+    group = registry.options_name(name)
+    message = error_of(build_reward, name, {group: {option: {}}})
+    assert message.startswith(f"{group}.{option} = {{}} must be ")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "wanted"),
+    [
+        ("jpeg_proxy", "quality", 101, "a whole number from 1 to 100"),
+        ("jpeg_compressibility", "quality", True, "a whole number from 1 to 100"),
+        ("colour", "target", (0, 255, 0), "3 numbers from 0 to 1, separated by commas"),
+        ("colour", "target", (0.1, float("nan"), 0), "3 numbers from 0 to 1, separated by commas"),
+        ("count_hard", "threshold", 1, "None or a finite number greater than 0 and less than 1"),
+        ("hps", "version", "v2.2", "one of 'v2.0', 'v2.1'; did you mean 'v2.1'?"),
+        ("process:python::hps", "dtype", "int3", "one of 'float32', 'bfloat16', 'float16'"),
+    ],
+)
+def test_a_wrong_value_is_told_what_is_allowed(name, option, value, wanted):
+    group = registry.options_name(name.rpartition("::")[2])
+    message = error_of(build_reward, name, {group: {option: value}})
+    assert message == f"{group}.{option} = {value!r} must be {wanted}"
+
+
+def test_a_path_may_be_given_as_a_path(tmp_path):
+    absent = tmp_path / "absent.pt"
+    message = error_of(build_reward, "hps", {"hps": {"checkpoint": absent}})
+    assert message == f"hps.checkpoint={str(absent)!r} does not exist or is not a file"
+
+
 @pytest.mark.parametrize("kind", ["brightness", "Scaled", "instance"])
 def test_custom_function_class_and_instance(kind, images):
     factor = {"brightness": 1.0, "Scaled": 3.0, "instance": 5.0}[kind]

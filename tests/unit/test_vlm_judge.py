@@ -295,8 +295,6 @@ def test_a_question_or_a_scale_that_cannot_be_is_one_line():
         assert "vlm_judge.question has {promt}" in message and "did you mean 'prompt'" in message
         message = error_of(judge, "vlm_judge", server, lowest=5.0, highest=5.0)
         assert message == "vlm_judge.lowest=5.0 is not below vlm_judge.highest=5.0"
-        message = error_of(judge, "unifiedreward", server, template="long")
-        assert message == "unifiedreward.template='long' is not known; allowed: elements, short"
 
 
 def test_the_two_judges_share_their_options():
