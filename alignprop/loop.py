@@ -10,6 +10,7 @@ import torch
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
+from alignprop.build import build_run
 from alignprop.callbacks import (
     PromptFunction,
     PromptSource,
@@ -33,7 +34,6 @@ from alignprop.method.rollout import Rollout
 from alignprop.models.base import Model
 from alignprop.prompts import PromptSet, load_prompts, told_of_draws, told_of_epoch
 from alignprop.publish.hub import push_finished
-from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
 from alignprop.settings.resolve import changes
 from alignprop.settings.sizes import picture_sizes, size_name

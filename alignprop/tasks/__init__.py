@@ -5,6 +5,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from alignprop.build import build_run
 from alignprop.engine.background import Background
 from alignprop.engine.processes import on_main
 from alignprop.evaluation.evaluate import Sample
@@ -17,7 +18,7 @@ from alignprop.lora.scaling import scale_lora
 from alignprop.lora.soups import mix
 from alignprop.memory.checkpointing import apply_policy
 from alignprop.method.reward_guidance import RewardGuidance, Timed
-from alignprop.run import Run, build_run
+from alignprop.run import Run
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import check_base
 from alignprop.settings.errors import ConfigError

@@ -116,7 +116,7 @@ class Referee:
     def __init__(self, config):
         import torch
 
-        from alignprop.run import build_run
+        from alignprop.build import build_run
 
         torch.set_num_threads(1)  # on a busy machine, two threads wait for each other
         self.run = build_run(config)

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from alignprop.build import build_run
 from alignprop.lora.adapters import trained_parameters
 from alignprop.lora.files import LORA_FILE
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.resolve import flatten
 from alignprop.tasks import evaluate

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from alignprop.build import build_run
 from alignprop.engine.seeding import generator, generators, seed_global
 from alignprop.evaluation.judges import diversity
 from alignprop.evaluation.pictures import save_image
@@ -16,7 +17,6 @@ from alignprop.lora.factors import add_lora, set_lora
 from alignprop.lora.files import read_lora, save_lora
 from alignprop.method.base_distance import chain_distance
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.tasks import evaluate, evaluate_soup
 from rewards import RewardError

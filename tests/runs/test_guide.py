@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from alignprop.build import build_run
 from alignprop.memory.checkpointing import apply_policy
-from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.warnings import warnings_for

@@ -10,10 +10,11 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from alignprop.build import build_run
 from alignprop.command import main
 from alignprop.lora.files import LORA_FILE
 from alignprop.publish.hub import check_hub, push
-from alignprop.run import Run, build_run
+from alignprop.run import Run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields.rules import is_repo_name

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from alignprop.build import build_run
 from alignprop.engine.seeding import generator, generators
 from alignprop.lora.adapters import trained_parameters
 from alignprop.memory.accounting import Account
@@ -18,7 +19,6 @@ from alignprop.method.guidance import GuidedDenoiser
 from alignprop.models.loading import load_model
 from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import draw_prompts
-from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES, chunks
 from alignprop.trainer import AlignPropTrainer

@@ -10,11 +10,11 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 
+from alignprop.build import build_run
 from alignprop.engine.seeding import generator
 from alignprop.lora.factors import add_lora, get_lora, set_lora
 from alignprop.lora.files import LORA_FILE, read_lora, save_lora
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import build_run
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import TINY
 from tests.helpers.training import half_precision

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig
 
+from alignprop.build import build_run
 from alignprop.engine.seeding import generator, generators
 from alignprop.method.estimators import build_estimator
 from alignprop.method.plans import GradientPlan
@@ -13,7 +14,6 @@ from alignprop.method.prefix_cache import FULL_CALLS, PrefixCache, blocks_of, bu
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import build_sampler
 from alignprop.models import FAMILIES
-from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import MemoryPolicy
 from alignprop.settings.warnings import warnings_for

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
+from alignprop.build import build_run
 from alignprop.memory.planner import Choice
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES
@@ -81,7 +81,7 @@ def test_latest_of_a_run_without_checkpoint_evaluates_nothing(toy_config):
 
 
 def test_a_misspelt_extra_reward_is_told_before_anything_is_loaded(toy_config, monkeypatch):
-    monkeypatch.setattr("alignprop.run.load_model", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("alignprop.build.load_model", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(RewardError, match="'asthetic'"):
         build_run(toy_config(eval_reward_fn="asthetic"))
 

@@ -157,7 +157,7 @@ def test_an_optimizer_of_another_package_trains_and_resumes(toy_config, monkeypa
 @pytest.mark.parametrize(("optimizer", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
 def test_a_missing_package_is_told_before_a_model_is_loaded(toy_config, monkeypatch, optimizer, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("alignprop.run.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("alignprop.build.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     message = f"^train.optimizer = '{optimizer}' needs the package {package}: pip install {package}$"
     with pytest.raises(ConfigError, match=message):
         AlignPropTrainer(toy_config(train__optimizer=optimizer))

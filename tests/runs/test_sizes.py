@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from alignprop.build import build_run
 from alignprop.ddpo import DDPOTrainer
 from alignprop.engine.seeding import generator, generators
 from alignprop.evaluation.judges import diversity
@@ -14,7 +15,6 @@ from alignprop.memory.planner import skeletons
 from alignprop.method.samplers import chain_of
 from alignprop.models import FAMILIES
 from alignprop.models.sd import StableDiffusion
-from alignprop.run import build_run
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.resolve import resolve
 from alignprop.tasks import evaluate

@@ -1,8 +1,8 @@
 import pytest
 
+from alignprop.build import build_run
 from alignprop.evaluation.evaluate import Evaluator
 from alignprop.evaluation.stop_when import Condition, parse_stop_when, reason_to_stop, values
-from alignprop.run import build_run
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.trainer import AlignPropTrainer
@@ -126,7 +126,7 @@ def test_the_best_is_by_the_measure_that_is_named(toy_config, monkeypatch):
     ({"stop_when": "reward"}, "stop_when = 'reward': 'reward' must be"),
 ])  # fmt: skip
 def test_mistakes_are_told_before_anything_is_loaded(toy_config, monkeypatch, overrides, message):
-    monkeypatch.setattr("alignprop.run.load_model", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("alignprop.build.load_model", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(ConfigError) as error:
         AlignPropTrainer(toy_config(**{"num_eval_images": 8, "eval_base_distance": True, **overrides}))
     assert str(error.value).startswith(message)

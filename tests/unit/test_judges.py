@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from alignprop.build import build_run
 from alignprop.engine.seeding import generator
 from alignprop.evaluation.judges import build_judges, diversity, measured
 from alignprop.prompts import load_prompts
-from alignprop.run import build_run
 from alignprop.settings.resolve import resolve
 from rewards import RewardError
 from tests.helpers.toy_rewards import redness

@@ -23,6 +23,7 @@ ROOMS = [
     ["memory", "runs"],
     ["publish"],
     ["run"],
+    ["build"],
     ["loop", "tasks"],
     ["trainer", "ddpo"],
     ["command"],
@@ -30,11 +31,8 @@ ROOMS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WITHOUT_REWARDS = ("settings", "models", "engine", "lora")
-LIGHT = (
-    "rewards.errors",
-    "rewards.registry",
-    "rewards.rules",
-)  # of rewards, what loads no torch; everybody may import it
+# Of rewards, what loads no torch. Everybody may import it.
+LIGHT = ("rewards.errors", "rewards.registry", "rewards.rules")
 POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # the package imports on Windows, too
 # To be imported where they are used.
 OPTIONAL = {
