@@ -17,7 +17,7 @@ _HOMES = {  # the module of each name, and the name in that module
     "get_ddpo_config": ("config.ddpo", "get_config"),
     "ConfigError": ("alignprop.settings.errors", "ConfigError"),
     "RewardError": ("rewards", "RewardError"),
-    "plain_endings": ("alignprop.stopping", "plain_endings"),
+    "plain_endings": ("alignprop.engine.stopping", "plain_endings"),
 }
 __all__ = list(_HOMES)
 

@@ -73,14 +73,11 @@ def build_run(
     judges = build_judges(c, eval_prompts, reward_function)
     if needs_gradient:
         require_differentiable(judges.reward)
-    model = _in_largest_size(model, c) if model else load_model(
-        c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c)
-    )  # fmt: skip
+    model = _in_largest_size(model, c) if model else _load_model(c)
     merge_frozen(model, frozen)
     if negatives and not hasattr(model, "negatives"):
         raise ConfigError("the column negative_prompt needs a model with `negatives` (models/base.py)")
-    model.negatives = negatives
-    model.device = accelerator.device
+    model.negatives, model.device = negatives, accelerator.device
     base = base_model(c.pretrained.model, model.denoiser)
     quantize(model, judges, c, accelerator.device if accelerator.device.type == "cuda" else None)
     for path, named_by in ((checkpoint, "resume_from"), (start, "init_lora")):
@@ -95,6 +92,10 @@ def build_run(
     run.use(on_main(lambda: choose_policy(c, model, judges, accelerator, run.say)))
     run.try_judges(needs_gradient)
     return run
+
+
+def _load_model(c: ConfigDict) -> Model:
+    return load_model(c.pretrained.model, dtype=PRECISIONS[c.mixed_precision], **model_options(c))
 
 
 def _in_largest_size(model: Model, c: ConfigDict) -> Model:

@@ -22,10 +22,10 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from alignprop.engine.stopping import plain_endings
 from alignprop.settings.command_line import check_flags, define_flags, parse_flags, quiet_libraries, warn_of_unused
 from alignprop.settings.errors import one_of
 from alignprop.settings.resolve import resolve
-from alignprop.stopping import plain_endings
 
 TRAINERS = {"align_prop": ("alignprop.trainer", "AlignPropTrainer"), "ddpo": ("alignprop.ddpo", "DDPOTrainer")}
 PRESET_FILES = ("align_prop", "models", "ddpo")  # modules of `config`, in the order in which a preset is looked up

@@ -20,16 +20,15 @@ from alignprop.callbacks import (
     check_given,
     with_names,
 )
-from alignprop.engine.optimizers import STATE_BYTES
 from alignprop.engine.processes import on_main
 from alignprop.engine.seeding import generator
 from alignprop.engine.sharding import is_fsdp
 from alignprop.engine.speed import compile_blocks
+from alignprop.engine.stopping import STOPPED, stop_requests
 from alignprop.evaluation.results import Evaluation
 from alignprop.lora.factors import LoraWeights
 from alignprop.lora.files import read_lora
 from alignprop.memory.checkpointing import apply_policy
-from alignprop.memory.planner import next_choice
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Model
 from alignprop.prompts import PromptSet, load_prompts, told_of_draws, told_of_epoch
@@ -37,7 +36,7 @@ from alignprop.publish.hub import push_finished
 from alignprop.runs.checkpoint import checkpoints_of, read_state, step_of, write_checkpoint
 from alignprop.settings.resolve import changes
 from alignprop.settings.sizes import picture_sizes, size_name
-from alignprop.stopping import STOPPED, stop_requests
+from alignprop.trial import use_policy_that_fits
 from alignprop.weights import TrainedWeights
 
 
@@ -102,7 +101,7 @@ class TrainingLoop:
             self._restore(run.checkpoint)
         is_open = "auto" in (c.memory_policy, c.per_gpu_capacity)
         if is_open and run.accelerator.device.type == "cuda" and not is_fsdp(run.accelerator):
-            self._try_policy()
+            use_policy_that_fits(run, self.weights, self.try_memory)
 
     def check_config(self, config: ConfigDict) -> None:
         """Raises ConfigError if the method cannot train with `config`. It is called before anything is loaded."""
@@ -320,37 +319,6 @@ class TrainingLoop:
         at_once = size * accelerator.num_processes
         firsts = range(accelerator.process_index * size, self.config.train.total_batch_size, at_once)
         return [torch.arange(first, first + size) for first in firsts]
-
-    def _try_policy(self) -> None:
-        """Makes trial steps until the memory policy fits. After each failure it takes the next more frugal choice."""
-        run = self.run
-        while reason := self._out_of_memory():
-            choice = next_choice(run.config, run.accelerator.num_processes, run.choice, reason)
-            run.say(
-                f"memory_policy {run.choice.policy!r} with {run.choice.capacity} samples does not fit ({reason}); "
-                f"trying {choice.policy!r}"
-            )
-            run.use(choice)
-            apply_policy(run.model, choice.memory)
-
-    def _out_of_memory(self) -> str:
-        """Runs `try_memory` and returns why a process ran out of memory, or "" if the computation fits."""
-        run, error_text, moments = self.run, "", []
-        try:
-            # The optimizer will keep a state for each parameter, mostly two moments in float32.
-            size = STATE_BYTES.get(run.config.train.optimizer, 8)
-            for p in self.weights.parameters:
-                moments.append(torch.empty(p.numel() * size, dtype=torch.uint8, device=p.device))
-            with run.residency("measure"):  # an evaluation also needs these modules on the device
-                pass
-            self.try_memory()
-        except torch.OutOfMemoryError as error:
-            error_text = str(error).partition(". ")[0]
-        moments.clear()
-        self.weights.zero_grad()
-        run.rollout.adjoint_norms.take()
-        torch.cuda.empty_cache()  # memory that this policy leaves cached must not count for the next one
-        return (error_text or "another process ran out of memory") if run.any_process(bool(error_text)) else ""
 
     def _say_start(self, start: LoraWeights) -> None:
         c, trained = self.config, len(self.weights.parameters) // 2

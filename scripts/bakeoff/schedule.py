@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from alignprop.engine.stopping import STOPPED
 from alignprop.method.estimators import ESTIMATORS
 from alignprop.runs.tracking import MetricsLog
-from alignprop.stopping import STOPPED
 from scripts.bakeoff.curves import curve
 
 ROOT = Path(__file__).resolve().parent.parent.parent

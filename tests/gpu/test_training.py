@@ -11,6 +11,7 @@ from alignprop.memory.planner import Choice
 from alignprop.models import packed
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.trainer import AlignPropTrainer
+from alignprop.trial import use_policy_that_fits
 from tests.gpu.conftest import ON_CPU
 from tests.helpers.training import rows, train
 
@@ -164,7 +165,7 @@ def test_out_of_memory_takes_the_next_policy(toy_config, capsys):
 
     reward.function = hungry
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2.5 * 2**30) / total)
-    trainer._try_policy()
+    use_policy_that_fits(trainer.run, trainer.weights, trainer.try_memory)
     assert trainer.run.choice.policy == "balanced" and trainer.run.choice.memory.decode_chunk == 1
     assert "'fast' with 4 samples does not fit" in capsys.readouterr().out
     assert trainer.step()["skipped_steps"] == 0

@@ -26,9 +26,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that the file runs as a script, from any folder
 
+from alignprop.engine.stopping import STOPPED  # noqa: E402
 from alignprop.runs.checkpoint import checkpoints_of, read_state  # noqa: E402
 from alignprop.runs.manifest import damage_of  # noqa: E402
-from alignprop.stopping import STOPPED  # noqa: E402
 
 # Like the quickstart, but with short steps, so that there is much to interrupt.
 FIELDS = {

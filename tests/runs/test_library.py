@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 import alignprop
 from alignprop.callbacks import PromptFunction, call_hook
 from alignprop.ddpo import DDPOTrainer
+from alignprop.engine.stopping import plain_endings
 from alignprop.lora.files import LORA_FILE
 from alignprop.prompts import draw_prompts
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.fields import FIELDS
 from alignprop.settings.resolve import flatten, resolve
-from alignprop.stopping import plain_endings
 from alignprop.trainer import AlignPropTrainer
 from config.align_prop import get_config
 from rewards import RewardError, as_reward

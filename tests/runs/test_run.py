@@ -10,6 +10,7 @@ from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.trainer import AlignPropTrainer
+from alignprop.trial import use_policy_that_fits
 from rewards import RewardError
 from tests.helpers.training import train, weights
 
@@ -126,7 +127,7 @@ def test_the_next_policy_is_taken_until_one_fits(toy_config, monkeypatch, capsys
     plain = train(toy_config(run_name="plain", memory_policy="small", num_epochs=1))
     tried = no_room_until(monkeypatch, "small")
     trainer = AlignPropTrainer(toy_config(run_name="tried", num_epochs=1))
-    trainer._try_policy()
+    use_policy_that_fits(trainer.run, trainer.weights, trainer.try_memory)
     assert tried == ["fast", "lean", "balanced", "small"]
     assert trainer.run.residency.leaving >= {"denoise", "decode"} and trainer.run.choice.memory.sweep_chunk == 1
     assert "'balanced' with 2 samples does not fit (CUDA out of memory); trying 'small'" in capsys.readouterr().out
@@ -139,7 +140,7 @@ def test_a_smaller_capacity_is_tried_before_a_more_frugal_policy(toy_config, mon
     trainer = AlignPropTrainer(toy_config(per_gpu_capacity="auto", memory_policy="lean"))
     trainer.run.use(Choice("lean", POLICIES["lean"], 4))
     with pytest.raises(ConfigError, match=r"per_gpu_capacity = 1 does not fit"):
-        trainer._try_policy()
+        use_policy_that_fits(trainer.run, trainer.weights, trainer.try_memory)
     assert len(tried) == 3
 
 
@@ -147,7 +148,7 @@ def test_lean_layers_are_not_taken_for_plain_ones(toy_config, monkeypatch):
     tried = no_room_until(monkeypatch, "lean")
     trainer = AlignPropTrainer(toy_config())
     trainer.run.use(Choice("roomy", POLICIES["roomy"], 2))
-    trainer._try_policy()
+    use_policy_that_fits(trainer.run, trainer.weights, trainer.try_memory)
     assert tried == ["roomy", "lean"]
 
 
@@ -159,7 +160,7 @@ def test_where_nothing_fits_it_is_said(toy_config, monkeypatch, overrides, polic
     no_room_until(monkeypatch, "none")
     trainer = AlignPropTrainer(toy_config(**overrides))
     with pytest.raises(ConfigError, match=f"^memory_policy = '{policy}', per_gpu_capacity = 2 does not fit: CUDA out"):
-        trainer._try_policy()
+        use_policy_that_fits(trainer.run, trainer.weights, trainer.try_memory)
 
 
 def test_a_smaller_micro_batch_than_asked_for_is_told(toy_config, capsys):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from alignprop.ddpo import DDPOTrainer
+from alignprop.engine.stopping import STOPPED
 from alignprop.settings.errors import ConfigError
-from alignprop.stopping import STOPPED
 from alignprop.trainer import AlignPropTrainer
 from tests.helpers import eight_bit
 from tests.helpers.toy_rewards import redness

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alignprop.engine.seeding import generator, generators
+from alignprop.engine.stopping import STOPPED
 from alignprop.lora.files import LORA_FILE
 from alignprop.method.gradient import RewardGradient
 from alignprop.method.guidance import GuidedDenoiser
@@ -13,7 +14,6 @@ from alignprop.models.sd import StableDiffusion
 from alignprop.prompts import draw_prompts
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
-from alignprop.stopping import STOPPED
 from alignprop.trainer import AlignPropTrainer
 from rewards import RewardError
 from tests.helpers.toy_rewards import redness

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignprop.engine.stopping import plain_endings, stop_requests
 from alignprop.settings.errors import ConfigError
-from alignprop.stopping import plain_endings, stop_requests
 from rewards.errors import RewardError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def test_a_signal_is_noted_and_does_not_interrupt(number, capfd):
 
 def test_ctrl_c_some_seconds_later_ends_at_once(monkeypatch):
     clock = iter([0.0, 10.0])
-    monkeypatch.setattr("alignprop.stopping.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("alignprop.engine.stopping.time.monotonic", lambda: next(clock))
     with stop_requests():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -108,7 +108,7 @@ except BaseException as error:  # as libraries do around what they can do withou
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_asked_to_stop_while_a_library_is_imported_it_ends_at_once(tmp_path, number, status):
     (tmp_path / "library.py").write_text(HALF_IMPORTED)
-    program = "from alignprop.stopping import plain_endings\nwith plain_endings():\n    import library"
+    program = "from alignprop.engine.stopping import plain_endings\nwith plain_endings():\n    import library"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     words = [sys.executable, "-c", program]
     process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
