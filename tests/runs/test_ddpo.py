@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch.distributions import Normal
 
-from alignprop.ddpo import DDPOTrainer, PromptStatistics, clipped_loss, log_probability
+from alignprop.ddpo import DDPOTrainer
 from alignprop.engine.seeding import generator
 from alignprop.lora.files import LORA_FILE
 from alignprop.method.chain import Sampler
 from alignprop.method.guidance import GuidedDenoiser
+from alignprop.method.policy_gradient import PromptStatistics, clipped_loss, log_probability
 from alignprop.prompts import count_draws, draw_prompts
 from alignprop.runs.checkpoint import checkpoints_of
 from alignprop.settings.errors import ConfigError
