@@ -27,8 +27,9 @@ from alignprop.models.base import Model
 from alignprop.prompts import PromptSet, draw_prompts
 from alignprop.runs.records import Records
 from alignprop.runs.tracking import log_images, log_row, start_trackers
+from alignprop.settings.combinations import check_truncation
 from alignprop.settings.options import chain_options, prefix_cache_options, rollout_options
-from alignprop.settings.resolve import as_run, check_truncation
+from alignprop.settings.resolve import as_run
 from alignprop.settings.sizes import picture_sizes
 from rewards import WeightedReward
 
