@@ -56,6 +56,10 @@ class DDPOTrainer(TrainingLoop):
                 f"algorithm = 'ddpo' needs a sampler whose steps are independent draws; train.sampler = "
                 f"{self.config.train.sampler!r} uses outputs of earlier steps again"
             )
+        if not self.run.rollout.sampler.is_stochastic:
+            raise ConfigError(
+                f"algorithm = 'ddpo' needs random steps; train.sampler = {self.config.train.sampler!r} adds no noise"
+            )
         for rollout in self.run.rollouts:
             if not self.noisy_steps(rollout):
                 raise ConfigError(
@@ -183,9 +187,9 @@ class DDPOTrainer(TrainingLoop):
         """
         c, rollout, device = self.config, samples.rollout, self.run.accelerator.device
         x, x_next, before = (t.to(device) for t in (*samples.latents[i : i + 2], samples.log_probabilities[i]))
-        t, cond = rollout.sampler.timesteps[i].to(device), self.run.model.encode_prompts(samples.prompts)
+        cond = self.run.model.encode_prompts(samples.prompts)
         with torch.no_grad():  # with_graph still builds the one graph that is needed
-            model_output, graph = rollout.f.with_graph(x, t, cond, needs_input=False)
+            model_output, graph = rollout.f.with_graph(*rollout.inputs(i, x), cond, needs_input=False)
         model_output.requires_grad_()
         log_ratio = log_probability(rollout.sampler, i, x, model_output, x_next) - before
         losses = clipped_loss(log_ratio.exp(), advantages[samples.indices].to(log_ratio), c.ddpo.clip_range)
