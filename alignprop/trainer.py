@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from alignprop.engine.seeding import generator, seed_global
 from alignprop.loop import TrainingLoop, now
-from alignprop.method import estimators
 from alignprop.method.estimators import ESTIMATORS, Estimator, build_estimator
 from alignprop.method.gradient import RewardGradient, SampleValues
 from alignprop.method.plans import GradientPlan
@@ -42,31 +41,31 @@ class AlignPropTrainer(TrainingLoop):
         one_of("estimator", config.estimator, ESTIMATORS)
 
     def check_run(self) -> None:
-        c, sampler = self.config, self.run.rollout.sampler
-        if self.run.rollout.prefix_cache is None:
-            return
-        plan = self.estimator(sampler, c.train.total_batch_size, generator(c.seed, 0, "plan"))
-        if plan.steps_before_gradient <= FULL_CALLS:
+        c, rollout = self.config, self.run.rollout
+        plan = self.plan(rollout, (c.seed, 0))  # refuses an estimator that does not fit the sampler
+        if rollout.prefix_cache and plan.steps_before_gradient <= FULL_CALLS:
             raise ConfigError(
                 f"train.prefix_cache = {c.train.prefix_cache} must be 1 here: {plan.steps_before_gradient} of the "
-                f"{sampler.num_steps} network calls of the first batch come before the first one with gradient, and "
-                f"the first {FULL_CALLS} are always computed in full"
+                f"{rollout.sampler.num_steps} network calls of the first batch come before the first one with "
+                f"gradient, and the first {FULL_CALLS} are always computed in full"
             )
 
     @cached_property
     def estimator(self) -> Estimator:
-        """Draws the plan of a step."""
         return build_estimator(self.config.estimator, **estimator_options(self.config))
+
+    def plan(self, rollout: Rollout, key: tuple[int, int | str]) -> GradientPlan:
+        """Draws the plan of a step for the whole batch, so that it depends on neither micro-batches nor processes."""
+        return self.estimator(rollout.sampler, self.config.train.total_batch_size, generator(*key, "plan"))
 
     def step(self) -> dict[str, Any]:
         """Makes one optimizer step over `total_batch_size` samples (Algorithm 1), and returns its metrics row."""
-        run, batch_size, started = self.run, self.config.train.total_batch_size, now()
+        run, started = self.run, now()
         key = (self.config.seed, self.global_step)
         rollout = self.rollout(key)
         seed_global(*key, "global", run.accelerator.process_index)
 
-        # The plan is drawn for the whole batch, so it depends on neither the micro-batches nor the processes.
-        plan = self.estimator(rollout.sampler, batch_size, generator(*key, "plan"))
+        plan = self.plan(rollout, key)
         progress = {"desc": f"step {self.global_step + 1}", "leave": False, "disable": not run.is_main}
         micro_batches = tqdm(self.micro_batches(), **progress)
         values = [self.add_gradients(key, indices, plan.select(indices)) for indices in micro_batches]
@@ -81,7 +80,7 @@ class AlignPropTrainer(TrainingLoop):
             **({"base_distance": values.base_distances.mean().item()} if self.config.kl_coeff else {}),
             grad_norm=grad_norm,
             adjoint_norm=adjoint_norms,
-            samples=self.global_step * batch_size,
+            samples=self.global_step * self.config.train.total_batch_size,
             active_steps=plan.active.sum(0).double().mean().item(),
         )  # fmt: skip
 
@@ -107,12 +106,10 @@ class AlignPropTrainer(TrainingLoop):
         )
 
     def try_memory(self) -> None:
-        size, sampler = self.run.choice.capacity, self.run.rollout.sampler
-        plans = [estimators.full(sampler, size)]
-        if self.run.rollout.prefix_cache:  # which holds the most where only the last step has gradient
-            plans.append(build_estimator("truncated")(sampler, size, generator("trial")))
-        for plan in plans:
-            self.add_gradients((self.config.seed, "trial"), torch.arange(size), plan)
+        key, size = (self.config.seed, "trial"), self.run.choice.capacity
+        plan = self.plan(self.run.rollout, key)
+        longest = plan.active.sum(dim=0).argsort(descending=True)[:size]
+        self.add_gradients(key, torch.arange(size), plan.select(longest))
 
     def _adjoint_norms(self, rollout: Rollout) -> list[float | None]:
         """Returns the norm of ∂(loss of a sample)/∂x[i] for i = 0 … N, as a mean over samples.

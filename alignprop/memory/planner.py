@@ -141,6 +141,8 @@ def choose_policy(config: ConfigDict, model: Model, judges: Judges, accelerator:
             forecasts.append(forecast(lambda: (on_meta(model), on_meta(counted)), c, *choice, done))
             if forecasts[-1].fits(size):
                 break
+    except ConfigError:  # the estimator does not fit the sampler
+        raise
     except Exception as error:  # a model may do what only real tensors can, which must not end the run
         choice = next((choice for choice in choices if choice.policy == "balanced"), choices[-1])
         say(

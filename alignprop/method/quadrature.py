@@ -6,6 +6,7 @@ This equation is the chain itself. A multistep method adds outputs before f[k], 
 uses f at a few steps only, the supports. At the other steps it replaces f by the polynomial in σ through the supports.
 """
 
+import numpy as np
 import torch
 
 from alignprop.method.chain import Sampler
@@ -40,18 +41,23 @@ def direct_steps(sampler: Sampler, at_least: int | None = None) -> torch.Tensor:
 def leap_steps(sampler: Sampler, order: int) -> torch.Tensor:
     """Returns the steps at which a leap can begin or end, in order; int64.
 
-    They contribute to the end of the chain and to each other. A leap with several supports needs all steps.
+    They contribute to the end of the chain and to each other. A leap with several supports needs all steps, and each of
+    them must have its own noise level, because the supports are the nodes of a polynomial in σ.
 
     Args:
         sampler: the chain.
         order: the number of supports in a leap.
 
     Raises:
-        ConfigError: there are fewer than two such steps, or one of them does not contribute to a later one.
+        ConfigError: there are fewer than two such steps, or one of them does not contribute to a later one; or two
+            steps have the same noise level, as in methods of second order.
     """
     steps = direct_steps(sampler, at_least=2 if order == 1 else None)
     if not all(contributions(sampler, 0, end)[steps[steps < end]].all() for end in steps[1:].tolist()):
         raise _no_contribution()
+    levels = sampler.sigma[:-1].double()
+    if order > 1 and len(levels.unique()) < len(levels):
+        raise ConfigError("estimator: 'lagrange' needs another noise level at each step, which this sampler lacks")
     return steps
 
 
@@ -74,20 +80,14 @@ def interpolation_weights(sampler: Sampler, start: int, end: int, points: list[i
 
     For flow matching, c[i] = σ[i+1] - σ[i], so W[s] is the integral ∫ ℓ_s dσ over the leap, which is FlowBP-Lagrange's
     weight (arXiv 2606.11075). The sum of W over the supports is the sum of c over the steps of the leap.
-
-    Raises:
-        ConfigError: two supports have the same noise level, as in methods of second order.
     """
     c, levels = contributions(sampler, start, end), sampler.sigma.double()
-    nodes = levels[points]
-    if len(nodes.unique()) < len(points):
-        raise ConfigError("estimator: 'lagrange' needs another noise level at each step, which this sampler lacks")
-    weights = []
+    nodes, weights = levels[points], []
+    # Gauss-Legendre quadrature with len(points) nodes integrates the polynomial exactly.
+    places, masses = _gauss_legendre(len(points))
+    level = (levels[start:end, None] * (1 + places) + levels[start + 1 : end + 1, None] * (1 - places)) / 2
     for s in range(len(points)):
         others = torch.cat([nodes[:s], nodes[s + 1 :]])
-        # Gauss-Legendre quadrature with len(points) nodes integrates the polynomial exactly.
-        places, masses = _gauss_legendre(len(points))
-        level = (levels[start:end, None] * (1 + places) + levels[start + 1 : end + 1, None] * (1 - places)) / 2
         basis = ((level[..., None] - others) / (nodes[s] - others)).prod(dim=-1)
         weights.append((c * (basis * masses).sum(dim=1) / 2).sum())
     return torch.stack(weights)
@@ -95,7 +95,5 @@ def interpolation_weights(sampler: Sampler, start: int, end: int, points: list[i
 
 def _gauss_legendre(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the nodes in [-1, 1] and the weights, which sum to 2; float64 [count] each."""
-    import numpy as np
-
     nodes, weights = np.polynomial.legendre.leggauss(count)
     return torch.from_numpy(nodes), torch.from_numpy(weights)

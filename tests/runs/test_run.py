@@ -163,6 +163,19 @@ def test_where_nothing_fits_it_is_said(toy_config, monkeypatch, overrides, polic
         use_policy_that_fits(trainer.run, trainer.weights, trainer.try_memory)
 
 
+@pytest.mark.parametrize(("fields", "active", "copies"), [
+    ({"estimator": "truncated"}, [1, 1], 0), ({"estimator": "draft_lv"}, [1, 1], 2), ({"estimator": "full"}, [3, 3], 0),
+    ({"estimator": "randomized", "train__total_batch_size": 8}, [3, 3], 0),
+])  # fmt: skip
+def test_a_trial_has_the_gradient_of_the_run(toy_config, monkeypatch, fields, active, copies):
+    """It is that of the samples with the most active steps."""
+    trainer, plans = AlignPropTrainer(toy_config(num_inference_steps=3, **fields)), []
+    monkeypatch.setattr(trainer, "add_gradients", lambda key, indices, plan: plans.append((len(indices), plan)))
+    use_policy_that_fits(trainer.run, trainer.weights, trainer.try_memory)
+    ((samples, plan),) = plans
+    assert samples == 2 and plan.active.sum(dim=0).tolist() == active and plan.copies == copies
+
+
 def test_a_smaller_micro_batch_than_asked_for_is_told(toy_config, capsys):
     build_run(toy_config(per_gpu_capacity=3, train__total_batch_size=4))
     told = (

@@ -202,10 +202,18 @@ def test_leaps_are_refused_where_a_step_does_not_reach_a_later_one(scheduler):
             assert estimators.leapalign(sampler, 64, generator("p")).weight.isfinite().all()
 
 
-def test_levels_that_repeat_are_refused_by_lagrange(scheduler):
-    sampler = build_sampler(scheduler, STEPS, 0.0, "HeunDiscrete")
+@pytest.mark.parametrize(("name", "options"), [("HeunDiscrete", ""), ("PNDM", "skip_prk_steps=True")])
+def test_levels_that_repeat_are_refused_by_lagrange(scheduler, name, options):
+    """Whatever it draws, so that no run ends at a later step."""
+    sampler = build_sampler(scheduler, STEPS, 0.0, name, options)
+    for draw in range(10):
+        with pytest.raises(ConfigError, match="'lagrange' needs another noise level at each step"):
+            estimators.lagrange(sampler, 1, generator("p", draw))
+
+
+def test_an_estimator_that_does_not_fit_the_sampler_is_refused_before_a_run(toy_config):
     with pytest.raises(ConfigError, match="'lagrange' needs another noise level at each step"):
-        estimators.lagrange(sampler, 64, generator("p"))
+        AlignPropTrainer(toy_config(sampler="HeunDiscrete", estimator="lagrange"))
 
 
 def test_what_waits_for_later_steps(scheduler):
