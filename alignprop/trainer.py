@@ -114,7 +114,8 @@ class AlignPropTrainer(TrainingLoop):
     def _adjoint_norms(self, rollout: Rollout) -> list[float | None]:
         """Returns the norm of ∂(loss of a sample)/∂x[i] for i = 0 … N, as a mean over samples.
 
-        The mean at x[i] is over the samples with an active step before x[i]. It is None if no sample has one.
+        The mean at x[i] is over the samples with an active step before x[i], and x̂0 takes the place of x[i] where a
+        sample leaves the chain. It is None if there is no such sample, and so always at x[0].
         """
         accelerator = self.run.accelerator
         totals = accelerator.reduce(rollout.adjoint_norms.take().float().to(accelerator.device), "sum").cpu()

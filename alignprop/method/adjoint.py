@@ -2,9 +2,15 @@
 
 import torch
 
+from alignprop.method.chain import per_sample
+
 
 class AdjointNorms:
-    """Sums for the mean of ‖λ‖ at each of x[0] … x[N], over the samples that still need λ there for their gradient."""
+    """Sums for the mean of ‖λ‖ at each of x[0] … x[N], over the samples that still need λ there for their gradient.
+
+    A sample that leaves the chain at step i has its final latents, x̂0[i], at the place of x[i+1], and counts only from
+    there on. No sample needs λ at x[0].
+    """
 
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
@@ -36,4 +42,4 @@ def norms(adjoint: torch.Tensor) -> torch.Tensor:
 def limit_norms(adjoint: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     """Returns λ, scaled down to the limit for each sample with a norm above it; `limit` is [B]."""
     scale = (limit / norms(adjoint).clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-    return adjoint * scale.to(adjoint).view(-1, *[1] * (adjoint.dim() - 1))
+    return adjoint * per_sample(scale.to(adjoint), adjoint)

@@ -5,6 +5,7 @@ import torch
 from alignprop.engine.sharding import is_sharded, release
 from alignprop.lora.factors import has_lora
 from alignprop.lora.scaling import without_lora
+from alignprop.method.chain import per_sample
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Model, Phases
 
@@ -29,8 +30,9 @@ def base_distance(
 
     Both networks see scale[i]·(α[i]·latents + σ[i]·noise), and only the conditional branch counts. Two steps of a
     stochastic one-step method that differ in f only are Gaussians with the same variance. The KL divergence between
-    them is b[i,i]²/(2·s[i,i]²)·‖f - f_base‖² (DPOK, Fan et al. 2023, arXiv 2305.16381). The base distance is this
-    divergence up to a factor that depends on the step. Ho et al. 2020 (arXiv 2006.11239) leave this weighting of the
+    them is b[i,i]²/(2·s[i,i]²)·‖f - f_base‖² (DPOK, Fan et al. 2023, arXiv 2305.16381). Without guidance, the
+    base distance is this divergence up to a factor that depends on the step, at re-noised final latents instead of the
+    chain's own. Ho et al. 2020 (arXiv 2006.11239) leave this weighting of the
     steps out of their loss too. The base distance also has a meaning for a deterministic chain.
 
     If gradients are enabled, the result is differentiable with respect to the adapter and `cond`. The latents count as
@@ -45,9 +47,8 @@ def base_distance(
         base_cond: the base model's conditioning. None means that it is `cond` too.
     """
     sampler, model, f = rollout.sampler, rollout.model, rollout.f
-    shape = [-1] + [1] * (latents.dim() - 1)
     levels = (sampler.alpha[:-1], sampler.sigma[:-1])
-    alpha, sigma = ((sampler.scale * level)[steps].to(latents).view(shape) for level in levels)
+    alpha, sigma = (per_sample((sampler.scale * level)[steps].to(latents), latents) for level in levels)
     x = (alpha * latents + sigma * noise.to(latents)).detach()  # as the network sees x[i]
     timesteps = sampler.timesteps[steps].to(latents.device)
 

@@ -12,7 +12,7 @@ method of second order, such as Heun's, makes two calls for one of its own steps
 The coefficients need no formulas, because a run of the scheduler on unit tensors gives them (samplers.py, tables.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ class Sampler:
         b: float64 [N, N], lower-triangular; the weights of the network's outputs in the next latents. A vector [N]
             stands for the diagonal of a one-step method.
         s: float64 [N, N], lower-triangular; the weights of fresh noise in the next latents; or a vector, like b.
-        p: float64; the weight of the latents in x̂0.
+        p: float64; the weight of the latents in x̂0. It may be None in a chain without x̂0, and so may the next three.
         q: float64; the weight of the network's output in x̂0.
         alpha: float64 [N+1]; the weight of the clean latents in x[i] ~ alpha[i]·x0 + sigma[i]·z.
         sigma: float64 [N+1]; the weight of the noise in x[i].
@@ -83,24 +83,34 @@ class Sampler:
         used = ({m: float(row[m]) for m in row.nonzero().flatten().tolist()} for row in (self.b[i], self.s[i]))
         return float(self.a[i]), *used
 
-    def within(self, interval: tuple[float, float]) -> Callable[[torch.Tensor], bool] | None:
-        """Returns what says whether a timestep is in a part of the chain; None for all of it.
+    def within(self, interval: Sequence[float]) -> Callable[[torch.Tensor], bool] | None:
+        """Returns a function that says whether a timestep is in a part of the chain, or None if the part is the whole.
 
-        Args:
-            interval: (from, to), as shares of the chain. Step i is in it if from <= (i + 0.5)/N < to. If two steps of a
-                method of second order have one timestep, both are in it as soon as one is.
+        If two steps of a method of second order have one timestep, both are in the part as soon as one is.
         """
         if tuple(interval) == (0, 1):
             return None
+        timesteps = set(self.timesteps[self.inside(interval)].tolist())
+        return lambda timestep: timestep.item() in timesteps
+
+    def inside(self, interval: Sequence[float]) -> torch.Tensor:
+        """Returns which steps are in a part of the chain, bool [N].
+
+        The part is (from, to) in shares of the chain. Step i is in it if from <= (i + 0.5)/N < to.
+        """
         middle = (torch.arange(self.num_steps) + 0.5) / self.num_steps
-        inside = set(self.timesteps[(interval[0] <= middle) & (middle < interval[1])].tolist())
-        return lambda timestep: timestep.item() in inside
+        return (interval[0] <= middle) & (middle < interval[1])
 
     def still_needed(self, i: int) -> tuple[set[int], set[int]]:
         """Returns the indices of those outputs, and of those noises, up to step i that steps after step i use."""
         later = (table[i + 1 :, : i + 1].any(dim=0) for table in (self.b, self.s))
         outputs, noises = (set(used.nonzero().flatten().tolist()) for used in later)
         return outputs, noises
+
+
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Returns one number of each sample, [B], shaped to multiply latents [B, ...] like `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 class Past:

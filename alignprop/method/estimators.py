@@ -127,7 +127,8 @@ def bridge(sampler, num_samples, generator, *, num_active=5, late_bias=4.0, resc
         x[N] = A·x[j] + c[j]·f(α·x[j] + (1-α)·sg(x[j])) + Σ_{i>j} as in sparse
 
     j is the later step of a uniform pair of steps, and is always active. The K = `num_active` steps, j among them, are
-    divided between the two sides in proportion to their lengths. `coupling` is α. N and K must be at least 2.
+    divided between the two sides in proportion to their lengths. `coupling` is α. N must be at least 2. With K = 1 only
+    j is active.
     """
     n = _at_least_two(sampler, "bridge")
     _, split = stratified_pairs(n, num_samples, generator)

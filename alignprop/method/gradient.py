@@ -68,7 +68,7 @@ class RewardGradient:
         batch_size: the number of samples in the global batch, over which the loss is averaged.
         loss: a key of LOSSES.
         loss_target: the target or ceiling of the loss, in units of the reward.
-        loss_scale: multiplies the loss.
+        loss_factor: multiplies the loss.
         reward_noise: the standard deviation of the Gaussian noise that is added to the pictures before the reward
             sees them. Pictures are in [0, 1].
         kl_coeff: multiplies the base distance (base_distance.py), which is added to the loss. 0 adds no such term.
@@ -83,7 +83,7 @@ class RewardGradient:
     batch_size: int
     loss: str = "maximise"
     loss_target: float | None = None
-    loss_scale: float = 1.0
+    loss_factor: float = 1.0
     reward_noise: float = 0.0
     kl_coeff: float = 0.0
     trains_text_encoder: bool = False
@@ -143,7 +143,7 @@ class RewardGradient:
             images = self._with_noise(self.model.decode(latents), noises)
             terms = self.reward.score_terms(images, prompts, metadata)
         rewards = self.reward.combine(terms)
-        losses = self.loss_scale * LOSSES[self.loss](rewards, self.loss_target)
+        losses = self.loss_factor * LOSSES[self.loss](rewards, self.loss_target)
         self.backward(losses.sum() / self.batch_size)
         terms = {name: scores.detach() for name, scores in terms.items()}
         return latents.grad, SampleValues(losses.detach(), rewards.detach(), terms, torch.zeros_like(losses.detach()))

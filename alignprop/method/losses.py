@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 
-def maximise(rewards: torch.Tensor, target: float) -> torch.Tensor:
+def maximise(rewards: torch.Tensor, target: float | None) -> torch.Tensor:
     """-r, which makes the reward as high as possible. `target` is not used."""
     return -rewards
 
@@ -20,7 +20,7 @@ def ceiling(rewards: torch.Tensor, target: float) -> torch.Tensor:
     return (target - rewards).clamp(min=0)
 
 
-LOSSES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "maximise": maximise,
     "target": towards_target,
     "ceiling": ceiling,

@@ -19,7 +19,7 @@ class GradientPlan:
             its exit step. If there are copies, all samples leave the chain at the same step, and no earlier step is
             active.
         prefix: the number of steps before the first active one of the whole batch, if this plan is that of some
-            samples of a batch.
+            samples of a batch. None means that it is that of a whole batch.
     """
 
     active: torch.Tensor
@@ -36,7 +36,7 @@ class GradientPlan:
         return cls(**{"active": active, "coupling": ones, "weight": ones, "exit_step": end} | changes)
 
     def select(self, samples) -> "GradientPlan":
-        """The plan of some samples, given by their columns in this plan, int [b]."""
+        """The plan of some samples, given by their columns in this plan, int [b] or a slice."""
         columns = (t[:, samples] for t in (self.active, self.coupling, self.weight))
         return GradientPlan(*columns, self.exit_step[samples], self.copies, self.steps_before_gradient)
 
@@ -75,7 +75,7 @@ class GradientPlan:
 
     @property
     def steps_before_gradient(self) -> int:
-        """The number of steps before the first one that is active for any sample of the whole batch."""
+        """The number of steps before the first one that is active for any sample of the whole batch; N without one."""
         steps = self.active.any(dim=1).nonzero().flatten().tolist()
         return self.prefix if self.prefix is not None else (steps or [len(self.active)])[0]
 
@@ -83,12 +83,6 @@ class GradientPlan:
     def leaves_early(self) -> bool:
         """Whether any sample leaves the chain early, so that the reward sees x̂0 of a step."""
         return bool((self.exit_step < len(self.active)).any())
-
-    @property
-    def first_active(self) -> int:
-        """The lowest active step of any sample; N if no step is active."""
-        steps = self.active.any(dim=1).nonzero()
-        return int(steps[0]) if len(steps) else len(self.active)
 
 
 def stratified_uniform(n: int, generator: torch.Generator) -> torch.Tensor:

@@ -72,7 +72,7 @@ class PrefixCache:
 def blocks_of(denoiser: torch.nn.Module) -> list[str]:
     """Returns the names of the blocks whose outputs are predicted.
 
-    The last block of Stable Diffusion 3 is none of them, because its output for the text is None, which diffusers'
+    The last block of Stable Diffusion 3 is not among them, because its output for the text is None, which diffusers'
     cache does not expect.
     """
     named = ((name, module) for name, module in denoiser.named_modules() if re.fullmatch(BLOCKS, name))
@@ -80,7 +80,7 @@ def blocks_of(denoiser: torch.nn.Module) -> list[str]:
 
 
 def is_full(i: int, interval: int) -> bool:
-    """Says whether a call computes all layers while the cache is on. It is the i-th one since the cache started."""
+    """Says whether the i-th call since the cache started, counted from 0, computes all layers."""
     return i < FULL_CALLS or (i - FULL_CALLS - 1) % interval == 0
 
 

@@ -17,14 +17,13 @@ Only the direction of g counts, as in DSG (Yang et al. 2024, arXiv 2402.03201), 
 matter. The length of the move is a share of the sampler's step, so the number of steps does not matter either.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 
 from alignprop.engine.activations import decode_activations_on
-from alignprop.method.chain import Past, Sampler
+from alignprop.method.chain import Past, Sampler, per_sample
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, select
 from alignprop.settings.errors import ConfigError
@@ -137,7 +136,7 @@ class RewardGuidance:
         if not largest.isfinite().all():
             raise RewardError(f"reward {self.reward.name!r} has no finite gradient to follow: {largest.tolist()}")
         # The largest entry is divided out first, because the squares of small entries underflow.
-        scaled = gradient / _per_sample(largest.where(largest > 0, 1), gradient)
+        scaled = gradient / per_sample(largest.where(largest > 0, 1), gradient)
         size = _rms(scaled)
         return scaled / size.where(size > 0, 1)
 
@@ -155,8 +154,7 @@ def strengths(sampler: Sampler, strength: float, schedule: str, window: Sequence
     Raises:
         ConfigError: no step is in the window.
     """
-    middle = (torch.arange(sampler.num_steps) + 0.5) / sampler.num_steps
-    inside = (window[0] <= middle) & (middle < window[1])
+    inside = sampler.inside(window)
     if not inside.any():
         raise ConfigError(
             f"guide.window = {tuple(window)} has none of the {sampler.num_steps} sampler steps in it; step i is at "
@@ -167,33 +165,6 @@ def strengths(sampler: Sampler, strength: float, schedule: str, window: Sequence
     return strength * shape / (shape.sum() / inside.sum())
 
 
-class Timed:
-    """Calls `sample(generators, …)` and measures the time of its calls.
-
-    Attributes:
-        seconds_per_picture: the mean time of a picture, over all calls so far.
-    """
-
-    def __init__(self, sample: Callable[..., torch.Tensor], device: torch.device):
-        self.sample, self.device, self.seconds, self.pictures = sample, device, 0.0, 0
-
-    def __call__(self, generators, *args) -> torch.Tensor:
-        start = time.perf_counter()
-        latents = self.sample(generators, *args)
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        self.seconds, self.pictures = self.seconds + time.perf_counter() - start, self.pictures + len(generators)
-        return latents
-
-    @property
-    def seconds_per_picture(self) -> float:
-        return self.seconds / max(self.pictures, 1)
-
-
 def _rms(values: torch.Tensor) -> torch.Tensor:
     """Returns the root mean square of each sample, shaped to multiply `values`."""
-    return _per_sample(values.flatten(1).square().mean(dim=1).sqrt(), values)
-
-
-def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+    return per_sample(values.flatten(1).square().mean(dim=1).sqrt(), values)

@@ -19,11 +19,11 @@ import torch
 
 from alignprop.engine.sharding import is_sharded, on_any_process, release
 from alignprop.method.adjoint import AdjointNorms
-from alignprop.method.chain import Past, Sampler
+from alignprop.method.chain import Past, Sampler, per_sample
 from alignprop.method.guidance import Graph, GuidedDenoiser
 from alignprop.method.plans import GradientPlan
 from alignprop.method.prefix_cache import FULL_CALLS, PrefixCache
-from alignprop.method.sweep import Trajectory, per_sample, sweep, track
+from alignprop.method.sweep import Trajectory, sweep, track
 from alignprop.models.base import Conditioning, Model, select
 from alignprop.settings.memory_policies import MemoryPolicy, chunks
 
@@ -40,15 +40,15 @@ class Rollout(torch.nn.Module):
         sampler: the chain's coefficients and timesteps.
         guidance_scale: the strength of classifier-free guidance. 1 means no guidance.
         autocast: returns the context manager in which the network is called.
-        adjoint_clip: the largest allowed ratio of a sample's ‖λ‖ to its ‖λ‖ at x[N]; a larger λ is scaled down. 0 turns
-            the limit off. It is a ratio so that loss scaling, batch size and reward units do not matter.
+        adjoint_clip: the largest allowed ratio of a sample's ‖λ‖ to its ‖λ‖ at its final latents; a larger λ is scaled
+            down. 0 turns the limit off. It is a ratio so that loss scaling, batch size and reward units do not matter.
         guidance_grad: the branches of guidance that carry gradient, "both" or "cond" (method/guidance.py).
         memory: the memory policy. `sweep_chunk`, `guidance_batching` and `keep_steps` have an effect here.
         lora_scale_at: returns the scale of the denoiser's LoRA at a timestep (method/guidance.py).
         guidance_interval: the part of the chain with guidance, (from, to) in shares of its steps. Step i is in it if
             from <= (i + 0.5)/N < to.
-        prefix_cache: makes the network calls before the first one with gradient cheaper, if there is a plan. The first
-            one is that of the whole batch, so that the result does not depend on how the batch is divided.
+        prefix_cache: makes the network calls before the first call with gradient cheaper, if there is a plan. This is
+            the first one of the whole batch, so that the result does not depend on how the batch is divided.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class Rollout(torch.nn.Module):
             for i in range(self.sampler.num_steps):
                 if i == prefix_end:
                     prefix.close()
-                if i >= trajectory.first:
-                    trajectory.stored[i] = latents
                 rows = None if plan is None or not plan.leaves_early else self._still_in(i, plan)
                 if rows is not None and not len(rows):
                     break
+                if i >= trajectory.first:
+                    trajectory.stored[i] = latents
                 if i in to_keep:
                     kept = self._keep(i, latents, cond, plan.active[i], bool(calls[1, i]), tracked)
                     model_output, trajectory.kept[i] = kept
@@ -179,7 +179,7 @@ class Rollout(torch.nn.Module):
 
         def of_samples(in_chain: float, leaving: float = 0.0, left: float = 0.0) -> torch.Tensor:
             values = torch.tensor([left, leaving, in_chain], dtype=torch.float64)
-            return per_sample(values[1 + (plan.exit_step - i).sign()], slice(None), like)
+            return per_sample(values[1 + (plan.exit_step - i).sign()].to(like), like)
 
         outputs = {m: of_samples(b.get(m, 0.0), q if m == i else 0.0) for m in {**b, i: q}}
         return of_samples(a, p, 1.0), outputs, {k: of_samples(weight) for k, weight in s.items()}

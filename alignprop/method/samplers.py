@@ -91,7 +91,7 @@ def add_noise(sampler: Sampler, eta: float) -> Sampler:
 
     Args:
         sampler: the chain of Euler's method.
-        eta: from 0, the deterministic chain, to 1, ancestral sampling.
+        eta: from 0, the deterministic chain, to 1, ancestral sampling (with TCD: entirely fresh noise).
     """
     if not eta:
         return sampler

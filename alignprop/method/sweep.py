@@ -17,6 +17,7 @@ import torch
 
 from alignprop.engine.sharding import DTensor
 from alignprop.method.adjoint import limit_norms, norms
+from alignprop.method.chain import per_sample
 from alignprop.method.guidance import Graph, Products
 from alignprop.method.plans import GradientPlan
 from alignprop.models.base import Conditioning, select
@@ -64,7 +65,8 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
     limit = rollout.adjoint_clip * norms(adjoint)
     into_outputs: dict[int, torch.Tensor] = {}  # the sums v of steps below, as far as λ is known
     for i in sorted(trajectory.stored, reverse=True):
-        rollout.adjoint_norms.add(i + 1, adjoint, plan.active[: i + 1].any(dim=0))
+        in_chain = plan.exit_step >= i
+        rollout.adjoint_norms.add(i + 1, adjoint, plan.active[: i + 1].any(dim=0) & in_chain)
         a, weights, _ = rollout.coefficients(i, plan, adjoint)
         for m, b in weights.items():
             if calls[0, m]:
@@ -74,7 +76,7 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
         if calls[0, i]:
             # If only other processes need this call, one sample takes part in it with a vector of zeros.
             rows = active if len(active) else active.new_zeros(1)
-            weight, coupling = (per_sample(t[i], rows, adjoint) for t in (plan.weight, plan.coupling))
+            weight, coupling = (per_sample(t[i].to(adjoint)[rows], adjoint) for t in (plan.weight, plan.coupling))
             into_output = into_outputs.pop(i) if i in into_outputs else torch.zeros_like(adjoint)
             vector = weight * into_output[rows] * bool(len(active))
             products = _call(rollout, trajectory, i, rows, cond, vector, whole, needs_input=bool(calls[1, i]))
@@ -113,8 +115,3 @@ def _add(totals: list[torch.Tensor], products: list[torch.Tensor | None], rows: 
 def track(cond: Conditioning, names) -> Conditioning:
     """Returns the conditioning detached from its graph. The tensors in `names` require a gradient."""
     return {name: tensor.detach().requires_grad_(name in names) for name, tensor in cond.items()}
-
-
-def per_sample(values: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Returns values[rows], shaped to multiply latents [b, ...] like `like`."""
-    return values.to(like)[rows].view(-1, *[1] * (like.dim() - 1))

@@ -89,8 +89,8 @@ def _input_scale(scheduler, t) -> float:
 def _increments(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits the weights in x[i+1] into a[i] times those in x[i] and an increment.
 
-    a[i] is chosen so that the oldest source in x[i] is not in the increment. It is x[0], except in a chain that forgets
-    x[0]. In a one-step method the increment then has f[i] and z[i] only.
+    a[i] is chosen so that the oldest source in x[i] is not in the increment. This source is x[0], unless the chain has
+    forgotten x[0]. In a one-step method the increment then has f[i] and z[i] only.
 
     Args:
         states: the weight of each source in x[0] … x[N]; float64 [N+1, sources].

@@ -68,7 +68,7 @@ def gradient_options(config: ConfigDict) -> dict[str, Any]:
         "batch_size": c.train.total_batch_size,
         "loss": c.loss,
         "loss_target": c.loss_target,
-        "loss_scale": c.train.loss_coeff * c.grad_scale,
+        "loss_factor": c.train.loss_coeff * c.grad_scale,
         "reward_noise": c.reward_noise,
         "kl_coeff": c.kl_coeff,
         "trains_text_encoder": c.train_text_encoder,

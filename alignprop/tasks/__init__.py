@@ -8,6 +8,7 @@ from pathlib import Path
 from alignprop.build import build_run
 from alignprop.engine.background import Background
 from alignprop.engine.processes import on_main
+from alignprop.engine.speed import Timed
 from alignprop.evaluation.evaluate import Sample
 from alignprop.evaluation.pictures import plot_bars, plot_soup, save_comparison, save_image
 from alignprop.evaluation.results import Evaluation, statistics, write_report
@@ -17,7 +18,7 @@ from alignprop.lora.files import read_lora
 from alignprop.lora.scaling import scale_lora
 from alignprop.lora.soups import mix
 from alignprop.memory.checkpointing import apply_policy
-from alignprop.method.reward_guidance import RewardGuidance, Timed
+from alignprop.method.reward_guidance import RewardGuidance
 from alignprop.run import Run
 from alignprop.runs.checkpoint import find_checkpoint
 from alignprop.runs.manifest import check_base

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from alignprop.engine.seeding import generators
+from alignprop.engine.speed import Timed
 from alignprop.method.chain import Sampler
-from alignprop.method.reward_guidance import RewardGuidance, Timed, strengths
+from alignprop.method.reward_guidance import RewardGuidance, strengths
 from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import build_sampler
 from alignprop.models.base import select

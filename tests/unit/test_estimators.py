@@ -24,14 +24,14 @@ def test_full():
     assert estimators.full(CHAIN, B).active.all()
 
 
-def test_a_plan_without_an_active_step_has_no_first_one():
-    assert GradientPlan.exact(torch.zeros(N, B, dtype=torch.bool)).first_active == N
+def test_a_plan_without_an_active_step_has_all_its_steps_before_gradient():
+    assert GradientPlan.exact(torch.zeros(N, B, dtype=torch.bool)).steps_before_gradient == N
 
 
 @pytest.mark.parametrize(("first", "k"), [(49, 1), (45, 5), (0, 50)])
 def test_truncated_keeps_the_last_steps(first, k):
     plan = estimators.truncated(CHAIN, B, first=first)
-    assert plan.first_active == first
+    assert plan.steps_before_gradient == first
     assert (plan.active.sum(0) == k).all() and plan.active[first:].all()
 
 
@@ -94,7 +94,7 @@ def test_a_misspelt_name_is_told_in_one_line():
 
 def test_draft_lv_has_the_last_step_and_leaves_there():
     plan = estimators.draft_lv(CHAIN, B, copies=3)
-    assert plan.first_active == N - 1 and plan.copies == 3 and (plan.exit_step == N - 1).all()
+    assert plan.steps_before_gradient == N - 1 and plan.copies == 3 and (plan.exit_step == N - 1).all()
 
 
 def test_refl_leaves_at_its_only_active_step_in_the_last_quarter():

@@ -138,3 +138,17 @@ def test_adjoint_norms_leave_out_steps_and_samples_below_their_truncation():
     assert counts.tolist() == [0, 0, 1, 2]
     torch.testing.assert_close(sums[2:], torch.tensor([5.0, 6.0]).double() * 2**0.5)
     assert not rollout.adjoint_norms.take().any()
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_adjoint_norms_leave_out_what_comes_after_an_early_exit(chunk):
+    """Whatever samples share a chunk: the first one ends with x̂0 of step 0, and the reward sees nothing later."""
+    ones, level = torch.ones(3), torch.full((4,), 0.5).double()
+    sampler = Sampler(torch.arange(3), ones, ones, torch.zeros(3), p=ones, q=ones, alpha=level, sigma=level)
+    rollout = Rollout(LinearModel(0.0), sampler, 1.0, memory=MemoryPolicy(sweep_chunk=chunk))
+    active = torch.tensor([[True, True], [False, False], [False, False]])
+    latents = rollout(generators(range(2), "x"), {}, GradientPlan.exact(active, exit_step=torch.tensor([0, 2])))
+    (latents * torch.tensor([[1.0], [5.0]])).sum().backward()
+    sums, counts = rollout.adjoint_norms.take()
+    assert counts.tolist() == [0, 2, 1, 1]
+    torch.testing.assert_close(sums[1:], torch.tensor([6.0, 5.0, 5.0]).double() * 2**0.5)

@@ -46,7 +46,8 @@ SAMPLING = (
     ),
     Field(
         "eta", 0.0, number(at_least=0, at_most=1),
-        "How much noise each step of 'ddim' or 'TCD' adds. 0 is a deterministic chain, and 1 is ancestral sampling. "
+        "How much noise each step of 'ddim' or 'TCD' adds. 0 is a deterministic chain. 1 is "
+        "ancestral sampling with 'ddim', and entirely fresh noise with 'TCD'. "
         "Other samplers need 0. DDPO needs a sampler with noise, such as 'ddim' with a value above 0.",
     ),
 )  # fmt: skip
