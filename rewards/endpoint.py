@@ -11,8 +11,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
-from rewards.errors import RewardError
-from rewards.files import first_line
+from rewards.errors import RewardError, first_line
 
 TRIES = 5  # of one request
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two tries; the wait doubles from one to the next

@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class RewardError(UserError, ValueError):
     """A mistake of the user who named, configured or wrote a reward."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rewards.errors import RewardError
+from rewards.errors import RewardError, first_line
 
 
 def model_type(name: str, revision: str | None, field: str) -> str | None:
@@ -104,10 +104,6 @@ def load_weights(path: str | Path, field: str) -> dict:
     if not isinstance(weights, dict):
         raise RewardError(f"{field}={str(path)!r} holds a {type(weights).__name__}, expected a dict of weights")
     return weights
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], model: nn.Module, source: str, layout: str) -> None:

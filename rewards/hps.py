@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from rewards.base import Reward, TowerConfig
-from rewards.errors import RewardError
-from rewards.files import find_file, first_line, load_weights
+from rewards.errors import RewardError, first_line
+from rewards.files import find_file, load_weights
 from rewards.preprocess import PadPreprocess
 from rewards.registry import Precision
 from rewards.skeleton import blank, clip_tower

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from rewards.base import Reward
-from rewards.errors import RewardError
-from rewards.files import first_line
+from rewards.errors import RewardError, first_line
 from rewards.pictures import to_pictures
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from rewards.base import Reward, TowerConfig
-from rewards.errors import RewardError
-from rewards.files import find_file, first_line, load_whole, model_type
+from rewards.errors import RewardError, first_line
+from rewards.files import find_file, load_whole, model_type
 from rewards.preprocess import SquashPreprocess
 from rewards.registry import Precision
 from rewards.skeleton import BlankTokens, blank

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from rewards.base import Reward
-from rewards.errors import RewardError
-from rewards.files import first_line
+from rewards.errors import RewardError, first_line
 from rewards.towers import ImageTower
 
 COLUMN = "target"  # the entry of the metadata with the path of a picture

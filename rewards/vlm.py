@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewards.errors import RewardError
-from rewards.files import first_line, load_whole, model_type
+from rewards.errors import RewardError, first_line
+from rewards.files import load_whole, model_type
 from rewards.towers import DTYPES
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from rewards.base import TowerConfig
-from rewards.errors import RewardError
-from rewards.files import first_line, load_whole, read_tokenizer
+from rewards.errors import RewardError, first_line
+from rewards.files import load_whole, read_tokenizer
 from rewards.towers import DTYPES, load_preprocess
 from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens
 

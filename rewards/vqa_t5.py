@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rewards.base import TowerConfig
-from rewards.errors import RewardError
-from rewards.files import first_line, load_whole, read_tokenizer
+from rewards.errors import RewardError, first_line
+from rewards.files import load_whole, read_tokenizer
 from rewards.skeleton import blank_clip_model
 from rewards.towers import DTYPES, load_clip
 from rewards.vqa_clip import AFTER, ANSWER, BEFORE, ClipVQATower, SquarePreprocess, blank_tokens

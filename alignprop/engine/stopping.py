@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from alignprop.settings.errors import ConfigError
-from rewards.errors import UserError
+from rewards.errors import UserError, first_line
 
 STOPPED = 75
 """The exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, "run me again"."""
@@ -120,12 +120,12 @@ def plain_endings() -> Iterator[None]:
     except RuntimeError as error:
         if _is_out_of_memory(error):
             sys.exit(
-                f"error: process {rank}: {str(error).splitlines()[0].split('. ')[0]}; a more frugal memory_policy or a "
+                f"error: process {rank}: {first_line(error).split('. ')[0]}; a more frugal memory_policy or a "
                 "smaller per_gpu_capacity needs less: the same command with --plan shows how much"
             )
         if not any(sign in str(error) for sign in _LOST):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         sys.exit(
             f"error: process {rank} lost contact with another process, whose own message says why "
             f"({reason}); go on from the newest checkpoint with --config.resume_from=latest"

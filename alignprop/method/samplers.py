@@ -15,6 +15,7 @@ from alignprop.method.tables import Table, read_table
 from alignprop.models.base import Model
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.samplers import parse_options, takes_eta
+from rewards.errors import first_line
 
 
 def build_sampler(
@@ -69,7 +70,7 @@ def _table(solver, step_options: dict, chosen: str) -> Table:
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, NotImplementedError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{chosen}: {type(solver).__name__} makes no sampling chain here: {reason}") from error
 
 
@@ -130,7 +131,7 @@ def _set_timesteps(solver, steps: int, name: str, field: str, schedule: dict) ->
     try:
         solver.set_timesteps(steps, **own)
     except (ValueError, NotImplementedError, ImportError, AssertionError, IndexError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{field} = {steps} with the sampler {name!r}: diffusers says: {reason}") from error
     if len(solver.timesteps) > 1 and solver.timesteps[0] <= solver.timesteps[-1]:
         raise ConfigError(f"the sampler {name!r} does not go from noise to pictures, as a sampler has to")

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.samplers import check_options, scheduler_class
+from rewards.errors import first_line
 
 
 def is_flow(scheduler) -> bool:
@@ -48,7 +49,7 @@ def make_scheduler(scheduler, name: str, options: dict, mu: float | None = None,
     try:
         solver = cls.from_config({k: v for k, v in config.items() if k in takes}, **options)
     except (NotImplementedError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{field} = {name!r}: {cls.__name__} says: {reason}") from error
     if not flow and not (hasattr(solver, "alphas_cumprod") and hasattr(solver, "step") and "prediction_type" in takes):
         raise stranger

@@ -10,6 +10,7 @@ from alignprop.models.loading import PRECISIONS
 from alignprop.settings.memory_policies import POLICIES
 from alignprop.settings.resolve import resolve
 from alignprop.settings.sizes import picture_sizes, size_name
+from rewards.errors import first_line
 
 
 def compare_policies(config, gpu_memory: float | None = None, gpu: str | None = None) -> list[Forecast]:
@@ -73,7 +74,7 @@ def _measured(dtype: torch.dtype) -> Gpu | None:
     try:
         found = measure(torch.device("cuda"), free / GIB, dtype)
     except RuntimeError as error:  # among them that the GPU is full
-        print(f"This GPU's pace could not be measured ({str(error).splitlines()[0]}), so no seconds are predicted")
+        print(f"This GPU's pace could not be measured ({first_line(error)}), so no seconds are predicted")
         return None
     print(
         f"This GPU, measured: {found.flops / 1e12:.0f} TFLOP/s in {str(dtype).removeprefix('torch.')}, "
