@@ -78,10 +78,27 @@ class Sampler:
         """The largest number of earlier outputs and noises that wait at once for the steps that use them again."""
         return max(sum(map(len, self.still_needed(i))) for i in range(self.num_steps))
 
-    def weights(self, i: int) -> tuple[float, dict[int, float], dict[int, float]]:
-        """Returns a[i], and the entries of b[i] and s[i] that are not zero, by their index."""
-        used = ({m: float(row[m]) for m in row.nonzero().flatten().tolist()} for row in (self.b[i], self.s[i]))
-        return float(self.a[i]), *used
+    def coefficients(self, i: int, exit_step: torch.Tensor | None, like: torch.Tensor) -> tuple:
+        """Returns a[i], and the weights of the outputs and of the noises in step i that are not zero, by their index.
+
+        They are those of the chain for samples in it; p, q and no noise for samples that leave it at step i; and 1 and
+        nothing else for samples that left it earlier.
+
+        Args:
+            exit_step: the step at which each sample leaves the chain, int [B]; None if they all stay to its end.
+            like: the latents [B, ...] that the results multiply. With `exit_step` each result is a tensor [B, 1, …].
+        """
+        b, s = ({m: float(row[m]) for m in row.nonzero().flatten().tolist()} for row in (self.b[i], self.s[i]))
+        if exit_step is None:
+            return float(self.a[i]), b, s
+        p, q = float(self.p[i]), float(self.q[i])
+
+        def of_samples(in_chain: float, leaving: float = 0.0, left: float = 0.0) -> torch.Tensor:
+            values = torch.tensor([left, leaving, in_chain], dtype=torch.float64)
+            return per_sample(values[1 + (exit_step - i).sign()].to(like), like)
+
+        outputs = {m: of_samples(b.get(m, 0.0), q if m == i else 0.0) for m in {**b, i: q}}
+        return of_samples(float(self.a[i]), p, 1.0), outputs, {k: of_samples(weight) for k, weight in s.items()}
 
     def within(self, interval: Sequence[float]) -> Callable[[torch.Tensor], bool] | None:
         """Returns a function that says whether a timestep is in a part of the chain, or None if the part is the whole.

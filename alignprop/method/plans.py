@@ -80,6 +80,11 @@ class GradientPlan:
         return self.prefix if self.prefix is not None else (steps or [len(self.active)])[0]
 
     @property
+    def early_exits(self) -> torch.Tensor | None:
+        """`exit_step` if any sample leaves the chain early, else None."""
+        return self.exit_step if self.leaves_early else None
+
+    @property
     def leaves_early(self) -> bool:
         """Whether any sample leaves the chain early, so that the reward sees x̂0 of a step."""
         return bool((self.exit_step < len(self.active)).any())

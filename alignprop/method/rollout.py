@@ -19,7 +19,7 @@ import torch
 
 from alignprop.engine.sharding import is_sharded, on_any_process, release
 from alignprop.method.adjoint import AdjointNorms
-from alignprop.method.chain import Past, Sampler, per_sample
+from alignprop.method.chain import Past, Sampler
 from alignprop.method.guidance import Graph, GuidedDenoiser
 from alignprop.method.plans import GradientPlan
 from alignprop.method.prefix_cache import FULL_CALLS, PrefixCache
@@ -160,29 +160,10 @@ class Rollout(torch.nn.Module):
     def next_latents(self, i: int, latents, model_output, past: Past, plan=None) -> torch.Tensor:
         """Returns x[i+1] from x[i] and f[i]; adds f[i] and the noise of this step to `past`."""
         past.add(i, model_output)
-        a, outputs, noises = self.coefficients(i, plan, latents)
+        a, outputs, noises = self.sampler.coefficients(i, plan and plan.early_exits, latents)
         terms = [b * past.outputs[m] for m, b in outputs.items()] + [s * past.noises[k] for k, s in noises.items()]
         past.forget(i)
         return sum(terms, a * latents)
-
-    def coefficients(self, i: int, plan: GradientPlan | None, like: torch.Tensor) -> tuple:
-        """Returns a[i], and the weights of the outputs and of the noises in step i, by their index.
-
-        They are those of the chain for samples in it; p, q and no noise for samples that leave it at step i; and 1 and
-        nothing else for samples that left it earlier. If the plan has early exits, each is a tensor shaped to multiply
-        `like`.
-        """
-        a, b, s = self.sampler.weights(i)
-        if plan is None or not plan.leaves_early:
-            return a, b, s
-        p, q = float(self.sampler.p[i]), float(self.sampler.q[i])
-
-        def of_samples(in_chain: float, leaving: float = 0.0, left: float = 0.0) -> torch.Tensor:
-            values = torch.tensor([left, leaving, in_chain], dtype=torch.float64)
-            return per_sample(values[1 + (plan.exit_step - i).sign()].to(like), like)
-
-        outputs = {m: of_samples(b.get(m, 0.0), q if m == i else 0.0) for m in {**b, i: q}}
-        return of_samples(a, p, 1.0), outputs, {k: of_samples(weight) for k, weight in s.items()}
 
     def with_copies(self, latents, trajectory, generators, cond, plan) -> tuple[torch.Tensor, Trajectory]:
         """Returns x̂0 of each sample followed by x̂0 of its copies, and the trajectory of samples and copies.

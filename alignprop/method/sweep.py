@@ -67,7 +67,7 @@ def sweep(rollout, adjoint, trajectory: Trajectory, cond, plan: GradientPlan, ca
     for i in sorted(trajectory.stored, reverse=True):
         in_chain = plan.exit_step >= i
         rollout.adjoint_norms.add(i + 1, adjoint, plan.active[: i + 1].any(dim=0) & in_chain)
-        a, weights, _ = rollout.coefficients(i, plan, adjoint)
+        a, weights, _ = rollout.sampler.coefficients(i, plan.early_exits, adjoint)
         for m, b in weights.items():
             if calls[0, m]:
                 into_outputs[m] = into_outputs[m] + b * adjoint if m in into_outputs else b * adjoint
