@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from alignprop.settings.errors import ConfigError
-from alignprop.settings.samplers import check_options, scheduler_class
+from alignprop.settings.samplers import OF_THE_MODEL, check_options, scheduler_class
 from rewards.errors import first_line
 
 
@@ -19,7 +19,10 @@ def is_flow(scheduler) -> bool:
 
 
 def make_scheduler(scheduler, name: str, options: dict, mu: float | None = None, field: str = "sampler"):
-    """Makes the scheduler of a chain from the one that the model came with.
+    """Makes the scheduler of a chain from the one that the model came with, as `from_config` of diffusers does.
+
+    A field that the model's files leave out has the default of the new scheduler, unless it describes the noise that
+    the model was trained with.
 
     Args:
         scheduler: the model's scheduler; its configuration describes the noise that the model was trained with.
@@ -32,7 +35,8 @@ def make_scheduler(scheduler, name: str, options: dict, mu: float | None = None,
     Raises:
         ConfigError: the scheduler is not for this kind of model, or refuses an option.
     """
-    flow, config = is_flow(scheduler), dict(scheduler.config)
+    flow, left_out = is_flow(scheduler), set(scheduler.config.get("_use_default_values", ())) - set(OF_THE_MODEL)
+    config = {name: value for name, value in scheduler.config.items() if name not in left_out}
     first = FlowMatchEulerDiscreteScheduler if flow else DDIMScheduler
     cls = {"ddim": first, "pipeline": type(scheduler)}.get(name) or scheduler_class(name, field)
     check_options(cls, options, f"{field}_options")

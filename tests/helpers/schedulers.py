@@ -8,7 +8,7 @@ import sys
 from contextlib import nullcontext
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from torch.overrides import TorchFunctionMode
 
 from alignprop.engine.seeding import generator, generators
@@ -18,7 +18,7 @@ from alignprop.method.rollout import Rollout
 from alignprop.method.samplers import build_sampler
 from alignprop.method.schedulers import make_scheduler
 from alignprop.models.sd import StableDiffusion
-from alignprop.settings.samplers import parse_options
+from alignprop.settings.samplers import parse_options, scheduler_class
 
 STEPS, BATCH, GUIDANCE = 5, 2, 1.5
 PROMPTS = ["a cat", "two dogs"]
@@ -179,10 +179,14 @@ def differences(model, kind, name, options, estimator, dtype):
 
 
 def from_pipeline(folder, model, name, options):
-    """Returns the relative difference of the rollout's latents from those of the plain pipeline with this scheduler."""
+    """Returns the relative difference of the rollout's latents from those of the pipeline with this scheduler.
+
+    The pipeline gets its scheduler as docs/samplers.md says.
+    """
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     own, pipeline.unet = pipeline.scheduler, model.denoiser
-    pipeline.scheduler = make_scheduler(own, name, parse_options(options))
+    cls = DDIMScheduler if name == "ddim" else scheduler_class(name)
+    pipeline.scheduler = cls.from_config(own.config, **parse_options(options))
     expected = pipeline(
         PROMPTS, num_inference_steps=STEPS, guidance_scale=GUIDANCE, eta=eta_of(name), output_type="latent",
         generator=generators(range(BATCH), "x"),

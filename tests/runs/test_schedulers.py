@@ -1,10 +1,11 @@
 """Every scheduler of diffusers that can be trained through: its pictures, and the gradient through its steps."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from alignprop.ddpo import DDPOTrainer
 from alignprop.engine.seeding import generator, generators
@@ -13,6 +14,7 @@ from alignprop.method.plans import GradientPlan
 from alignprop.method.samplers import build_sampler
 from alignprop.method.schedulers import make_scheduler
 from alignprop.method.tables import read_table
+from alignprop.models.configs import find_config
 from alignprop.settings.errors import ConfigError
 from alignprop.settings.samplers import check_sampler
 from alignprop.trainer import AlignPropTrainer
@@ -64,9 +66,29 @@ def test_the_gradient_is_that_of_plain_autograd(models, kind, name, options, cal
         assert gradient <= near
 
 
+@pytest.fixture(scope="module")
+def like_sd15(pipelines, tmp_path_factory):
+    """The folder of a pipeline whose scheduler file leaves out what that of Stable Diffusion 1.5 does: the spacing."""
+    folder = tmp_path_factory.mktemp("sd15") / "pipeline"
+    shutil.copytree(pipelines["epsilon"], folder)
+    facts = find_config("stable-diffusion-v1-5/stable-diffusion-v1-5")["scheduler"]
+    own = {**facts, "clip_sample": False, "set_alpha_to_one": False}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(own))
+    return folder
+
+
 @pytest.mark.parametrize(("name", "options", "calls"), DIFFUSION)
-def test_latents_are_those_of_the_pipeline(pipelines, models, name, options, calls):
-    assert from_pipeline(pipelines["epsilon"], models[torch.float32], name, options) <= 1e-5
+def test_latents_are_those_of_the_pipeline(like_sd15, models, name, options, calls):
+    assert from_pipeline(like_sd15, models[torch.float32], name, options) <= 1e-5
+
+
+def test_what_the_files_leave_out_is_the_samplers_own_choice_but_for_the_noise():
+    own = DDIMScheduler(beta_start=0.001, beta_schedule="scaled_linear")
+    assert make_scheduler(own, "ddim", {}).config.timestep_spacing == "leading"
+    assert make_scheduler(own, "UniPCMultistep", {}).config.timestep_spacing == "linspace"
+    named = DDIMScheduler(timestep_spacing="leading")
+    assert make_scheduler(named, "UniPCMultistep", {}).config.timestep_spacing == "leading"
+    assert torch.equal(make_scheduler(named, "LCM", {}).alphas_cumprod, named.alphas_cumprod)  # LCM's own are others
 
 
 def test_a_flow_keeps_its_levels_with_every_solver():
