@@ -124,6 +124,11 @@ def _tell_what_differs(run: Run, asked: ConfigDict) -> None:
         run.say("picture sizes, width x height: " + ", ".join(f"{width}x{height}" for height, width in sizes))
     if c.init_lora and run.checkpoint and c.task == "train":
         run.say(f"init_lora = {c.init_lora!r} is not used: the run continues from a checkpoint")
+    if c.task == "train" and c.train.optimizer == "prodigy" and c.train.learning_rate < 0.1:
+        run.say(
+            f"warning: train.learning_rate = {c.train.learning_rate} multiplies the step size that 'prodigy' finds, "
+            "and is usually 1"
+        )
     for option in ("clip_sample", "thresholding"):
         if run.model.scheduler.config.get(option):
             run.say(f"warning: {option} of the model's scheduler is not used: a step has to be linear")

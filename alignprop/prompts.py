@@ -80,7 +80,7 @@ def load_prompts(name: str, field: str = "prompt_fn") -> PromptSet:
     if name.startswith(DATASET):
         return _from_rows(name, field, lambda: read_dataset(name.removeprefix(DATASET)))
     path = Path(os.path.expanduser(name))
-    if os.path.isfile(path) or "/" in name or name.endswith((".txt", *READERS)):
+    if os.path.isfile(path) or "/" in name or name.lower().endswith((".txt", *READERS)):
         return _from_rows(name, field, lambda: read_prompt_file(path))
     nearest = difflib.get_close_matches(name, PROMPT_SETS, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""

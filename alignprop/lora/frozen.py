@@ -1,5 +1,6 @@
 """LoRAs that stay on, frozen, beneath the trained one, such as LCM-LoRA: they are merged into the model's weights."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -19,15 +20,20 @@ def parse_loras(text: str) -> list[tuple[str, float]]:
     """ "user/lcm, style.safetensors@0.6" -> [("user/lcm", 1.0), ("style.safetensors", 0.6)].
 
     Raises:
-        ConfigError: a strength is not a number.
+        ConfigError: a strength is not a finite number, or is 0, or a name is missing.
     """
     loras = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, at, strength = part.rpartition("@")
+        name, at, number = part.rpartition("@")
         try:
-            loras.append((name.strip(), float(strength)) if at else (part, 1.0))
-        except ValueError as error:
-            raise ConfigError(f"{FIELD} = {text!r} must be NAME or NAME@STRENGTH, separated by commas") from error
+            name, strength = (name.strip(), float(number)) if at else (part, 1.0)
+        except ValueError:
+            name, strength = "", 0.0
+        if not (name and strength and math.isfinite(strength)):
+            raise ConfigError(
+                f"{FIELD} = {text!r} must be NAME or NAME@STRENGTH, separated by commas; a strength is not 0"
+            )
+        loras.append((name, strength))
     return loras
 
 
@@ -49,7 +55,11 @@ def merge_frozen(model: Model, loras: list[tuple[str, float]]) -> None:
             if not is_hub_name(name):
                 raise ConfigError(f"{FIELD}: {name!r} is no file, no folder and no name on the hub")
             path = fetch_lora(name, FIELD)
-        for part, lora in split(model, read_lora(path, model)).items():
+        try:
+            lora_weights = read_lora(path, model)
+        except ConfigError as error:
+            raise ConfigError(f"{FIELD}: {error}") from error
+        for part, lora in split(model, lora_weights).items():
             for module in lora.modules:
                 layer = networks[part].get_submodule(module)
                 if isinstance(layer, Packed):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from alignprop.settings.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -107,16 +109,27 @@ class Sampler:
         """
         if tuple(interval) == (0, 1):
             return None
-        timesteps = set(self.timesteps[self.inside(interval)].tolist())
+        timesteps = set(self.timesteps[self.inside(interval, "guidance_interval")].tolist())
         return lambda timestep: timestep.item() in timesteps
 
-    def inside(self, interval: Sequence[float]) -> torch.Tensor:
+    def inside(self, interval: Sequence[float], field: str) -> torch.Tensor:
         """Returns which steps are in a part of the chain, bool [N].
 
-        The part is (from, to) in shares of the chain. Step i is in it if from <= (i + 0.5)/N < to.
+        Args:
+            interval: (from, to), in shares of the chain. Step i is in the part if from <= (i + 0.5)/N < to.
+            field: the name of the field that says it, for the message.
+
+        Raises:
+            ConfigError: no step is in the part.
         """
         middle = (torch.arange(self.num_steps) + 0.5) / self.num_steps
-        return (interval[0] <= middle) & (middle < interval[1])
+        inside = (interval[0] <= middle) & (middle < interval[1])
+        if not inside.any():
+            raise ConfigError(
+                f"{field} = {tuple(interval)} has none of the {self.num_steps} sampler steps in it; step i is at "
+                f"(i + 0.5) / {self.num_steps}"
+            )
+        return inside
 
     def still_needed(self, i: int) -> tuple[set[int], set[int]]:
         """Returns the indices of those outputs, and of those noises, up to step i that steps after step i use."""

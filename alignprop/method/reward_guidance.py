@@ -26,7 +26,6 @@ from alignprop.engine.activations import decode_activations_on
 from alignprop.method.chain import Past, Sampler, per_sample
 from alignprop.method.rollout import Rollout
 from alignprop.models.base import Conditioning, Phases, select
-from alignprop.settings.errors import ConfigError
 from alignprop.settings.memory_policies import chunks
 from rewards import RewardError, WeightedReward
 
@@ -154,12 +153,7 @@ def strengths(sampler: Sampler, strength: float, schedule: str, window: Sequence
     Raises:
         ConfigError: no step is in the window.
     """
-    inside = sampler.inside(window)
-    if not inside.any():
-        raise ConfigError(
-            f"guide.window = {tuple(window)} has none of the {sampler.num_steps} sampler steps in it; step i is at "
-            f"(i + 0.5) / {sampler.num_steps}"
-        )
+    inside = sampler.inside(window, "guide.window")
     noise = sampler.sigma / (sampler.alpha + sampler.sigma)
     shape = {"constant": torch.ones_like(noise[1:]), "noise": noise[:-1], "late": 1 - noise[1:]}[schedule] * inside
     return strength * shape / (shape.sum() / inside.sum())

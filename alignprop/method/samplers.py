@@ -132,7 +132,9 @@ def _set_timesteps(solver, steps: int, name: str, field: str, schedule: dict) ->
         solver.set_timesteps(steps, **own)
     except (ValueError, NotImplementedError, ImportError, AssertionError, IndexError) as error:
         reason = first_line(error)
-        raise ConfigError(f"{field} = {steps} with the sampler {name!r}: diffusers says: {reason}") from error
+        raise ConfigError(
+            f"{field} = {steps} with the sampler {name!r} and its options: diffusers says: {reason}"
+        ) from error
     if len(solver.timesteps) > 1 and solver.timesteps[0] <= solver.timesteps[-1]:
         raise ConfigError(f"the sampler {name!r} does not go from noise to pictures, as a sampler has to")
     if solver.timesteps.max() >= trained and not solver.timesteps.is_floating_point():

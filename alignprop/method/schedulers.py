@@ -52,7 +52,7 @@ def make_scheduler(scheduler, name: str, options: dict, mu: float | None = None,
         raise stranger
     try:
         solver = cls.from_config({k: v for k, v in config.items() if k in takes}, **options)
-    except (NotImplementedError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
+    except (NotImplementedError, ValueError, ImportError, TypeError, KeyError, AttributeError, NameError) as error:
         reason = first_line(error)
         raise ConfigError(f"{field} = {name!r}: {cls.__name__} says: {reason}") from error
     if not flow and not (hasattr(solver, "alphas_cumprod") and hasattr(solver, "step") and "prediction_type" in takes):

@@ -85,9 +85,12 @@ def check_base(checkpoint: Path, base: dict, field: str = "resume_from") -> None
     """
     other = _base_of(checkpoint)
     if other and not _is_same(other, base):
+        cause = "which has different weights"
+        if other["name"] == base["name"]:
+            cause = "with different weights: pretrained.loras, pretrained.denoiser or the files are others"
         raise ConfigError(
             f"{field} = {str(checkpoint)!r} was trained on pretrained.model = {other['name']!r}, but this run loads "
-            f"{base['name']!r}, which has different weights"
+            f"{base['name']!r}, {cause}"
         )
 
 

@@ -30,8 +30,9 @@ def read_prompt_file(path: Path) -> Rows:
     Raises:
         ConfigError: the file cannot be read, is not UTF-8, holds no prompt, or has a line or an entry without a prompt.
     """
-    if path.suffix in UNREAD:
-        raise ConfigError(f"{path}: {path.suffix} files are not read; {', '.join(READERS)} and text files are")
+    suffix = path.suffix.lower()
+    if suffix in UNREAD:
+        raise ConfigError(f"{path}: {suffix} files are not read; {', '.join(READERS)} and text files are")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,7 +40,7 @@ def read_prompt_file(path: Path) -> Rows:
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror})") from None
     try:
-        rows = READERS.get(path.suffix, _text)(text)
+        rows = READERS.get(suffix, _text)(text)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not rows:
@@ -104,7 +105,7 @@ def read_weights(prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> 
     """Returns the numbers of the column "weight", 1 for rows that have none; None if no row has one.
 
     Raises:
-        ConfigError: a weight is not a finite number of at least 0, or all are 0.
+        ConfigError: a weight, or their sum, is not a finite number of at least 0, or all are 0.
     """
     if not any(WEIGHT in row for row in metadata):
         return None
@@ -119,6 +120,8 @@ def read_weights(prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> 
             raise ConfigError(f"{WEIGHT} = {row[WEIGHT]!r} of {prompt!r} must be a finite number of at least 0")
     if not any(weights):
         raise ConfigError(f"all prompts have {WEIGHT} = 0, so none can be drawn")
+    if sum(weights) == math.inf:
+        raise ConfigError(f"the sum of the column {WEIGHT} must be a finite number")
     return tuple(weights)
 
 
@@ -169,7 +172,9 @@ def _table(delimiter: str, text: str) -> Rows:
             if not any(cell.strip() for cell in cells):
                 continue
             if not header:
-                header = [cell.strip() for cell in cells]
+                header = _columns([cell.strip() for cell in cells])
+                if double := [name for name in header if header.count(name) > 1]:
+                    raise ValueError(f"{place} is the header and names the column {double[0]} twice")
                 if _prompt_column(header) is None:
                     raise ValueError(
                         f"{place} is the header and has none of the columns {', '.join(COLUMNS)}; it has {header}"
@@ -192,6 +197,7 @@ def _row(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
         entry = {"prompt": entry}
     if not isinstance(entry, dict):
         raise ValueError(f"{place} is a {type(entry).__name__}, not an object with a prompt, nor a text")
+    entry = dict(zip(_columns(entry), entry.values(), strict=True))
     name = _prompt_column(entry)
     if name is None:
         raise ValueError(f"{place} has no {' or '.join(COLUMNS)}, but {', '.join(entry) or 'nothing'}")
@@ -217,6 +223,13 @@ READERS: dict[str, Callable[[str], Rows]] = {
     ".jsonl": _json_lines, ".json": _json, ".csv": partial(_table, ","), ".tsv": partial(_table, "\t"),
 }  # fmt: skip
 UNREAD = (".yaml", ".yml", ".toml", ".xml", ".parquet", ".arrow", ".xlsx")
+
+
+def _columns(names: Iterable[str]) -> list[str]:
+    """Returns the names, with those of WEIGHT and NEGATIVE in lower case."""
+    names = list(names)
+    own = {name: name.lower() for name in names if name.lower() in (WEIGHT, NEGATIVE)}
+    return [own[name] if name in own and own[name] not in names else name for name in names]
 
 
 def _prompt_column(names: Iterable[str]) -> str | None:

@@ -12,7 +12,21 @@ OF_THE_MODEL = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr", "use_flow_sigmas", "timestep_type", "sigma_data",
 )  # fmt: skip
+HIGHEST = {"solver_order": 3, "predictor_order": 4, "corrector_order": 4}  # diffusers uses no higher orders
 NOT_LINEAR = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+USUAL = (
+    "DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerAncestralDiscrete",
+    "EulerDiscrete", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "HeunDiscrete",
+    "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep",
+)  # fmt: skip
+NICKNAMES = {
+    "dpm++": "DPMSolverMultistep", "dpm++ 2m": "DPMSolverMultistep", "dpm-solver++": "DPMSolverMultistep",
+    "euler": "EulerDiscrete", "euler a": "EulerAncestralDiscrete", "euler_a": "EulerAncestralDiscrete",
+    "heun": "HeunDiscrete", "lms": "LMSDiscrete", "dpm2": "KDPM2Discrete", "dpm2 a": "KDPM2AncestralDiscrete",
+    "unipc": "UniPCMultistep", "deis": "DEISMultistep", "plms": "PNDM", "sa-solver": "SASolver",
+}  # fmt: skip
 
 
 def scheduler_class(name: str, field: str = "sampler") -> type:
@@ -26,12 +40,9 @@ def scheduler_class(name: str, field: str = "sampler") -> type:
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
     if full not in known:
-        near = difflib.get_close_matches(full, known, n=1, cutoff=0.75)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else "examples: 'EulerDiscrete', 'DPMSolverMultistep', 'UniPCMultistep'"
-        )
+        near = difflib.get_close_matches(name.removesuffix("Scheduler"), USUAL, n=1, cutoff=0.75)
+        meant = NICKNAMES.get(name.lower()) or (near[0] if near else None)
+        hint = f"did you mean {meant!r}?" if meant else f"those that usually work: {', '.join(USUAL)}"
         raise ConfigError(f"{field} = {name!r} must be 'ddim', 'pipeline' or a scheduler of diffusers; {hint}")
     return getattr(diffusers, full)
 
@@ -55,7 +66,7 @@ def parse_options(text: str, field: str = "sampler_options") -> dict[str, Any]:
 
 
 def check_options(cls: type, options: dict[str, Any], field: str = "sampler_options") -> None:
-    """Raises a ConfigError if an option is not one of the scheduler's, or has a value of another type."""
+    """Raises a ConfigError if an option is not one of the scheduler's, or has a value that it cannot have."""
     defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
     allowed = [name for name in defaults if name not in (*OF_THE_MODEL, *NOT_LINEAR)]
     for name, value in options.items():
@@ -70,6 +81,8 @@ def check_options(cls: type, options: dict[str, Any], field: str = "sampler_opti
         fits = is_number if isinstance(default, float) else isinstance(value, type(default))
         if default is not None and (not fits or isinstance(value, bool) != isinstance(default, bool)):
             raise ConfigError(f"{field}: {name} = {value!r} must be of the type of its default, {default!r}")
+        if name in HIGHEST and not 1 <= value <= HIGHEST[name]:
+            raise ConfigError(f"{field}: {name} = {value} must be a whole number from 1 to {HIGHEST[name]}")
 
 
 def takes_eta(cls: Any) -> bool:

@@ -67,7 +67,8 @@ def test_text_encoders_and_other_families(family, tmp_path):
 
 def test_a_checkpoint_is_not_of_the_plain_base(toy_config, other):
     train(toy_config(run_name="top", num_epochs=1, pretrained__loras=str(other)))
-    with pytest.raises(ConfigError, match="resume_from"):
+    told = "^resume_from = .* with different weights: pretrained.loras, pretrained.denoiser or the files are others$"
+    with pytest.raises(ConfigError, match=told):
         evaluate(toy_config(run_name="top", resume_from="latest", task="evaluate"))
     evaluate(toy_config(run_name="top", resume_from="latest", task="evaluate", pretrained__loras=str(other)))
 
@@ -79,6 +80,10 @@ def test_names_and_strengths():
 
 @pytest.mark.parametrize(("value", "message"), [
     ("a@b", r"^pretrained.loras = 'a@b' must be NAME or NAME@STRENGTH"),
+    ("a@nan", r"^pretrained.loras = 'a@nan' must be NAME or NAME@STRENGTH"),
+    ("a@0", r"^pretrained.loras = 'a@0' must be NAME or NAME@STRENGTH.* a strength is not 0"),
+    ("@0.5", r"^pretrained.loras = '@0.5' must be NAME or NAME@STRENGTH"),
+    (".", r"^pretrained.loras: no LoRA file at"),
     ("nowhere.safetensors", r"^pretrained.loras: 'nowhere.safetensors' is no file, no folder and no name on the hub"),
 ])  # fmt: skip
 def test_what_is_no_lora_is_one_line(toy_config, value, message):

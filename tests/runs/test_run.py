@@ -185,3 +185,12 @@ def test_a_smaller_micro_batch_than_asked_for_is_told(toy_config, capsys):
     assert told in capsys.readouterr().out
     build_run(toy_config(run_name="other", per_gpu_capacity=2, train__total_batch_size=4))
     assert "micro-batches have" not in capsys.readouterr().out
+
+
+def test_a_small_learning_rate_with_prodigy_is_told(toy_config, monkeypatch, capsys):
+    monkeypatch.setattr("alignprop.build.check_package", lambda name: None)
+    build_run(toy_config(train__optimizer="prodigy", train__learning_rate=0.02))
+    told = "warning: train.learning_rate = 0.02 multiplies the step size that 'prodigy' finds, and is usually 1"
+    assert told in capsys.readouterr().out
+    build_run(toy_config(run_name="other", train__optimizer="prodigy", train__learning_rate=1.0))
+    assert "prodigy" not in capsys.readouterr().out

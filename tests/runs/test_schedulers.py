@@ -113,8 +113,13 @@ def test_a_shift_by_the_size_of_the_picture_reaches_every_solver(name):
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [
-    ("EulerDisc", "", "sampler = 'EulerDisc' must be 'ddim', 'pipeline' or .*mean 'EulerDiscreteScheduler'"),
-    ("magic", "", "sampler = 'magic' must be .*examples: 'EulerDiscrete'"),
+    ("EulerDisc", "", "sampler = 'EulerDisc' must be 'ddim', 'pipeline' or .*mean 'EulerDiscrete'"),
+    ("Euler a", "", "sampler = 'Euler a' must be .*mean 'EulerAncestralDiscrete'"),
+    ("DPM++", "", "sampler = 'DPM[+][+]' must be .*mean 'DPMSolverMultistep'"),
+    ("magic", "", "sampler = 'magic' must be .*those that usually work: DDIM, DDPM, "),
+    ("DPMSolverSinglestep", "solver_order=0", "sampler_options: solver_order = 0 must be a whole number from 1 to 3"),
+    ("UniPCMultistep", "solver_order=99", "sampler_options: solver_order = 99 must be a whole number from 1 to 3"),
+    ("DPMSolverMultistep", "timestep_spacing=magic", "sampler 'DPMSolverMultistep' and its options: diffusers"),
     ("DPMSolverMultistep", "thresholding=True", "sampler_options: thresholding cannot be used.* linear"),
     ("ddim", "clip_sample=True", "sampler_options: clip_sample cannot be used"),
     ("EulerDiscrete", "karras=True", "sampler_options: EulerDiscreteScheduler has no option karras; it has"),
@@ -129,7 +134,7 @@ def test_a_shift_by_the_size_of_the_picture_reaches_every_solver(name):
     ("VQDiffusion", "", "VQDiffusionScheduler says: .*num_vec_classes"),
     ("DDIMInverse", "", "the sampler 'DDIMInverse' does not go from noise to pictures"),
     ("CogVideoXDPM", "", "CogVideoXDPMScheduler makes no sampling chain here"),
-    ("LCM", "original_inference_steps=3", "num_inference_steps = 5 with the sampler 'LCM': diffusers says"),
+    ("LCM", "original_inference_steps=3", "num_inference_steps = 5 with the sampler 'LCM' and its options: diffusers"),
 ])  # fmt: skip
 def test_what_cannot_be_sampled_is_refused_in_a_line(scheduler, name, options, message):
     with pytest.raises(ConfigError, match=message) as error:
@@ -210,6 +215,14 @@ def test_without_guidance_the_conditional_branch_is_called_alone(models, interva
     plain.set_timesteps(STEPS)
     expected = by_autograd(model, plain, plan, 0.0, dtype, [GUIDANCE if step else 1 for step in guided])
     assert max(map(difference, ours, expected)) <= 1e-10
+
+
+def test_an_interval_without_a_step_is_refused(scheduler):
+    """It would switch guidance off."""
+    sampler = build_sampler(scheduler, STEPS, 0.0)
+    assert sampler.within((0.0, 1.0)) is None and sampler.inside((0.4, 0.6), "f").tolist() == [0, 0, 1, 0, 0]
+    with pytest.raises(ConfigError, match=r"^guidance_interval = \(0.4, 0.45\) has none of the 5 sampler steps in it"):
+        sampler.within((0.4, 0.45))
 
 
 def test_leaps_are_refused_where_a_step_does_not_reach_a_later_one(scheduler):

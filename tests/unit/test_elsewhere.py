@@ -39,7 +39,7 @@ def test_an_answer_names_fields_that_there_are():
     ("train.batch_size", "here it is per_gpu_capacity"), ("sample.guidance_scale", "here it is guidance_scale"),
     ("lr_scheduler", "here it is train.lr_schedule"), ("lr_warmup_steps", "here it is train.lr_warmup_steps"),
     ("train.use_8bit_adam", "here it is train.optimizer"), ("guidance_rescale", "guidance is not rescaled"),
-    ("use_dora", "a plain LoRA is trained"), ("timestep_spacing", "the files of pretrained.model say it"),
+    ("use_dora", "a plain LoRA is trained"), ("timestep_spacing", "here it is sampler_options"),
 ])  # fmt: skip
 def test_a_name_of_another_program_is_answered(name, answer):
     assert told(name) == f"{name} is not a field of the configuration; {answer}"

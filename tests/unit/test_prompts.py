@@ -175,6 +175,8 @@ def test_prompts_alone_have_no_metadata(tmp_path, monkeypatch, name, content):
     ("p.csv", "prompt,n\na red, old cat,2\n", "line 2 has 3 columns, the header 2"),
     ("p.csv", 'prompt,n\na cat,2\n"a dog,3\n', "line 3: unexpected end of data"),
     ("p.csv", "\n\n", "holds no prompt"),
+    ("p.csv", "prompt,n,n\na cat,1,2\n", "line 1 is the header and names the column n twice"),
+    ("p.csv", "prompt,weight,Weight,weight\na cat,1,2,3\n", "names the column weight twice"),
     ("p.txt", 'a cat\n{"prompt": "a dog"}\n', "line 2 is a JSON object; JSON lines are read from a .jsonl file"),
     ("p.txt", "a cat\t2\n", "line 1 holds a tab, as tables do; a table is read from a .tsv file"),
     ("p.yaml", "- a cat\n", ".yaml files are not read; .jsonl, .json, .csv, .tsv and text files are"),
@@ -207,6 +209,19 @@ def test_a_prompt_is_drawn_as_often_as_its_weight_says(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["P.CSV", "p.Tsv", "P.JSONL"])
+def test_endings_and_columns_may_have_any_case(tmp_path, name):
+    cells = [["Prompt", "Weight", "NEGATIVE_PROMPT", "Style"], ["a cat", "3", "", "photo"], ["a dog", "0", "blur", "x"]]
+    if "JSON" in name:
+        rows = [json.dumps(dict(zip(cells[0], row, strict=True))) for row in cells[1:]]
+    else:
+        rows = [("," if "CSV" in name else "\t").join(row) for row in cells]
+    (tmp_path / name).write_text("\n".join(rows))
+    loaded = load_prompts(str(tmp_path / name))
+    assert loaded.prompts == ("a cat", "a dog") and loaded.weights == (3.0, 0.0)
+    assert negatives_of(loaded)["a dog"] == "blur" and loaded.metadata[0]["Style"] == "photo"
+
+
 def test_without_that_column_all_are_drawn_equally_often(tmp_path):
     (tmp_path / "p.csv").write_text("prompt,style\na cat,photo\n")
     assert load_prompts(str(tmp_path / "p.csv")).weights is None
@@ -217,6 +232,7 @@ def test_without_that_column_all_are_drawn_equally_often(tmp_path):
     (["much", "1"], "weight = 'much' of 'a' must be a finite number of at least 0"),
     (["inf", "1"], "weight = 'inf' of 'a' must be"), (["0", "0.0"], "all prompts have weight = 0"),
     (["", "-1"], "weight = '-1' of 'b' must be"),  # an empty cell is 1
+    (["1e308", "1e308"], "the sum of the column weight must be a finite number"),
 ])  # fmt: skip
 def test_a_weight_that_is_none_is_refused(tmp_path, weights, told):
     (tmp_path / "p.csv").write_text(
