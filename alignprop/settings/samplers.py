@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import re
 from typing import Any
 
 from alignprop.settings.errors import ConfigError
@@ -50,11 +51,13 @@ def scheduler_class(name: str, field: str = "sampler") -> type:
 def parse_options(text: str, field: str = "sampler_options") -> dict[str, Any]:
     """ "use_karras_sigmas=True, solver_order=3" -> {"use_karras_sigmas": True, "solver_order": 3}.
 
+    A value may be a list in brackets.
+
     Raises:
         ConfigError: an option is not NAME=VALUE.
     """
     options = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in filter(None, map(str.strip, re.split(r",(?![^\[]*\])", text))):  # no comma of a list
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name.isidentifier() or not value:
             raise ConfigError(f"{field} = {text!r} must be NAME=VALUE, separated by commas; {part!r} is not")

@@ -142,6 +142,17 @@ def test_what_cannot_be_sampled_is_refused_in_a_line(scheduler, name, options, m
     assert "\n" not in str(error.value)
 
 
+def test_a_value_may_be_a_list(scheduler):
+    plain, without = (
+        build_sampler(scheduler, STEPS, 0.0, "UniPCMultistep", f"disable_corrector={steps}, solver_order=3")
+        for steps in ("[]", "[0, 1]")
+    )
+    assert not torch.equal(plain.b, without.b)
+    expected = make_scheduler(scheduler, "UniPCMultistep", {"disable_corrector": [0, 1], "solver_order": 3})
+    expected.set_timesteps(STEPS)
+    assert torch.equal(read_table(expected).b, without.b)
+
+
 @pytest.mark.parametrize("exit_step", [2, 4])
 def test_leaving_a_multistep_chain_early(models, exit_step):
     """The reward then sees x̂0 of the exit step, which earlier outputs reach through the latents alone."""
