@@ -12,7 +12,7 @@ from alignprop.engine.sharding import check_engine, is_fsdp
 from alignprop.engine.speed import use_channels_last
 from alignprop.evaluation.judges import build_judges, measured
 from alignprop.evaluation.stop_when import check_measured, parse_stop_when
-from alignprop.lora.frozen import merge_frozen, parse_loras
+from alignprop.lora.frozen import find_loras, merge_frozen, parse_loras
 from alignprop.memory.planner import choose_policy
 from alignprop.memory.quantize import check_formats, quantize
 from alignprop.models.base import Model
@@ -59,7 +59,7 @@ def build_run(
     eval_prompts = _load_eval_prompts(c, prompts)
     sets = [one for one in (eval_prompts, prompts) if isinstance(one, PromptSet) and one.name != FROM_FUNCTION]
     negatives = negatives_of(*sets)
-    frozen = parse_loras(c.pretrained.loras)
+    frozen = find_loras(parse_loras(c.pretrained.loras))
     best_by, stop_when = _check_guards(c, measured(c, eval_prompts, reward_function))
     checkpoint = _find_checkpoint(c)
     start = _find_start(c) if not checkpoint else None

@@ -37,24 +37,36 @@ def parse_loras(text: str) -> list[tuple[str, float]]:
     return loras
 
 
-@torch.no_grad()
-def merge_frozen(model: Model, loras: list[tuple[str, float]]) -> None:
-    """Adds strength · ΔW of each LoRA to the weights of the model, in float32, and rounds to their precision.
-
-    Args:
-        model: the model, without an adapter, before it has encoded a prompt.
-        loras: (file, folder or hub name, strength) of each LoRA.
+def find_loras(loras: list[tuple[str, float]]) -> list[tuple[Path, float]]:
+    """Returns the path of each LoRA, with its strength. A LoRA that only the hub has is downloaded.
 
     Raises:
-        ConfigError: a LoRA cannot be found or read, or is for another model, or the model's files are quantised.
+        ConfigError: a LoRA is neither here nor on the hub.
     """
-    networks = adaptable_networks(model)
+    found = []
     for name, strength in loras:
         path = Path(name).expanduser()
         if not path.exists():
             if not is_hub_name(name):
                 raise ConfigError(f"{FIELD}: {name!r} is no file, no folder and no name on the hub")
             path = fetch_lora(name, FIELD)
+        found.append((path, strength))
+    return found
+
+
+@torch.no_grad()
+def merge_frozen(model: Model, loras: list[tuple[Path, float]]) -> None:
+    """Adds strength · ΔW of each LoRA to the weights of the model, in float32, and rounds to their precision.
+
+    Args:
+        model: the model, without an adapter, before it has encoded a prompt.
+        loras: the file or folder of each LoRA, and its strength.
+
+    Raises:
+        ConfigError: a LoRA cannot be read, or is for another model, or the model's files are quantised.
+    """
+    networks = adaptable_networks(model)
+    for path, strength in loras:
         try:
             lora_weights = read_lora(path, model)
         except ConfigError as error:
@@ -63,6 +75,6 @@ def merge_frozen(model: Model, loras: list[tuple[str, float]]) -> None:
             for module in lora.modules:
                 layer = networks[part].get_submodule(module)
                 if isinstance(layer, Packed):
-                    raise ConfigError(f"{FIELD}: {name!r} cannot be merged into weights whose files are quantised")
+                    raise ConfigError(f"{FIELD}: {str(path)!r} cannot be merged into weights whose files are quantised")
                 weight = layer.weight
                 weight.copy_(weight.float() + strength * lora.delta(module).to(weight.device))

@@ -1,5 +1,7 @@
 """LoRAs that stay on, frozen, beneath the trained one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -55,7 +57,7 @@ def test_text_encoders_and_other_families(family, tmp_path):
     path = train_family(config_for(family, folder, tmp_path, num_epochs=1, train_text_encoder=True))
     model, pipeline = load(family, folder), plain_pipeline(family, folder)
     before = our_pictures(load(family, folder), GUIDED)
-    merge_frozen(model, [(str(path), 0.7)])
+    merge_frozen(model, [(Path(path), 0.7)])
     pipeline.load_lora_weights(path)
     parts = {"unet", "transformer"} | {name.partition(".")[0] for name in read_lora(path).modules}
     pipeline.fuse_lora(components=sorted(parts & pipeline.components.keys()), lora_scale=0.7)
@@ -83,9 +85,14 @@ def test_names_and_strengths():
     ("a@nan", r"^pretrained.loras = 'a@nan' must be NAME or NAME@STRENGTH"),
     ("a@0", r"^pretrained.loras = 'a@0' must be NAME or NAME@STRENGTH.* a strength is not 0"),
     ("@0.5", r"^pretrained.loras = '@0.5' must be NAME or NAME@STRENGTH"),
-    (".", r"^pretrained.loras: no LoRA file at"),
     ("nowhere.safetensors", r"^pretrained.loras: 'nowhere.safetensors' is no file, no folder and no name on the hub"),
 ])  # fmt: skip
-def test_what_is_no_lora_is_one_line(toy_config, value, message):
+def test_what_is_no_lora_is_one_line_before_the_model_is_loaded(toy_config, monkeypatch, value, message):
+    monkeypatch.setattr("alignprop.build.load_model", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=message):
         train(toy_config(pretrained__loras=value))
+
+
+def test_a_folder_without_a_lora_names_the_field(toy_config):
+    with pytest.raises(ConfigError, match=r"^pretrained.loras: no LoRA file at"):
+        train(toy_config(pretrained__loras="."))

@@ -128,7 +128,7 @@ def test_frozen_loras_are_not_lost_on_quantised_files(pipeline_folder, tmp_path)
     with pytest.raises(
         ConfigError, match=r"^pretrained\.loras: .* cannot be merged into weights whose files are quant"
     ):
-        merge_frozen(model, [(str(tmp_path), 1.0)])
+        merge_frozen(model, [(tmp_path, 1.0)])
 
 
 def test_whole_weights_are_not_loaded_into_packed_ones(pipeline_folder, tmp_path):
