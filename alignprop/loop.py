@@ -211,7 +211,7 @@ class TrainingLoop:
         return int(torch.randperm(count, generator=generator(seed, turn, "sizes"))[place])
 
     def try_memory(self) -> None:
-        """Runs one micro-batch of a step, of those that need the most memory; adds to the trained weights' `.grad`."""
+        """Computes a micro-batch as a step may have it that needs much memory; adds to the trained weights' `.grad`."""
         raise NotImplementedError
 
     def extra_state(self) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from alignprop.prompts import draw_prompts
 from alignprop.settings.errors import ConfigError, one_of
 from alignprop.settings.options import estimator_options, gradient_options
 
+TRIED = 500  # samples whose plans are drawn for a trial step, which takes the plans with the most active steps
+
 
 class AlignPropTrainer(TrainingLoop):
     """Trains a LoRA, or the whole denoiser, by back-propagating a differentiable reward.
@@ -106,10 +108,12 @@ class AlignPropTrainer(TrainingLoop):
         )
 
     def try_memory(self) -> None:
-        key, size = (self.config.seed, "trial"), self.run.choice.capacity
-        plan = self.plan(self.run.rollout, key)
-        longest = plan.active.sum(dim=0).argsort(descending=True)[:size]
-        self.add_gradients(key, torch.arange(size), plan.select(longest))
+        rollout, size, seed = self.run.rollout, self.run.choice.capacity, self.config.seed
+        draws = 1 + TRIED // self.config.train.total_batch_size
+        plans = [self.plan(rollout, (seed, f"trial {draw}")) for draw in range(draws)]
+        counts = [plan.active.sum(dim=0).sort(descending=True) for plan in plans]
+        plan, longest = max(zip(plans, counts, strict=True), key=lambda pair: pair[1].values[:size].sum())
+        self.add_gradients((seed, "trial"), torch.arange(size), plan.select(longest.indices[:size]))
 
     def _adjoint_norms(self, rollout: Rollout) -> list[float | None]:
         """Returns the norm of ∂(loss of a sample)/∂x[i] for i = 0 … N, as a mean over samples.

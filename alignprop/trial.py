@@ -15,7 +15,7 @@ def use_policy_that_fits(run: Run, weights: TrainedWeights, largest_batch: Calla
     """Makes trial steps until the memory policy of `run` fits. After each failure it takes the next more frugal choice.
 
     Args:
-        largest_batch: computes one micro-batch with the gradient that needs the most memory. The trial steps leave no
+        largest_batch: computes a micro-batch as a step may have it that needs much memory. The trial steps leave no
             gradient behind.
 
     Raises:

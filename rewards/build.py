@@ -96,6 +96,15 @@ def _load(name: str, options: Mapping[str, Mapping]) -> Reward:
     return reward_class(name)(**arguments) if name in REWARDS else load_custom(name)
 
 
+def _plain(value: Any) -> Any:
+    """Returns a path as text, a number of numpy as one of Python, and any other value as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain, value))
+    return value.item() if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0 else value
+
+
 def _arguments(name: str, options: Mapping[str, Mapping]) -> dict[str, Any]:
     """Returns the keywords of a built-in reward's class.
 
@@ -103,7 +112,7 @@ def _arguments(name: str, options: Mapping[str, Mapping]) -> dict[str, Any]:
         RewardError: The reward has no such option, or not with this value.
     """
     group, allowed = options_name(name), {option.name: option for option in options_of(name)}
-    arguments = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in options.get(group, {}).items()}
+    arguments = {key: _plain(value) for key, value in options.get(group, {}).items()}
     for key, value in arguments.items():
         if key not in allowed:
             hint = did_you_mean(key, allowed)

@@ -28,7 +28,9 @@ class Rule:
 
 
 def choice(*names: str) -> Rule:
-    return Rule(f"one of {', '.join(map(repr, names))}", lambda value: value in names, str, names)
+    return Rule(
+        f"one of {', '.join(map(repr, names))}", lambda value: isinstance(value, str) and value in names, str, names
+    )
 
 
 def integer(low: int) -> Rule:

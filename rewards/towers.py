@@ -19,9 +19,6 @@ class ImageTower(nn.Module):
 
     Args:
         dtype: The precision of the network, a key of DTYPES. Pixels are prepared and embeddings normalised in float32.
-
-    Raises:
-        RewardError: The dtype is unknown.
     """
 
     def __init__(self, model: nn.Module, preprocess: ClipPreprocess, dtype: str = "float32"):

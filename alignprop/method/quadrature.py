@@ -55,7 +55,7 @@ def leap_steps(sampler: Sampler, order: int) -> torch.Tensor:
     steps = direct_steps(sampler, at_least=2 if order == 1 else None)
     if not all(contributions(sampler, 0, end)[steps[steps < end]].all() for end in steps[1:].tolist()):
         raise _no_contribution()
-    levels = sampler.sigma[:-1].double().sort().values
+    levels = (sampler.alpha / sampler.sigma)[:-1].double().sort().values
     if order > 1 and (levels.diff() <= 1e-6 * levels[1:]).any():  # equal but for rounding
         raise ConfigError("estimator: 'lagrange' needs another noise level at each step, which this sampler lacks")
     return steps

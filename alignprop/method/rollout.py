@@ -64,7 +64,7 @@ class Rollout(torch.nn.Module):
         self.memory = memory or MemoryPolicy()
         self.f = GuidedDenoiser(
             model, guidance_scale, autocast, self.memory.guidance_batching, guidance_grad, lora_scale_at,
-            sampler.within(guidance_interval), prefix_cache,
+            sampler.within(guidance_interval) if guidance_scale != 1 else None, prefix_cache,
         )  # fmt: skip
         self.prefix_cache = prefix_cache
         self.adjoint_norms = AdjointNorms(sampler.num_steps)

@@ -27,8 +27,8 @@ def build_sampler(
     Args:
         scheduler: the diffusers scheduler of the model.
         num_inference_steps: the number of steps, at least 1. A method of second order makes up to two calls for each.
-        eta: how much noise a step of DDIM, of TCD or of a flow's Euler chain adds. 0 is the deterministic chain, and 1
-            adds as much noise as ancestral (DDPM) sampling.
+        eta: how much noise a step of DDIM, of TCD or of a flow's Euler chain adds. 0 is the deterministic chain. 1 adds
+            as much noise as ancestral (DDPM) sampling, and with TCD all noise is fresh.
         name: see `make_scheduler`.
         options: options of the sampler, "NAME=VALUE, …", which replace those of the model's files.
         field: the name of `num_inference_steps` in messages.
@@ -92,7 +92,7 @@ def add_noise(sampler: Sampler, eta: float) -> Sampler:
 
     Args:
         sampler: the chain of Euler's method.
-        eta: from 0, the deterministic chain, to 1, ancestral sampling (with TCD: entirely fresh noise).
+        eta: from 0, the deterministic chain, to 1, ancestral sampling.
     """
     if not eta:
         return sampler

@@ -85,12 +85,9 @@ def check_base(checkpoint: Path, base: dict, field: str = "resume_from") -> None
     """
     other = _base_of(checkpoint)
     if other and not _is_same(other, base):
-        cause = "which has different weights"
-        if other["name"] == base["name"]:
-            cause = "with different weights: pretrained.loras, pretrained.denoiser or the files are others"
         raise ConfigError(
             f"{field} = {str(checkpoint)!r} was trained on pretrained.model = {other['name']!r}, but this run loads "
-            f"{base['name']!r}, {cause}"
+            f"{base['name']!r}, {_difference(base, other)}"
         )
 
 
@@ -109,8 +106,14 @@ def check_same_base(first: Path, second: Path, field: str) -> None:
     if one and other and not _is_same(one, other):
         raise ConfigError(
             f"{field} = {str(second)!r} was trained on pretrained.model = {other['name']!r}, and {str(first)!r} on "
-            f"{one['name']!r}, which has different weights"
+            f"{one['name']!r}, {_difference(one, other)}"
         )
+
+
+def _difference(base: dict, other: dict) -> str:
+    if base["name"] == other["name"]:
+        return "with different weights: pretrained.loras, pretrained.denoiser or the files are others"
+    return "which has different weights"
 
 
 def _base_of(checkpoint: Path) -> dict | None:

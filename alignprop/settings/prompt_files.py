@@ -173,8 +173,8 @@ def _table(delimiter: str, text: str) -> Rows:
                 continue
             if not header:
                 header = _columns([cell.strip() for cell in cells])
-                if double := [name for name in header if header.count(name) > 1]:
-                    raise ValueError(f"{place} is the header and names the column {double[0]} twice")
+                if double := [name for name in header if name and header.count(name) > 1]:
+                    raise ValueError(f"{place} is the header and names the column {double[0]!r} twice")
                 if _prompt_column(header) is None:
                     raise ValueError(
                         f"{place} is the header and has none of the columns {', '.join(COLUMNS)}; it has {header}"
@@ -226,10 +226,13 @@ UNREAD = (".yaml", ".yml", ".toml", ".xml", ".parquet", ".arrow", ".xlsx")
 
 
 def _columns(names: Iterable[str]) -> list[str]:
-    """Returns the names, with those of WEIGHT and NEGATIVE in lower case."""
+    """Returns the names, with those of WEIGHT and NEGATIVE in lower case, unless there are several of these."""
     names = list(names)
-    own = {name: name.lower() for name in names if name.lower() in (WEIGHT, NEGATIVE)}
-    return [own[name] if name in own and own[name] not in names else name for name in names]
+    lower = [name.lower() for name in names]
+    return [
+        own if own in (WEIGHT, NEGATIVE) and own not in names and lower.count(own) == 1 else name
+        for name, own in zip(names, lower, strict=True)
+    ]
 
 
 def _prompt_column(names: Iterable[str]) -> str | None:

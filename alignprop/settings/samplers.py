@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,7 @@ OF_THE_MODEL = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr", "use_flow_sigmas", "timestep_type", "sigma_data",
 )  # fmt: skip
-HIGHEST = {"solver_order": 3, "predictor_order": 4, "corrector_order": 4}  # diffusers uses no higher orders
+HIGHEST = {"solver_order": 3, "predictor_order": 4, "corrector_order": 4}  # of orders; UniPC has no highest one
 NOT_LINEAR = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
@@ -84,8 +85,10 @@ def check_options(cls: type, options: dict[str, Any], field: str = "sampler_opti
         fits = is_number if isinstance(default, float) else isinstance(value, type(default))
         if default is not None and (not fits or isinstance(value, bool) != isinstance(default, bool)):
             raise ConfigError(f"{field}: {name} = {value!r} must be of the type of its default, {default!r}")
-        if name in HIGHEST and not 1 <= value <= HIGHEST[name]:
-            raise ConfigError(f"{field}: {name} = {value} must be a whole number from 1 to {HIGHEST[name]}")
+        highest = HIGHEST.get(name, math.inf) if cls.__name__ != "UniPCMultistepScheduler" else math.inf
+        if name in HIGHEST and not 1 <= value <= highest:
+            limits = f"from 1 to {highest}" if highest < math.inf else "of at least 1"
+            raise ConfigError(f"{field}: {name} = {value} must be a whole number {limits}")
 
 
 def takes_eta(cls: Any) -> bool:

@@ -166,6 +166,7 @@ def test_where_nothing_fits_it_is_said(toy_config, monkeypatch, overrides, polic
 @pytest.mark.parametrize(("fields", "active", "copies"), [
     ({"estimator": "truncated"}, [1, 1], 0), ({"estimator": "draft_lv"}, [1, 1], 2), ({"estimator": "full"}, [3, 3], 0),
     ({"estimator": "randomized", "train__total_batch_size": 8}, [3, 3], 0),
+    ({"estimator": "randomized", "train__total_batch_size": 2}, [3, 2], 0),  # the most that stratified draws give
 ])  # fmt: skip
 def test_a_trial_has_the_gradient_of_the_run(toy_config, monkeypatch, fields, active, copies):
     """It is that of the samples with the most active steps."""

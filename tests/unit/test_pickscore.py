@@ -8,7 +8,7 @@ import torch
 
 from rewards import build_reward
 from tests.helpers.refusals import refusal
-from tests.helpers.reward_files import make_clip, make_options, make_tokenizer
+from tests.helpers.reward_files import make_options, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -64,7 +64,5 @@ def test_what_is_wrong_with_the_processor_names_it(options, tmp_path):
     assert "pickscore.processor" in message and "does not fit the text tower" in message
 
 
-def test_what_is_wrong_with_the_model_names_it(options, tmp_path):
+def test_what_is_wrong_with_the_model_names_it(options):
     assert "pickscore.model='nobody/absent'" in error_of(model="nobody/absent", processor=options["processor"])
-    make_clip(tmp_path)
-    assert "dtype='half'" in error_of(model=str(tmp_path), processor=options["processor"], dtype="half")

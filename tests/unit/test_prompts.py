@@ -175,8 +175,8 @@ def test_prompts_alone_have_no_metadata(tmp_path, monkeypatch, name, content):
     ("p.csv", "prompt,n\na red, old cat,2\n", "line 2 has 3 columns, the header 2"),
     ("p.csv", 'prompt,n\na cat,2\n"a dog,3\n', "line 3: unexpected end of data"),
     ("p.csv", "\n\n", "holds no prompt"),
-    ("p.csv", "prompt,n,n\na cat,1,2\n", "line 1 is the header and names the column n twice"),
-    ("p.csv", "prompt,weight,Weight,weight\na cat,1,2,3\n", "names the column weight twice"),
+    ("p.csv", "prompt,n,n\na cat,1,2\n", "line 1 is the header and names the column 'n' twice"),
+    ("p.csv", "prompt,weight,Weight,weight\na cat,1,2,3\n", "names the column 'weight' twice"),
     ("p.txt", 'a cat\n{"prompt": "a dog"}\n', "line 2 is a JSON object; JSON lines are read from a .jsonl file"),
     ("p.txt", "a cat\t2\n", "line 1 holds a tab, as tables do; a table is read from a .tsv file"),
     ("p.yaml", "- a cat\n", ".yaml files are not read; .jsonl, .json, .csv, .tsv and text files are"),
@@ -220,6 +220,11 @@ def test_endings_and_columns_may_have_any_case(tmp_path, name):
     loaded = load_prompts(str(tmp_path / name))
     assert loaded.prompts == ("a cat", "a dog") and loaded.weights == (3.0, 0.0)
     assert negatives_of(loaded)["a dog"] == "blur" and loaded.metadata[0]["Style"] == "photo"
+
+
+def test_columns_without_a_name_are_allowed(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,weight,,\na cat,1,,\n")
+    assert load_prompts(str(tmp_path / "p.csv")).weights == (1.0,)
 
 
 def test_without_that_column_all_are_drawn_equally_often(tmp_path):

@@ -3,6 +3,7 @@
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +145,7 @@ def test_every_option_refuses_what_it_cannot_be(name, option):
         ("colour", "target", (0, 255, 0), "3 numbers from 0 to 1, separated by commas"),
         ("colour", "target", (0.1, float("nan"), 0), "3 numbers from 0 to 1, separated by commas"),
         ("count_hard", "threshold", 1, "None or a finite number greater than 0 and less than 1"),
+        ("hps", "version", 2.1, "one of 'v2.0', 'v2.1'; did you mean 'v2.1'?"),
         ("hps", "version", "v2.2", "one of 'v2.0', 'v2.1'; did you mean 'v2.1'?"),
         ("process:python::hps", "dtype", "int3", "one of 'float32', 'bfloat16', 'float16'"),
     ],
@@ -152,6 +154,14 @@ def test_a_wrong_value_is_told_what_is_allowed(name, option, value, wanted):
     group = registry.options_name(name.rpartition("::")[2])
     message = error_of(build_reward, name, {group: {option: value}})
     assert message == f"{group}.{option} = {value!r} must be {wanted}"
+
+
+def test_numbers_of_numpy_are_taken(images):
+    plain, other = (
+        build_reward("jpeg_compressibility,colour", {"jpeg": {"quality": quality}, "colour": {"target": target}})
+        for quality, target in ((50, (0.1, 0.9, 0.5)), (np.int64(50), [np.float64(0.1), np.float32(0.9), 0.5]))
+    )
+    torch.testing.assert_close(other(images, [""] * len(images)), plain(images, [""] * len(images)))
 
 
 def test_a_path_may_be_given_as_a_path(tmp_path):

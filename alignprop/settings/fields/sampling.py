@@ -42,7 +42,8 @@ SAMPLING = (
     Field(
         "guidance_interval", (0.0, 1.0), shares(2),
         "The part of the chain with guidance, as (from, to) in shares of its steps. The other steps call the "
-        "conditional branch alone, at half the cost (Kynkäänniemi et al. 2024, arXiv 2404.07724).", (GUIDANCE,),
+        "conditional branch alone, at half the cost (Kynkäänniemi et al. 2024, arXiv 2404.07724). At least one step of "
+        "training and of evaluation must be in it.", (GUIDANCE,),
     ),
     Field(
         "eta", 0.0, number(at_least=0, at_most=1),
