@@ -30,10 +30,10 @@ def base_distance(
 
     Both networks see scale[i]·(α[i]·latents + σ[i]·noise), and only the conditional branch counts. Two steps of a
     stochastic one-step method that differ in f only are Gaussians with the same variance. The KL divergence between
-    them is b[i,i]²/(2·s[i,i]²)·‖f - f_base‖² (DPOK, Fan et al. 2023, arXiv 2305.16381). Without guidance, the
-    base distance is this divergence up to a factor that depends on the step, at re-noised final latents instead of the
-    chain's own. Ho et al. 2020 (arXiv 2006.11239) leave this weighting of the
-    steps out of their loss too. The base distance also has a meaning for a deterministic chain.
+    them is b[i,i]²/(2·s[i,i]²)·‖f - f_base‖² (DPOK, Fan et al. 2023, arXiv 2305.16381). Without guidance, the base
+    distance is this divergence up to a factor that depends on the step, at re-noised final latents instead of the
+    chain's own. Ho et al. 2020 (arXiv 2006.11239) leave this weighting of the steps out of their loss too. The base
+    distance also has a meaning for a deterministic chain.
 
     If gradients are enabled, the result is differentiable with respect to the adapter and `cond`. The latents count as
     constants.

@@ -106,6 +106,9 @@ class Sampler:
         """Returns a function that says whether a timestep is in a part of the chain, or None if the part is the whole.
 
         If two steps of a method of second order have one timestep, both are in the part as soon as one is.
+
+        Raises:
+            ConfigError: no step is in `guidance_interval`, which is (from, to) as `inside` explains it.
         """
         if tuple(interval) == (0, 1):
             return None

@@ -230,7 +230,7 @@ def _columns(names: Iterable[str]) -> list[str]:
     names = list(names)
     lower = [name.lower() for name in names]
     return [
-        own if own in (WEIGHT, NEGATIVE) and own not in names and lower.count(own) == 1 else name
+        own if own in (WEIGHT, NEGATIVE) and lower.count(own) == 1 else name
         for name, own in zip(names, lower, strict=True)
     ]
 

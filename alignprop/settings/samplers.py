@@ -16,8 +16,6 @@ OF_THE_MODEL = (
 )  # fmt: skip
 HIGHEST = {"solver_order": 3, "predictor_order": 4, "corrector_order": 4}  # of orders; UniPC has no highest one
 NOT_LINEAR = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
-
-
 USUAL = (
     "DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerAncestralDiscrete",
     "EulerDiscrete", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "HeunDiscrete",
@@ -85,10 +83,11 @@ def check_options(cls: type, options: dict[str, Any], field: str = "sampler_opti
         fits = is_number if isinstance(default, float) else isinstance(value, type(default))
         if default is not None and (not fits or isinstance(value, bool) != isinstance(default, bool)):
             raise ConfigError(f"{field}: {name} = {value!r} must be of the type of its default, {default!r}")
-        highest = HIGHEST.get(name, math.inf) if cls.__name__ != "UniPCMultistepScheduler" else math.inf
-        if name in HIGHEST and not 1 <= value <= highest:
-            limits = f"from 1 to {highest}" if highest < math.inf else "of at least 1"
-            raise ConfigError(f"{field}: {name} = {value} must be a whole number {limits}")
+        if name in HIGHEST:
+            highest = math.inf if cls.__name__ == "UniPCMultistepScheduler" else HIGHEST[name]
+            if not 1 <= value <= highest:
+                limits = f"from 1 to {highest}" if highest < math.inf else "of at least 1"
+                raise ConfigError(f"{field}: {name} = {value} must be a whole number {limits}")
 
 
 def takes_eta(cls: Any) -> bool:
